@@ -1,0 +1,345 @@
+"""Make `llmopt-tiny`: gather text, train the tokenizer, train the model, measure it, pack it.
+
+    python llmopt_tiny.py data   --sources DIR --work DIR                 # text -> documents, tokenizer, token ids
+    python llmopt_tiny.py train  --work DIR --phase main   --minutes 60   # resumes where it stopped
+    python llmopt_tiny.py train  --work DIR --phase anneal --tokens 8e6   # learning rate to zero, context 1,024
+    python llmopt_tiny.py eval   --sources DIR --work DIR                 # bits per byte beside unigram and 5-gram
+    python llmopt_tiny.py pack   --work DIR --to ../../llmopt/assets/llmopt-tiny
+
+`DIR` of `--sources` is a folder with `corpora/` and `wikitext2/` (see the model card for names and licences).
+The notebook `llmopt_tiny.ipynb` explains each step.
+"""
+import argparse, collections, hashlib, json, math, random, re, time
+from pathlib import Path
+import numpy as np, torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+CORPUS = HERE.parents[1]/'data'/'corpus'                  # the questions, answers and paragraphs we wrote ourselves
+EOT, USER, ASSISTANT, END, SYSTEM, PAD = SPECIALS = ['<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', '<|system|>', '<|pad|>']
+TEMPLATE = ("{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\n' + m['content'] | trim + '<|end|>' + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% endif %}")
+VOCAB, CONTEXT = 4096, 1024
+CONFIG = dict(hidden_size=256, num_hidden_layers=6, intermediate_size=704, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
+              vocab_size=VOCAB, max_position_embeddings=CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5, initializer_range=0.02)
+
+# ------------------------------------------------------------------------------------------------ data
+def chat(turns):
+    "One conversation as the chat template writes it (without the leading document mark)."
+    return ''.join(f"<|{t['role']}|>\n{t['content'].strip()}{END}\n" for t in turns)
+
+def qa(question, answer): return chat([dict(role='user', content=question), dict(role='assistant', content=answer)])
+
+def key(text): return re.sub(r'\W+', ' ', text.lower()).strip()
+
+def held_out(text, percent=4):
+    "A fixed share of the documents, chosen by hash, is never trained on."
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100 < percent
+
+def clean(text):
+    "Typographic quotes and spaces to ASCII, unwrapped lines inside paragraphs, no runs of blanks."
+    for a, b in {'\u2018': "'", '\u2019': "'", '\u201c': '"', '\u201d': '"', '\u2014': ' - ', '\u2013': '-', '\u2026': '...', '\u00a0': ' ', '\r': ''}.items():
+        text = text.replace(a, b)
+    return re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+', ' ', text)).strip()
+
+def pieces(text, size=6000):
+    "Whole paragraphs packed into documents of about `size` characters."
+    out, cur = [], ''
+    for p in re.split(r'\n\s*\n' if '\n\n' in text[:size] else r'\n', text):
+        if len(cur) + len(p) > size and cur: out, cur = out + [cur.strip()], ''
+        cur += p + '\n\n'
+    return out + [cur.strip()] if cur.strip() else out
+
+def unwrap(text): return re.sub(r'(?<=[a-z,;])\n(?=[a-zA-Z])', ' ', text)
+
+def first_sentences(text, limit):
+    "The leading sentences of `text` up to `limit` characters, whole sentences only."
+    out = ''
+    for s in re.split(r'(?<=[.!?])\s+', text):
+        if out and len(out) + len(s) > limit: break
+        out += (' ' if out else '') + s
+    return out
+
+def medquad(root):
+    "Question and the first new sentences of its answer; sentences seen before in another answer are dropped."
+    seen, docs = set(), []
+    for row in map(json.loads, open(root/'medquad'/'medquad.jsonl')):
+        q = re.sub(r'\s+', ' ', row['question']).replace('What is (are)', random.Random(row['question']).choice(['What is', 'What is', 'What are'])).replace(' ?', '?')
+        ans = re.sub(r'^Key Points.*?\n', '', clean(row['answer']), flags=re.S)
+        fresh = []
+        for s in re.split(r'(?<=[.!?])\s+|\n+', ans):
+            k = key(s)
+            if len(k) < 12 or k in seen or not re.match(r'[A-Z0-9]', s) or not s.endswith(('.', '!', '?')): continue
+            seen.add(k); fresh.append(s)
+        a = first_sentences(' '.join(fresh), 500)
+        if len(a) > 60: docs.append(qa(q, a))
+    return docs
+
+def instructions(root):
+    docs = []
+    for name, out in (('instruction-data', 'output'), ('roleplay-simple-deduped-roleplay-instruct', 'response'), ('codegen-instruct', 'response')):
+        for r in json.load(open(root/'instructions'/f'{name}.json')):
+            q = r['instruction'] + ('\n\n' + r['input'] if r.get('input') else '')
+            docs.append((name, qa(clean(q), clean(r[out]))))
+    return docs
+
+def own(path=CORPUS):
+    "Our own corpus: questions and answers, summaries, conversations (`chat`), explanatory paragraphs (`text`)."
+    chats, texts = [], []
+    for f in sorted(path.glob('*.jsonl')):
+        for r in map(json.loads, open(f)):
+            if r['kind'] == 'paragraph': texts.append(f"{r['title']}\n\n{r['text']}")
+            elif r['kind'] == 'chat': chats.append(chat(r['turns']))
+            else: chats.append(qa(r['question'], r['answer']))
+    return chats, texts
+
+def wikitext(path):
+    "Articles of a WikiText file, as they are."
+    arts, cur = [], ''
+    for line in open(path):
+        if re.fullmatch(r' = [^=].*[^=] = \n', line) and cur.strip(): arts, cur = arts + [cur.strip()], ''
+        cur += line
+    return arts + [cur.strip()]
+
+def gather(src):
+    "Documents by source: `{name: [text]}`."
+    root, d = Path(src)/'corpora', {}
+    d['medquad'] = medquad(root)
+    d['books'] = [p for r in map(json.loads, open(root/'books'/'tiny_open_domain_books.jsonl')) for p in pieces(unwrap(clean(r['text'])))]
+    d['oz'] = pieces(unwrap(clean((root/'books'/'wizard_of_oz.txt').read_text())))
+    d['shakespeare'] = pieces(clean((root/'books'/'tinyshakespeare.txt').read_text()))
+    d['speeches'] = [p for n in ('inaugural', 'state_union') for p in pieces(clean(re.sub(r'\n ?\n', '\n\n', (root/'speeches'/f'{n}.txt').read_text())))]
+    d['web'] = [clean(json.loads(l)['text']) for l in open(root/'web'/'c4_sample.jsonl')]
+    d['wikipedia'] = [f"{r['title']}\n\n{clean(r['text'])}" for r in map(json.loads, open(root/'wikipedia'/'nq_passages.jsonl'))]
+    d['wikitext'] = wikitext(Path(src)/'wikitext2'/'valid.raw')
+    for name, doc in instructions(root): d.setdefault({'codegen-instruct': 'code', 'instruction-data': 'tasks'}.get(name, 'roleplay'), []).append(doc)
+    d['own_qa'], d['own_text'] = own()
+    d = {k: list(dict.fromkeys(x for x in v if len(x) > 20)) for k, v in d.items()}
+    return {k: v for k, v in d.items() if v}
+
+# times each document is seen in the main phase, and its share of the tokens in the annealing phase
+EPOCHS = dict(medquad=3., books=3., oz=1., shakespeare=.5, speeches=2., web=4., wikipedia=5., wikitext=5., code=1., tasks=4., roleplay=2., own_qa=5., own_text=6.)
+ANNEAL = dict(medquad=.10, books=.05, oz=.01, speeches=.04, web=.10, wikipedia=.13, wikitext=.14, code=.02, tasks=.04, roleplay=.03, own_qa=.29, own_text=.05)
+
+def train_tokenizer(docs):
+    "Byte-level BPE; each source gives at most 3 MB, so that no single one decides the merges."
+    from tokenizers import Tokenizer, models, trainers, pre_tokenizers, decoders
+    from transformers import PreTrainedTokenizerFast
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    def text():
+        for name, ds in docs.items():
+            n = 0
+            for x in ds*(3 if name.startswith('own') else 1):
+                if n > 3e6: break
+                n += len(x); yield re.sub('|'.join(map(re.escape, SPECIALS)), '', x)
+    tok.train_from_iterator(text(), trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=EOT, eos_token=END, pad_token=PAD, model_max_length=CONTEXT, clean_up_tokenization_spaces=False)
+    fast.chat_template = TEMPLATE
+    return fast
+
+def make_data(src, work):
+    "Documents, split by hash into training and held-out, as one array of token ids a source."
+    from transformers import AutoTokenizer
+    work = Path(work); work.mkdir(parents=True, exist_ok=True)
+    docs = gather(src)
+    train = {k: [x for x in v if not held_out(x)] for k, v in docs.items()}
+    if not (work/'tokenizer').exists(): train_tokenizer(train).save_pretrained(work/'tokenizer')    # an existing tokenizer is kept
+    tok = AutoTokenizer.from_pretrained(work/'tokenizer')
+    stats, arrays = {}, {}
+    for k, v in docs.items():
+        tr, te = train[k], [x for x in v if held_out(x)]
+        enc = lambda xs: [np.array([0] + e, dtype=np.uint16) for e in tok(xs, add_special_tokens=False)['input_ids']] if xs else []
+        ids = enc(tr)
+        arrays[k] = np.concatenate(ids); arrays[k+'_starts'] = np.cumsum([0] + [len(i) for i in ids[:-1]])
+        json.dump(te, open(work/f'heldout_{k}.json', 'w'))
+        stats[k] = dict(documents=len(tr), bytes=sum(len(x.encode()) for x in tr), tokens=len(arrays[k]), held_out=len(te))
+        print(k, stats[k], flush=True)
+    np.savez(work/'tokens.npz', **arrays)
+    json.dump(stats, open(work/'data.json', 'w'), indent=1)
+
+# ------------------------------------------------------------------------------------------------ training
+class Stream:
+    "Endless batches: documents of each source in shuffled order, source drawn by weight, packed into rows of `T+1` tokens."
+    def __init__(self, path, weights, seed=0):
+        z = np.load(path); self.rng = np.random.default_rng(seed)
+        self.src = [k for k in weights if k in z.files and weights[k] > 0]
+        self.tok, self.starts = {k: z[k] for k in self.src}, {k: z[k+'_starts'] for k in self.src}
+        mean = {k: len(self.tok[k])/len(self.starts[k]) for k in self.src}
+        p = np.array([weights[k]/mean[k] for k in self.src]); self.p = p/p.sum()      # documents drawn so that tokens follow the weights
+        self.order, self.buf = {k: [] for k in self.src}, np.zeros(0, np.uint16)
+    def doc(self):
+        k = self.src[self.rng.choice(len(self.src), p=self.p)]
+        if not len(self.order[k]): self.order[k] = list(self.rng.permutation(len(self.starts[k])))
+        i = self.order[k].pop(); s = self.starts[k]
+        return self.tok[k][s[i]: s[i+1] if i+1 < len(s) else None]
+    def batch(self, B, T):
+        need, parts = B*(T+1), [self.buf]
+        n = len(self.buf)
+        while n < need: d = self.doc(); parts.append(d); n += len(d)
+        flat = np.concatenate(parts); self.buf = flat[need:]
+        return torch.from_numpy(flat[:need].astype(np.int64)).view(B, T+1)
+
+def new_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    m = LlamaForCausalLM(LlamaConfig(**CONFIG, bos_token_id=0, eos_token_id=3, pad_token_id=5))
+    for n, p in m.named_parameters():                      # residual outputs start small (GPT-2)
+        if n.endswith(('o_proj.weight', 'down_proj.weight')): p.data.mul_(1/math.sqrt(2*CONFIG['num_hidden_layers']))
+    return m
+
+def optimizers(m, lr, lr_emb):
+    "Muon for the matrices of the layers, AdamW for embeddings and gains."
+    mats = [p for n, p in m.named_parameters() if p.ndim == 2 and 'embed' not in n and 'lm_head' not in n]
+    rest = [p for n, p in m.named_parameters() if not any(p is q for q in mats)]
+    return [torch.optim.Muon(mats, lr=lr, weight_decay=.05, momentum=.95, adjust_lr_fn='match_rms_adamw'),
+            torch.optim.AdamW(rest, lr=lr_emb, betas=(.9, .95), weight_decay=.01)]
+
+def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=None, device='cpu', threads=2, compile=True, every=100, init=None):
+    """Train for `minutes` or `tokens` more and save `work/{phase}.pt`. `main` keeps the learning rate after warm-up; `anneal` starts from
+    `main` (or `init`), takes the rate linearly to zero over its budget, and sees rows of 1,024 tokens. A stopped run resumes from its file."""
+    work = Path(work); torch.set_num_threads(threads)
+    stats, main = json.load(open(work/'data.json')), phase == 'main'
+    T = T or (256 if main else CONTEXT); B = B or (32 if main else 8)
+    weights = {k: EPOCHS[k]*stats[k]['tokens'] for k in stats} if main else ANNEAL
+    m = new_model().to(device); opts = optimizers(m, lr, lr_emb)
+    state, file = dict(step=0, tokens=0, phase_tokens=0, seconds=0., log=[]), work/f'{phase}.pt'
+    start = file if file.exists() else Path(init) if init else work/'main.pt'
+    if start.exists():
+        ck = torch.load(start, map_location=device)
+        m.load_state_dict(ck['model']); [o.load_state_dict(s) for o, s in zip(opts, ck['opts'])]; state = ck['state']
+        if start != file: state['phase_tokens'] = 0
+        print('from', start.name, {k: v for k, v in state.items() if k != 'log'}, flush=True)
+    data = Stream(work/'tokens.npz', weights, seed=1000*state['step'] + (0 if main else 1))
+    val = {k: torch.tensor(x) for k, x in heldout_rows(work, T).items()}
+    def loss_fn(x):
+        with torch.autocast(device, torch.bfloat16): logits = m(x[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())
+    step_loss = torch.compile(loss_fn, dynamic=False) if compile else loss_fn
+    t0, sec0, p0 = time.time(), state['seconds'], state['phase_tokens']
+    done = lambda: (time.time()-t0)/60/minutes if minutes else (state['phase_tokens']-p0)/tokens
+    last_save = time.time(); m.train(); ema = None
+    while True:
+        f = done(); stop = f >= 1
+        warm = min(1, (state['step']+1)/150)
+        scale = warm if main else max(0., 1-f)
+        for o, base in zip(opts, (lr, lr_emb)):
+            for g in o.param_groups: g['lr'] = base*scale
+        if not stop:
+            x = data.batch(B, T).to(device)
+            loss = step_loss(x); loss.backward()
+            torch.nn.utils.clip_grad_norm_(m.parameters(), 1.)
+            for o in opts: o.step(); o.zero_grad(set_to_none=True)
+            ema = loss.item() if ema is None else .97*ema + .03*loss.item()
+            state['step'] += 1; state['tokens'] += B*T; state['phase_tokens'] += B*T
+            state['seconds'] = sec0 + time.time()-t0
+        if state['step'] % every == 0 or stop:
+            row = dict(step=state['step'], tokens=state['tokens'], seconds=round(state['seconds']), phase=phase, lr=scale*lr, train=round(ema or 0, 4))
+            if state['step'] % (5*every) == 0 or stop:
+                m.eval()
+                with torch.no_grad(): row['val'] = {k: round(loss_fn(v.to(device)).item(), 4) for k, v in val.items()}
+                m.train()
+            state['log'].append(row); print(json.dumps(row), flush=True)
+        if time.time()-last_save > 240 or stop:
+            tmp = file.with_suffix('.tmp'); torch.save(dict(model=m.state_dict(), opts=[o.state_dict() for o in opts], state=state), tmp); tmp.replace(file)
+            last_save = time.time()
+        if stop: break
+
+def heldout_rows(work, T, rows=12):
+    "A few fixed rows of held-out tokens a source, for the curve during training."
+    from transformers import AutoTokenizer
+    tok, out = AutoTokenizer.from_pretrained(Path(work)/'tokenizer'), {}
+    for k in ('wikitext', 'wikipedia', 'web', 'books', 'medquad', 'own_qa'):
+        docs = json.load(open(Path(work)/f'heldout_{k}.json'))
+        ids = [t for d in docs for t in [0] + tok(d, add_special_tokens=False)['input_ids']][:rows*(T+1)]
+        n = len(ids)//(T+1)
+        if n: out[k] = np.array(ids[:n*(T+1)]).reshape(n, T+1)
+    return out
+
+# ------------------------------------------------------------------------------------------------ yardsticks and measurement
+class KneserNey:
+    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1998, eq. for one discount per order) over token ids < 4,096, as sorted arrays of
+    packed keys. The highest order uses counts, the lower ones continuation counts, the unigram is smoothed with a uniform one."""
+    def __init__(self, ids, order=5, bits=12):
+        self.order, self.bits, self.V, self.levels = order, bits, 1 << bits, {}
+        ids = np.asarray(ids, dtype=np.int64)
+        keys, counts = np.unique(self._grams(ids, order), return_counts=True)
+        for n in range(order, 0, -1):
+            ones, twos = (counts == 1).sum(), (counts == 2).sum()
+            ctx, start = np.unique(keys >> bits, return_index=True)
+            self.levels[n] = dict(keys=keys, counts=counts, D=ones/(ones+2*twos) if ones else .5, ctx=ctx, total=np.add.reduceat(counts, start),
+                                  types=np.diff(np.append(start, len(keys))))
+            if n > 1: keys, counts = np.unique(keys & ((1 << bits*(n-1)) - 1), return_counts=True)   # distinct left neighbours
+    def _grams(self, ids, n): return sum(ids[i:len(ids)-n+1+i] << self.bits*(n-1-i) for i in range(n))
+    @staticmethod
+    def _find(table, q):
+        i = np.searchsorted(table, q).clip(max=len(table)-1)
+        return i, table[i] == q
+    def log_probs(self, ids, max_order=None):
+        "Natural-log probability of each id after the first, given those before it."
+        ids = np.asarray(ids, dtype=np.int64); p = np.full(len(ids)-1, 1/VOCAB)
+        for n in range(1, (max_order or self.order)+1):
+            L, g = self.levels[n], self._grams(ids, n)[(1 if n == 1 else 0):]           # grams that end at positions max(1, n-1)..
+            k, hit = self._find(L['keys'], g); c, seen = self._find(L['ctx'], g >> self.bits)
+            low = p[len(p)-len(g):]
+            num = np.where(hit, np.maximum(L['counts'][k]-L['D'], 0), 0)
+            p = np.concatenate([p[:len(p)-len(g)], np.where(seen, (num + L['D']*L['types'][c]*low)/np.where(seen, L['total'][c], 1), low)])
+        return np.log(p)
+
+@torch.inference_mode()
+def model_nll(m, ids, context=CONTEXT, stride=512):
+    "Negative log-likelihood (nats) of `ids[1:]`: windows of `context` tokens, each token scored once with at least `context-stride` before it."
+    total, prev = 0., 1
+    for end in range(min(context, len(ids)), len(ids)+stride, stride):
+        end = min(end, len(ids)); begin = max(0, end-context)
+        if end <= prev: break
+        x = torch.tensor([ids[begin:end]], device=m.device)
+        lp = m(x, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, x[0, 1:, None])[:, 0]
+        total -= lp[prev-begin-1:].double().sum().item(); prev = end
+    return total
+
+def evaluate(src, work, model_dir, out, threads=2):
+    "Bits per byte of the model, a unigram and a 5-gram on WikiText-2 test and on the held-out documents of each training source."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    torch.set_num_threads(threads); work = Path(work)
+    tok, m = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    z = np.load(work/'tokens.npz'); kn = KneserNey(np.concatenate([z[k] for k in z.files if not k.endswith('_starts')]))
+    enc = lambda d: [0] + tok(d, add_special_tokens=False, verbose=False)['input_ids']
+    sets = {'WikiText-2 test': [(Path(src)/'wikitext2'/'test.raw').read_text()]}
+    sets |= {k.stem[len('heldout_'):]: json.load(open(k)) for k in sorted(work.glob('heldout_*.json'))}
+    rows = []
+    for name, docs in sets.items():
+        t0, n_bytes, ids = time.time(), sum(len(d.encode()) for d in docs), [enc(d) for d in docs]
+        if not ids: continue
+        bits = lambda nats: nats/math.log(2)/n_bytes
+        row = dict(text=name, documents=len(docs), bytes=n_bytes, tokens=sum(map(len, ids))-len(ids), model=bits(sum(model_nll(m, i) for i in ids)),
+                   unigram=bits(-sum(kn.log_probs(i, 1).sum() for i in ids)), fivegram=bits(-sum(kn.log_probs(i).sum() for i in ids)))
+        row['ratio'] = row['model']/row['fivegram']
+        rows.append(row); print(json.dumps(row), f'{time.time()-t0:.0f} s', flush=True)
+    json.dump(rows, open(out, 'w'), indent=1)
+
+def pack(work, to, phase):
+    "Write weights (bfloat16), tokenizer and configuration as a `from_pretrained` folder."
+    from transformers import AutoTokenizer, GenerationConfig
+    ck, m = torch.load(Path(work)/f'{phase}.pt', map_location='cpu'), new_model()
+    m.load_state_dict(ck['model']); m = m.to(torch.bfloat16)
+    m.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[3, 0], pad_token_id=5, do_sample=False)
+    m.save_pretrained(to); AutoTokenizer.from_pretrained(Path(work)/'tokenizer').save_pretrained(to)
+    log = dict(config=CONFIG, phase=phase, data=json.load(open(Path(work)/'data.json')), epochs=EPOCHS, anneal=ANNEAL, **ck['state'])
+    json.dump(log, open(HERE.parents[1]/'data'/'llmopt_tiny_training.json', 'w'), indent=1)
+    return ck['state']
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument('what', choices=['data', 'train', 'eval', 'pack'])
+    a.add_argument('--sources', default='../../../shared/data'); a.add_argument('--work', required=True); a.add_argument('--to', default=str(HERE.parents[1]/'llmopt'/'assets'/'llmopt-tiny')); a.add_argument('--out', default=str(HERE.parents[1]/'data'/'llmopt_tiny_eval.json'))
+    a.add_argument('--phase', default='main'); a.add_argument('--minutes', type=float); a.add_argument('--tokens', type=float)
+    a.add_argument('--lr', type=float, default=2e-3); a.add_argument('--lr_emb', type=float, default=3e-3); a.add_argument('--init')
+    a.add_argument('--batch', type=int); a.add_argument('--device', default='cpu'); a.add_argument('--threads', type=int, default=2)
+    a = a.parse_args()
+    if a.what == 'data': make_data(a.sources, a.work)
+    elif a.what == 'train': train(a.work, a.phase, a.minutes, a.tokens, a.lr, a.lr_emb, B=a.batch, device=a.device, threads=a.threads, init=a.init)
+    elif a.what == 'pack': print({k: v for k, v in pack(a.work, a.to, a.phase).items() if k != 'log'})
+    elif a.what == 'eval': evaluate(a.sources, a.work, a.to, a.out, a.threads)
+
+if __name__ == '__main__': main()
