@@ -8,6 +8,7 @@ __all__ = ['SLOTS', 'Slot', 'known_methods', 'built_methods', 'Recipe', 'NotBuil
 
 # %% ../nbs/05_engine.ipynb #3343752b
 import queue, threading, time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, asdict, fields, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .core import LM, LlmoptError, TINY, load, user, assistant, kv_bytes
+from .kv_cache.hybrid import KVCache
 from .word_removal import Words
 
 # %% ../nbs/05_engine.ipynb #0e7801b7
@@ -29,7 +31,7 @@ class Slot(NamedTuple):
     config:type|None  # its configuration, None while it is not built
 
 SLOTS = (Slot('words', 'words', 'word_removal', Words), Slot('vocab', 'vocab', 'simple_adaptivocab', None),
-         Slot('larosa', 'larosa', 'larosa', None), Slot('cache', 'kv', 'hybrid_kv_cache', None))
+         Slot('larosa', 'larosa', 'larosa', None), Slot('cache', 'kv', 'hybrid_kv_cache', KVCache))
 
 # %% ../nbs/05_engine.ipynb #9ab296fc
 def known_methods()->list: # ids
@@ -48,7 +50,7 @@ class Recipe:
     words:Words|None = None
     vocab:object = None
     larosa:object = None
-    cache:object = None
+    cache:KVCache|None = None
 
 # %% ../nbs/05_engine.ipynb #4e11fd53
 @patch(as_prop=True)
@@ -149,7 +151,7 @@ class ChatMetrics:
     method:str; input_text:str; prompt_text:str; output_text:str; finish_reason:str
     ttft_ms:float; preprocess_ms:float; prefill_ms:float; tpot_ms:float|None; e2el_ms:float; itl_ms:list
     prompt_tokens:int; prompt_tokens_base:int; completion_tokens:int; completion_tokens_base:int
-    kv_bytes_live:int; kv_bytes_peak:int; kv_bytes_reserved:int; weight_bytes:int
+    kv_bytes_live:int; kv_bytes_peak:int; kv_bytes_reserved:int; kv_bytes_resident:int|None; weight_bytes:int
     prefill_tok_per_s:float; prefill_eff_tok_per_s:float
     decode_tok_per_s:float|None; decode_base_tok_per_s:float|None; decode_char_per_s:float|None
     factors:dict = field(default_factory=dict)
@@ -189,7 +191,7 @@ def _keywords(vocab, larosa, cache, words):
     asked = dict(vocab=vocab, larosa=larosa, cache=cache)
     for s in SLOTS:
         if asked.get(s.name): _built(s)
-    try: return Recipe(words=Words(n=words) if words else None)
+    try: return Recipe(words=Words(n=words) if words else None, cache=KVCache() if cache else None)
     except ValueError as e: raise LlmoptError(str(e)) from None
 
 # %% ../nbs/05_engine.ipynb #2f48dd1d
@@ -241,12 +243,21 @@ class _Stop(StoppingCriteria):
     def __init__(self, flag): self.flag = flag
     def __call__(self, input_ids, scores, **kw): return torch.full((input_ids.shape[0],), self.flag.is_set(), device=input_ids.device)
 
-# %% ../nbs/05_engine.ipynb #c398b212
+# %% ../nbs/05_engine.ipynb #06996fed
 @patch
 def make_cache(self:EnhancedFusedLLMEngine):
     "A fresh KV cache for one answer."
-    return DynamicCache(config=self.lm.model.config)
+    kv = self.recipe.cache
+    if kv is None: return DynamicCache(config=self.lm.model.config)
+    try: return kv.make_cache(self.lm)
+    except ValueError as e: raise LlmoptError(f"KV cache: {e}") from None
 
+@patch
+def attention(self:EnhancedFusedLLMEngine):
+    "Context manager: inside it the model runs with the attention that the cache asks for."
+    return self.recipe.cache.attach(self.lm) if self.recipe.cache else nullcontext()
+
+# %% ../nbs/05_engine.ipynb #c398b212
 @patch
 def _gen_kwargs(self:EnhancedFusedLLMEngine, n, fixed, temperature, seed):
     "Arguments for `generate`."
@@ -264,8 +275,9 @@ def _generate(self:EnhancedFusedLLMEngine, ids, events, n, fixed=False, temperat
     x = torch.tensor([ids], device=self.lm.device)
     meter = _Meter(events, self.make_cache(), on_token)
     crit = StoppingCriteriaList([_Stop(stop)]) if stop else None
-    self.lm.model.generate(x, attention_mask=torch.ones_like(x), past_key_values=meter.cache, streamer=meter, stopping_criteria=crit,
-                           **self._gen_kwargs(n, fixed, temperature, seed))
+    with self.attention():
+        self.lm.model.generate(x, attention_mask=torch.ones_like(x), past_key_values=meter.cache, streamer=meter, stopping_criteria=crit,
+                               **self._gen_kwargs(n, fixed, temperature, seed))
     return meter
 
 # %% ../nbs/05_engine.ipynb #46aeff7a
@@ -309,7 +321,7 @@ def _metrics(self:EnhancedFusedLLMEngine, messages, ids, events, meter):
     stopped = meter.ids[-1] in (eos if isinstance(eos, list) else [eos])
     return ChatMetrics(method=self.recipe.id, input_text=messages[-1]['content'], prompt_text=self.lm.tokenizer.decode(ids), output_text=out,
                        finish_reason='stop' if stopped else 'length', **t, prompt_tokens=len(ids), prompt_tokens_base=base, completion_tokens=n,
-                       completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live), kv_bytes_reserved=kv.reserved,
+                       completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live), kv_bytes_reserved=kv.reserved, kv_bytes_resident=getattr(kv, 'resident', None),
                        weight_bytes=self.lm.weight_bytes, **_rates(t, len(ids), base, n, n_base, len(out)), factors=self.recipe.factors, output_ids=meter.ids)
 
 # %% ../nbs/05_engine.ipynb #d48b137c
@@ -322,9 +334,10 @@ def score(self:EnhancedFusedLLMEngine,
     "Log-probabilities before each token of `answer_ids`, given `text`."
     ids, cache, rows, dev = self.encode(self._messages(text), room=len(answer_ids)), self.make_cache(), [], self.lm.device
     step = torch.tensor([ids], device=dev)
-    for t in answer_ids:
-        rows.append(self.lm.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
-        step = torch.tensor([[t]], device=dev)
+    with self.attention():
+        for t in answer_ids:
+            rows.append(self.lm.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
+            step = torch.tensor([[t]], device=dev)
     return torch.stack(rows).float().log_softmax(-1)
 
 # %% ../nbs/05_engine.ipynb #718b904a

@@ -41,7 +41,8 @@ DEFINITIONS = dict(
     completion_tokens_base=Metric(formula="tokens of the answer, in the baseline's tokens", unit='token', better='neither'),
     kv_bytes_live=Metric(formula='bytes of keys and values in the cache at the end', unit='byte'),
     kv_bytes_peak=Metric(formula='largest kv_bytes_live over the steps', unit='byte'),
-    kv_bytes_reserved=Metric(formula='bytes the allocator holds for the cache at the end', unit='byte'),
+    kv_bytes_reserved=Metric(formula='bytes set aside for the cache at the end: buffers, or addresses of a slab, which are not memory', unit='byte', better='neither'),
+    kv_bytes_resident=Metric(formula='physical bytes behind the cache at the end, as the operating system counts pages; null for caches that share pages with other tensors', unit='byte'),
     weight_bytes=Metric(formula='bytes of the weights, shared ones once', unit='byte'),
     peak_rss_bytes=Metric(formula='high-water mark of resident memory while answering, one fresh process a method', unit='byte', arm='memory'),
     peak_rss_delta_bytes=Metric(formula='peak_rss_bytes - resident memory with the model loaded and idle', unit='byte', arm='memory'),
@@ -101,6 +102,7 @@ class Run(BaseModel):
     kv_bytes_live:int|None = None
     kv_bytes_peak:int|None = None
     kv_bytes_reserved:int|None = None
+    kv_bytes_resident:int|None = None
     weight_bytes:int|None = None
     peak_rss_bytes:int|None = None
     peak_rss_delta_bytes:int|None = None

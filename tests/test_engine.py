@@ -15,7 +15,7 @@ def test_recipe():
     ones that are."""
     test_eq(Recipe.parse('words'), Recipe.named('word_removal'))
     test_eq(Recipe.parse('words:n=2').words.n, 2)
-    for r in (Recipe(), Recipe.parse('words'), Recipe.parse('words:n=4')):
+    for r in (Recipe(), Recipe.parse('words'), Recipe.parse('words:n=4'), Recipe.parse('words:n=2+kv'), Recipe.parse('kv:attention=stock')):
         test_eq(Recipe.parse(r.id), r)
         test_eq(Recipe.from_dict(json.loads(json.dumps(r.to_dict()))), r)
     test_eq(len({Recipe(), Recipe(), Recipe.parse('words')}), 2)
@@ -61,6 +61,18 @@ def test_kv_of_an_answer():
     m = e.run('Why does the moon shine?', max_new_tokens=8, fixed=True)
     test_eq(m.kv_bytes_live, 2*c.num_hidden_layers*c.num_key_value_heads*c.head_dim*4*(m.prompt_tokens+7))
     assert m.ttft_ms >= m.preprocess_ms+m.prefill_ms-1e-6 and m.e2el_ms > m.ttft_ms
+
+
+def test_hybrid_kv_cache_in_the_engine():
+    """The slabs of `hybrid_kv_cache` change nothing that is said: same tokens, same live bytes, and
+    log-probabilities equal within rounding. Only for them the system tells how much memory is behind the
+    addresses."""
+    a, b = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu'), EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', vattention_enabled=True)
+    m, n = (e.run('Why does the moon shine?', max_new_tokens=24, fixed=True) for e in (a, b))
+    test_eq(m.output_ids, n.output_ids); test_eq(m.kv_bytes_live, n.kv_bytes_live); test_eq(n.method, 'hybrid_kv_cache')
+    assert (a.score('Why is ice cold?', m.output_ids)-b.score('Why is ice cold?', m.output_ids)).abs().max() < 1e-4
+    assert n.kv_bytes_resident is None or n.kv_bytes_live <= n.kv_bytes_resident <= n.kv_bytes_reserved
+    with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('kv:attention=fast')
 
 
 def test_seeds():

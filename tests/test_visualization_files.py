@@ -1,6 +1,7 @@
 "Charts from results files: what is drawn of good files, odd ones and broken ones."
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +11,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from llmopt.results import Method, Query, Results, ResultsError, Run, load, save
-from llmopt.visualization import KINDS, Chart, plot, plot_file
+from llmopt.visualization import KINDS, plot, plot_file
 
 DATA = Path(__file__).resolve().parent.parent/'data'
 SAMPLES = {'compare': DATA/'sample_multi_query_results.json', 'ask': DATA/'sample_comprehensive_results.json'}
@@ -55,77 +56,90 @@ def large(queries, rounds, methods=METHODS):
                    methods=[Method(id=m) for m in methods])
 
 
-def boxes(fig):
-    "What the texts that a figure draws say, and their boxes in pixels"
-    shown = {}
+@contextmanager
+def texts_drawn():
+    "A list that gets the text, the box and the sheet of each text that is drawn, in inches"
+    drawn, draw = [], Text.draw
     def record(text, renderer):
-        if text.get_visible() and text.get_text().strip(): shown[text] = text.get_window_extent(renderer).extents
-    with mock.patch.object(Text, 'draw', record): fig.draw_without_rendering()
-    return [t.get_text() for t in shown], np.array([*shown.values()])
+        draw(text, renderer)
+        fig = text.get_figure(root=True)
+        if text.get_visible() and text.get_text().strip():
+            drawn.append((text.get_text(), text.get_window_extent(renderer).extents/fig.dpi, fig.bbox.extents[2:]/fig.dpi))
+    with mock.patch.object(Text, 'draw', record): yield drawn
 
 
-def collisions(fig):
-    "Pairs of texts that overlap by more than a pixel or two, and texts that leave the sheet"
-    says, b = boxes(fig)
+def says(results, chart):
+    "What the texts of a chart say"
+    with texts_drawn() as drawn: plot(results, chart).draw_without_rendering()
+    return [text for text, _, _ in drawn]
+
+
+def collisions(drawn):
+    "Pairs of texts that overlap, and texts that leave the sheet, by more than a fiftieth of an inch"
+    text, b, slack = [t for t, _, _ in drawn], np.array([box for _, box, _ in drawn]), .02
     w = np.minimum(b[:, None, 2], b[None, :, 2]) - np.maximum(b[:, None, 0], b[None, :, 0])
     h = np.minimum(b[:, None, 3], b[None, :, 3]) - np.maximum(b[:, None, 1], b[None, :, 1])
-    pairs = np.argwhere(np.triu((w > 2) & (h > 2), 1))
-    out = np.flatnonzero((b[:, :2] < -1).any(1) | (b[:, 2] > fig.bbox.width+1) | (b[:, 3] > fig.bbox.height+1))
-    return [(says[i], says[j]) for i, j in pairs] + [(says[i], 'leaves the sheet') for i in out]
-
-
-@pytest.mark.parametrize('kind', SAMPLES)
-def test_every_chart_of_the_samples(kind, tmp_path):
-    paths = plot_file(SAMPLES[kind], tmp_path/'new'/'plots')
-    assert {p.name for p in paths} == suits(kind) == {p.name for p in (tmp_path/'new'/'plots').iterdir()}
-    for p in paths: assert_drawn(p)
+    pairs = np.argwhere(np.triu((w > slack) & (h > slack), 1))
+    out = np.flatnonzero((b[:, :2] < -slack).any(1) | (b[:, 2:] > drawn[0][2]+slack).any(1))
+    return [(text[i], text[j]) for i, j in pairs] + [(text[i], 'leaves the sheet') for i in out]
 
 
 @pytest.mark.parametrize('chart', KINDS)
-def test_no_text_of_a_sample_collides(chart):
-    fig = plot(load(SAMPLES[KINDS[chart][1][0]]), chart)
-    assert isinstance(fig, Chart) and collisions(fig) == []
+def test_every_chart_of_the_samples(chart, tmp_path):
+    with texts_drawn() as drawn: [path] = plot_file(SAMPLES[KINDS[chart][1][0]], tmp_path/'new'/'plots', [chart])
+    assert path == tmp_path/'new'/'plots'/f'{chart}.png'
+    assert_drawn(path)
+    assert collisions(drawn) == []
 
 
 @pytest.mark.parametrize('chart', KINDS)
 def test_any_chart_of_a_large_file(chart):
     "Twelve methods with long names and dollars, one of them failed"
-    fig = plot(large(*((3, 1) if chart == 'input_output_pairs' else (20, 2))), chart)
-    assert collisions(fig) == []
-    says = boxes(fig)[0]
-    assert any('failed' in s for s in says)
+    with texts_drawn() as drawn: plot(large(*((2, 1) if chart == 'input_output_pairs' else (20, 1))), chart).png()
+    assert collisions(drawn) == []
+    assert any('failed' in text for text, _, _ in drawn)
+
+
+def test_many_answers_make_a_tall_sheet():
+    "Cells get fewer lines, and what does not fit is counted"
+    res = large(20, 1)
+    assert 50 < plot(res, 'input_output_pairs').get_figheight() < 202
+    more = [r.model_copy(update=dict(query=r.query+x)) for r in res.runs for x in 'abc']
+    fig = plot(res.model_copy(update=dict(runs=more, queries=[])), 'input_output_pairs')
+    assert fig.get_figheight() < 202
+    foot = ' '.join(t.get_text() for t in fig.findobj(Text))
+    assert 'more queries do not fit' in foot
 
 
 @pytest.mark.parametrize('kind', SAMPLES)
 def test_single_method_single_round(kind, tmp_path):
-    res = subset(load(SAMPLES[kind]), lambda r: r.method == 'baseline' and r.round == 0, noise_floor={}, summary=[])
+    res = subset(load(SAMPLES[kind]), lambda r: r.method == 'baseline' and r.round == 0, noise_floor={})
     paths = plot_file(save(res, tmp_path/'r.json'), tmp_path/'p')
-    assert {p.name for p in paths} == suits(kind)
+    assert {p.name for p in paths} == suits(kind) == {p.name for p in (tmp_path/'p').iterdir()}
     for p in paths: assert_drawn(p)
-    assert any('One round' in s for s in boxes(plot(res, paths[-1].stem))[0])
+    assert any('One round' in s for s in says(res, paths[0].stem))
 
 
-def test_a_method_without_a_baseline():
+def test_a_file_without_a_baseline():
     res = subset(load(SAMPLES['compare']), lambda r: not r.method.startswith('baseline'), noise_floor={})
-    for chart in KINDS: plot(res, chart).draw_without_rendering()
-    assert 'nothing to compare with the baseline' in boxes(plot(res, 'performance_dashboard'))[0]
+    assert 'nothing to compare with the baseline' in says(res, 'performance_dashboard')
+    for chart in ('input_output_pairs', 'comprehensive_dashboard', 'efficiency_metrics'): assert says(res, chart)
 
 
 def test_an_interrupted_file():
     "Only the quality arm was run: the other panels say so"
-    res = subset(load(SAMPLES['compare']), lambda r: r.arm == 'quality', noise_floor={}, summary=[])
-    assert boxes(plot(res, 'performance_dashboard'))[0].count('not measured in this file') >= 4
-    assert 'not measured in this file' not in boxes(plot(res, 'quality_comparison'))[0]
+    res = subset(load(SAMPLES['compare']), lambda r: r.arm == 'quality', noise_floor={})
+    assert says(res, 'performance_dashboard').count('not measured in this file') >= 4
+    assert 'not measured in this file' not in says(res, 'quality_comparison')
 
 
-def test_a_failed_method_is_named():
+@pytest.mark.parametrize('chart', ['quality_comparison', 'input_output_pairs', 'performance_dashboard', 'comprehensive_dashboard'])
+def test_a_failed_method_is_named(chart):
     res = load(SAMPLES['compare'])
     m = next(r.method for r in res.runs if not r.method.startswith('baseline'))
     empty = [Run(arm=r.arm, query=r.query, method=r.method, round=r.round, error='it broke') if r.method == m else r for r in res.runs]
-    res = res.model_copy(update=dict(runs=empty))
-    for chart in KINDS:
-        says = ' '.join(boxes(plot(res, chart))[0])
-        assert 'failed' in says and 'it broke' in says, chart
+    drawn = says(res.model_copy(update=dict(runs=empty)), chart)
+    assert any('failed' in s for s in drawn) and any('it broke' in s for s in drawn)
 
 
 def test_asked_by_name(tmp_path):
