@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'Slot', 'known_methods', 'built_methods', 'Recipe', 'NotBuilt', 'Events', 'ChatMetrics',
-           'EnhancedFusedLLMEngine', 'ContextError', 'ComprehensiveChatEngine']
+           'EnhancedFusedLLMEngine', 'ContextError', 'Feed', 'ComprehensiveChatEngine']
 
 # %% ../nbs/05_engine.ipynb #3343752b
 import queue, threading, time
@@ -19,6 +19,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .core import LM, LlmoptError, TINY, load, user, assistant, kv_bytes
+from .adaptivocab_model import Vocab
 from .kv_cache.hybrid import KVCache
 from .word_removal import Words
 
@@ -30,7 +31,7 @@ class Slot(NamedTuple):
     method:str        # the method id that switches on this slot alone
     config:type|None  # its configuration, None while it is not built
 
-SLOTS = (Slot('words', 'words', 'word_removal', Words), Slot('vocab', 'vocab', 'simple_adaptivocab', None),
+SLOTS = (Slot('words', 'words', 'word_removal', Words), Slot('vocab', 'vocab', 'simple_adaptivocab', Vocab),
          Slot('larosa', 'larosa', 'larosa', None), Slot('cache', 'kv', 'hybrid_kv_cache', KVCache))
 
 # %% ../nbs/05_engine.ipynb #9ab296fc
@@ -48,7 +49,7 @@ def built_methods()->list: # ids
 class Recipe:
     "Which optimizations are on, each by its own configuration; None is off."
     words:Words|None = None
-    vocab:object = None
+    vocab:Vocab|None = None
     larosa:object = None
     cache:KVCache|None = None
 
@@ -182,17 +183,22 @@ class EnhancedFusedLLMEngine:
                 ):
         self.recipe = recipe or _keywords(simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal)
         self.lm = model_name if isinstance(model_name, LM) else load(model_name, device, dtype)
+        self.reader = _reader(self.recipe.vocab, self.lm) if self.recipe.vocab else None
         self.max_new_tokens, self.system = max_new_tokens, system
         self.reset()
 
 # %% ../nbs/05_engine.ipynb #5bf85c90
 def _keywords(vocab, larosa, cache, words):
     "The recipe for the keyword form of the engine."
-    asked = dict(vocab=vocab, larosa=larosa, cache=cache)
-    for s in SLOTS:
-        if asked.get(s.name): _built(s)
-    try: return Recipe(words=Words(n=words) if words else None, cache=KVCache() if cache else None)
+    if larosa: _built(SLOTS[2])
+    try: return Recipe(words=Words(n=words) if words else None, vocab=Vocab() if vocab else None, cache=KVCache() if cache else None)
     except ValueError as e: raise LlmoptError(str(e)) from None
+
+# %% ../nbs/05_engine.ipynb #331ff6d6
+def _reader(vocab, lm):
+    "The reader that folds phrases for `lm`."
+    try: return vocab.reader(lm)
+    except (ValueError, OSError, TypeError) as e: raise LlmoptError(f"phrases: {e}") from None
 
 # %% ../nbs/05_engine.ipynb #2f48dd1d
 @patch
@@ -222,6 +228,20 @@ def encode(self:EnhancedFusedLLMEngine, messages:list, room:int=0)->list: # toke
     if len(ids)+room > self.lm.context:
         raise ContextError(f"the prompt has {len(ids):,} tokens and the answer may take {room:,}, but {self.lm.name} has a context of {self.lm.context:,}; shorten the prompt or ask for fewer tokens")
     return ids
+
+# %% ../nbs/05_engine.ipynb #213b7d1b
+class Feed(NamedTuple):
+    "A prompt as the model takes it."
+    inputs:dict # arguments of the model's forward
+    ids:list    # what it reads, one id a position
+    next:int    # the position of the first new token
+
+@patch
+def feed(self:EnhancedFusedLLMEngine, ids:list):
+    "The inputs for a prompt of token `ids`."
+    if self.reader: return self.reader.read(ids)
+    x = torch.tensor([ids], device=self.lm.device)
+    return Feed(dict(input_ids=x, attention_mask=torch.ones_like(x)), ids, len(ids))
 
 # %% ../nbs/05_engine.ipynb #94017924
 class _Meter(BaseStreamer):
@@ -270,13 +290,12 @@ def _gen_kwargs(self:EnhancedFusedLLMEngine, n, fixed, temperature, seed):
 # %% ../nbs/05_engine.ipynb #fb2473db
 @patch
 @torch.inference_mode()
-def _generate(self:EnhancedFusedLLMEngine, ids, events, n, fixed=False, temperature=0., seed=None, on_token=None, stop=None):
-    "Generate up to `n` tokens after `ids`; the meter holds tokens, clock and cache."
-    x = torch.tensor([ids], device=self.lm.device)
+def _generate(self:EnhancedFusedLLMEngine, feed, events, n, fixed=False, temperature=0., seed=None, on_token=None, stop=None):
+    "Generate up to `n` tokens after the prompt; the meter holds tokens, clock and cache."
     meter = _Meter(events, self.make_cache(), on_token)
     crit = StoppingCriteriaList([_Stop(stop)]) if stop else None
     with self.attention():
-        self.lm.model.generate(x, attention_mask=torch.ones_like(x), past_key_values=meter.cache, streamer=meter, stopping_criteria=crit,
+        self.lm.model.generate(**feed.inputs, past_key_values=meter.cache, streamer=meter, stopping_criteria=crit,
                                **self._gen_kwargs(n, fixed, temperature, seed))
     return meter
 
@@ -307,22 +326,23 @@ def run(self:EnhancedFusedLLMEngine,
     events, n = Events(), max_new_tokens or self.max_new_tokens
     messages = self._messages(text)
     ids = self.encode(messages, room=n)
+    feed = self.feed(ids)
     events.ready = time.perf_counter_ns()
-    meter = self._generate(ids, events, n, fixed, temperature, seed, on_token, stop)
-    return self._metrics(messages, ids, events, meter)
+    meter = self._generate(feed, events, n, fixed, temperature, seed, on_token, stop)
+    return self._metrics(messages, ids, len(feed.ids), events, meter)
 
 # %% ../nbs/05_engine.ipynb #47a1269e
 @patch
-def _metrics(self:EnhancedFusedLLMEngine, messages, ids, events, meter):
+def _metrics(self:EnhancedFusedLLMEngine, messages, ids, n_read, events, meter):
     "`ChatMetrics` from the events and the meter of one answer."
     out, t, kv = self._text(meter.ids), events.times(), kv_bytes(meter.cache)
     n, base, n_base = len(meter.ids), len(self.lm.encode_chat(messages)), self.lm.count(out)
     eos = self.lm.model.generation_config.eos_token_id
     stopped = meter.ids[-1] in (eos if isinstance(eos, list) else [eos])
     return ChatMetrics(method=self.recipe.id, input_text=messages[-1]['content'], prompt_text=self.lm.tokenizer.decode(ids), output_text=out,
-                       finish_reason='stop' if stopped else 'length', **t, prompt_tokens=len(ids), prompt_tokens_base=base, completion_tokens=n,
+                       finish_reason='stop' if stopped else 'length', **t, prompt_tokens=n_read, prompt_tokens_base=base, completion_tokens=n,
                        completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live), kv_bytes_reserved=kv.reserved, kv_bytes_resident=getattr(kv, 'resident', None),
-                       weight_bytes=self.lm.weight_bytes, **_rates(t, len(ids), base, n, n_base, len(out)), factors=self.recipe.factors, output_ids=meter.ids)
+                       weight_bytes=self.lm.weight_bytes, **_rates(t, n_read, base, n, n_base, len(out)), factors=self.recipe.factors, output_ids=meter.ids)
 
 # %% ../nbs/05_engine.ipynb #d48b137c
 @patch
@@ -332,12 +352,13 @@ def score(self:EnhancedFusedLLMEngine,
           answer_ids:list # token ids of the answer to be led along
          )->torch.Tensor: # (n, vocabulary) log-probabilities, float32
     "Log-probabilities before each token of `answer_ids`, given `text`."
-    ids, cache, rows, dev = self.encode(self._messages(text), room=len(answer_ids)), self.make_cache(), [], self.lm.device
-    step = torch.tensor([ids], device=dev)
+    feed, cache, rows, dev = self.feed(self.encode(self._messages(text), room=len(answer_ids))), self.make_cache(), [], self.lm.device
+    step = feed.inputs
     with self.attention():
-        for t in answer_ids:
-            rows.append(self.lm.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
-            step = torch.tensor([[t]], device=dev)
+        for i, t in enumerate(answer_ids):
+            rows.append(self.lm.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
+            step = dict(input_ids=torch.tensor([[t]], device=dev))
+            if 'position_ids' in feed.inputs: step['position_ids'] = torch.tensor([[feed.next+i]], device=dev)
     return torch.stack(rows).float().log_softmax(-1)
 
 # %% ../nbs/05_engine.ipynb #718b904a

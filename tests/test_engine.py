@@ -6,6 +6,7 @@ import torch
 import threading
 from fastcore.test import test_eq, expect_fail
 from llmopt.core import LlmoptError, user
+from llmopt.adaptivocab_model import Vocab
 from llmopt.engine import *
 from llmopt.engine import _rates
 
@@ -73,6 +74,20 @@ def test_hybrid_kv_cache_in_the_engine():
     assert (a.score('Why is ice cold?', m.output_ids)-b.score('Why is ice cold?', m.output_ids)).abs().max() < 1e-4
     assert n.kv_bytes_resident is None or n.kv_bytes_live <= n.kv_bytes_resident <= n.kv_bytes_reserved
     with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('kv:attention=fast')
+
+
+def test_phrases_in_the_engine():
+    """With phrases on, the model reads fewer positions than the prompt has tokens; the prompt's text is the same.
+    Led along its own answer it would say the same again, and the other methods stack on top of it."""
+    q = 'What is the difference between machine learning and artificial intelligence?'
+    e = EnhancedFusedLLMEngine('llmopt-tiny', simple_adaptivocab=True)
+    m, base = e.run(q, max_new_tokens=12), EnhancedFusedLLMEngine('llmopt-tiny').run(q, max_new_tokens=12)
+    assert m.prompt_tokens < m.prompt_tokens_base; test_eq((m.prompt_tokens_base, m.prompt_text, m.method), (base.prompt_tokens, base.prompt_text, 'simple_adaptivocab'))
+    test_eq(e.score(q, m.output_ids).argmax(-1).tolist(), m.output_ids)
+    both = EnhancedFusedLLMEngine('llmopt-tiny', simple_adaptivocab=True, vattention_enabled=True, word_removal=5)
+    b = both.run(q, max_new_tokens=12)
+    test_eq(b.method, 'words:n=5+vocab+kv'); test_eq(both.score(q, b.output_ids).argmax(-1).tolist(), b.output_ids)
+    with expect_fail(LlmoptError, 'phrases'): EnhancedFusedLLMEngine('llmopt-tiny', recipe=Recipe(vocab=Vocab(phrases='none.json')))
 
 
 def test_seeds():
