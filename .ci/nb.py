@@ -211,8 +211,15 @@ def export(args):
         p.write_text(text, encoding='utf-8', newline='\n')
         print(p.as_posix())
 
+def crowded_title(path):
+    "A complaint if the title cell of `path` holds more than title and summary; None if not"
+    first = read_nb(path).cells[0]
+    if first.cell_type != 'markdown' or not re.match(r'# .+\n+> .+\n+\S', first.source): return None
+    return f'{path.as_posix()}: pages keep only title and summary of the title cell; put the rest into a cell of its own'
+
 def check(args):
     "Fail if the tree is not what `export` would make of it; touch nothing"
+    if crowded := [*filter(None, map(crowded_title, notebooks()))]: raise Problem('\n'.join(crowded))
     have, want = generated(), rebuild()
     found = [*filter(None, (difference(p, have, want) for p in sorted(have | want)))]
     if found: raise Problem('\n'.join(found) + '\nTo mend it: python .ci/nb.py export')

@@ -64,32 +64,6 @@ def test_kv_of_an_answer():
     assert m.ttft_ms >= m.preprocess_ms+m.prefill_ms-1e-6 and m.e2el_ms > m.ttft_ms
 
 
-def test_hybrid_kv_cache_in_the_engine():
-    """The slabs of `hybrid_kv_cache` change nothing that is said: same tokens, same live bytes, and
-    log-probabilities equal within rounding. Only for them the system tells how much memory is behind the
-    addresses."""
-    a, b = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu'), EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', vattention_enabled=True)
-    m, n = (e.run('Why does the moon shine?', max_new_tokens=24, fixed=True) for e in (a, b))
-    test_eq(m.output_ids, n.output_ids); test_eq(m.kv_bytes_live, n.kv_bytes_live); test_eq(n.method, 'hybrid_kv_cache')
-    assert (a.score('Why is ice cold?', m.output_ids)-b.score('Why is ice cold?', m.output_ids)).abs().max() < 1e-4
-    assert n.kv_bytes_resident is None or n.kv_bytes_live <= n.kv_bytes_resident <= n.kv_bytes_reserved
-    with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('kv:attention=fast')
-
-
-def test_phrases_in_the_engine():
-    """With phrases on, the model reads fewer positions than the prompt has tokens; the prompt's text is the same.
-    Led along its own answer it would say the same again, and the other methods stack on top of it."""
-    q = 'What is the difference between machine learning and artificial intelligence?'
-    e = EnhancedFusedLLMEngine('llmopt-tiny', simple_adaptivocab=True)
-    m, base = e.run(q, max_new_tokens=12), EnhancedFusedLLMEngine('llmopt-tiny').run(q, max_new_tokens=12)
-    assert m.prompt_tokens < m.prompt_tokens_base; test_eq((m.prompt_tokens_base, m.prompt_text, m.method), (base.prompt_tokens, base.prompt_text, 'simple_adaptivocab'))
-    test_eq(e.score(q, m.output_ids).argmax(-1).tolist(), m.output_ids)
-    both = EnhancedFusedLLMEngine('llmopt-tiny', simple_adaptivocab=True, vattention_enabled=True, word_removal=5)
-    b = both.run(q, max_new_tokens=12)
-    test_eq(b.method, 'words:n=5+vocab+kv'); test_eq(both.score(q, b.output_ids).argmax(-1).tolist(), b.output_ids)
-    with expect_fail(LlmoptError, 'phrases'): EnhancedFusedLLMEngine('llmopt-tiny', recipe=Recipe(vocab=Vocab(phrases='none.json')))
-
-
 def test_seeds():
     "Sampling is reproducible by its seed."
     e = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu')
@@ -125,6 +99,32 @@ def test_score():
     assert (lp-ref).abs().max() < 1e-3
     free = e.run('Why is ice cold?', max_new_tokens=10)
     test_eq(e.score('Why is ice cold?', free.output_ids).argmax(-1).tolist(), free.output_ids)
+
+
+def test_hybrid_kv_cache_in_the_engine():
+    """The slabs of `hybrid_kv_cache` change nothing that is said: same tokens, same live bytes, and
+    log-probabilities equal within rounding. Only for them the system tells how much memory is behind the
+    addresses."""
+    a, b = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu'), EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', vattention_enabled=True)
+    m, n = (e.run('Why does the moon shine?', max_new_tokens=24, fixed=True) for e in (a, b))
+    test_eq(m.output_ids, n.output_ids); test_eq(m.kv_bytes_live, n.kv_bytes_live); test_eq(n.method, 'hybrid_kv_cache')
+    assert (a.score('Why is ice cold?', m.output_ids)-b.score('Why is ice cold?', m.output_ids)).abs().max() < 1e-4
+    assert n.kv_bytes_resident is None or n.kv_bytes_live <= n.kv_bytes_resident <= n.kv_bytes_reserved
+    with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('kv:attention=fast')
+
+
+def test_phrases_in_the_engine():
+    """With phrases on, the model reads fewer positions than the prompt has tokens; the prompt's text is the same.
+    Led along its own answer it would say the same again, and the other methods stack on top of it."""
+    q = 'What is the difference between machine learning and artificial intelligence?'
+    e = EnhancedFusedLLMEngine('llmopt-tiny', simple_adaptivocab=True)
+    m, base = e.run(q, max_new_tokens=12), EnhancedFusedLLMEngine('llmopt-tiny').run(q, max_new_tokens=12)
+    assert m.prompt_tokens < m.prompt_tokens_base; test_eq((m.prompt_tokens_base, m.prompt_text, m.method), (base.prompt_tokens, base.prompt_text, 'simple_adaptivocab'))
+    test_eq(e.score(q, m.output_ids).argmax(-1).tolist(), m.output_ids)
+    both = EnhancedFusedLLMEngine('llmopt-tiny', simple_adaptivocab=True, vattention_enabled=True, word_removal=5)
+    b = both.run(q, max_new_tokens=12)
+    test_eq(b.method, 'words:n=5+vocab+kv'); test_eq(both.score(q, b.output_ids).argmax(-1).tolist(), b.output_ids)
+    with expect_fail(LlmoptError, 'phrases'): EnhancedFusedLLMEngine('llmopt-tiny', recipe=Recipe(vocab=Vocab(phrases='none.json')))
 
 
 def test_chat_and_stream():

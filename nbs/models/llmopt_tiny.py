@@ -325,6 +325,8 @@ def pack(work, to, phase):
     m.load_state_dict(ck['model']); m = m.to(torch.bfloat16)
     m.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[3, 0], pad_token_id=5, do_sample=False)
     m.save_pretrained(to); AutoTokenizer.from_pretrained(Path(work)/'tokenizer').save_pretrained(to)
+    cfg = Path(to)/'tokenizer_config.json'                     # what speaks of this machine's loading, not of the tokenizer, stays here
+    cfg.write_text(json.dumps({k: v for k, v in json.loads(cfg.read_text()).items() if k not in ('is_local', 'local_files_only')}, indent=2) + '\n')
     log = dict(config=CONFIG, phase=phase, data=json.load(open(Path(work)/'data.json')), epochs=EPOCHS, anneal=ANNEAL, **ck['state'])
     json.dump(log, open(HERE.parents[1]/'data'/'llmopt_tiny_training.json', 'w'), indent=1)
     return ck['state']
