@@ -101,12 +101,8 @@ def metric(self:View, name)->Metric:
     return self.results.definitions.get(name) or Metric(formula='', unit='', better='neither')
 
 @patch
-def values(
-    self:View,
-    what,        # a metric, or a function of the rows
-    arm=None,    # the metric's own if None
-)->pd.DataFrame: # method, query, round, x
-    "The finite values of a metric in its arm."
+def values(self:View, what, arm=None)->pd.DataFrame: # method, query, round, x
+    "The finite values of `what`, a metric or a function of the rows, in `arm`, or the arm of the metric."
     d = self.rows[self.rows.arm == (arm or self.metric(what).arm)]
     x = (d[what] if isinstance(what, str) else what(d)).astype(float)
     return d[['method', 'query', 'round']].assign(x=x)[np.isfinite(x)]
