@@ -104,7 +104,8 @@ def test_single_method_plots(tmp_path):
 def test_interrupt_and_resume(tmp_path):
     "Ctrl-C half-way: exit code 130, a valid file, and --resume measures only the rest."
     args = ['compare', '--rounds', '200', '--max-new-tokens', '4', '--no-memory', '--output', 'r.json']
-    p = subprocess.Popen([*CMD, *args], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)      # a background job of a shell would inherit a deaf ear
+    p = subprocess.Popen([*CMD, *args], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     f, t = tmp_path/'r.json', time.time()
     speed = lambda: f.exists() and sum(r['arm'] == 'speed' for r in json.loads(f.read_text())['runs']) >= 6
     while not speed() and time.time()-t < 120: time.sleep(.2)
