@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NAMES', 'AA', 'COLORS', 'OTHERS', 'MARKERS', 'INK', 'FAINT', 'BAND', 'WIDTH', 'STYLE', 'BETTER', 'PHASES', 'KV',
            'LEGEND', 'MONO', 'SIZE', 'STEP', 'CHAR', 'KINDS_OF_TEXT', 'LEFT', 'COLS', 'DOTS', 'BARS', 'QUALITY',
-           'TIMES', 'BLOCKS', 'RATES', 'COST', 'KINDS', 'scale', 'number', 'plain', 'label', 'looks', 'View', 'Chart',
-           'sheet', 'lanes', 'grid', 'tall', 'ratios', 'phase_bars', 'kept_tokens', 'kv_bars', 'rss_bars', 'beaten',
-           'pareto', 'gap_lines', 'gap_shares', 'pieces', 'common', 'changes', 'columns', 'chunks', 'flow', 'facts',
-           'answer', 'input_output_pairs', 'quality_comparison', 'performance_dashboard', 'time_metrics',
-           'token_metrics', 'memory_metrics', 'efficiency_metrics', 'comprehensive_dashboard', 'drawable', 'plot',
-           'plot_file']
+           'TIMES', 'BLOCKS', 'RATES', 'COST', 'KINDS', 'scale', 'number', 'plain', 'label', 'looks', 'View',
+           'with_palette', 'Chart', 'sheet', 'lanes', 'grid', 'tall', 'ratios', 'phase_bars', 'kept_tokens', 'kv_bars',
+           'rss_bars', 'beaten', 'pareto', 'gap_lines', 'gap_shares', 'pieces', 'common', 'changes', 'columns',
+           'chunks', 'flow', 'facts', 'answer', 'input_output_pairs', 'quality_comparison', 'performance_dashboard',
+           'time_metrics', 'token_metrics', 'memory_metrics', 'efficiency_metrics', 'comprehensive_dashboard',
+           'drawable', 'plot', 'plot_file']
 
 # %% ../nbs/07_visualization.ipynb #08fcec35
 import io, math, re, textwrap, unicodedata, warnings
@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from scipy.spatial import cKDTree
 
 from .results import Metric, Results, ResultsError, Run, load
 
@@ -172,6 +173,20 @@ def formulas(self:View, metrics)->list: # lines
     return [f'{NAMES.get(k, k)} ({k}, {d.unit}): {d.formula}' for k in metrics if (d := self.metric(k)).formula]
 
 # %% ../nbs/07_visualization.ipynb #7cef86e4
+def with_palette(im:PIL.Image.Image)->PIL.Image.Image:
+    "The image with at most 256 colours."
+    im = im.convert('RGB')
+    seen = [c for _, c in sorted(im.getcolors(im.width*im.height), reverse=True)]
+    ours = [tuple(round(255*x) for x in to_rgb(c)) for c in [*COLORS.values(), *OTHERS]]
+    pal = np.array([*dict.fromkeys(ours + seen)][:256], dtype=np.uint8)
+    pack = lambda a: np.asarray(a).astype(np.int32)@np.array([65536, 256, 1], dtype=np.int32)
+    index = np.zeros(2**24, dtype=np.uint8)
+    index[pack(seen)] = cKDTree(pal).query(seen)[1]
+    out = PIL.Image.fromarray(index[pack(im)], 'P')
+    out.putpalette(pal.tobytes())
+    return out
+
+# %% ../nbs/07_visualization.ipynb #03eff285
 class _Canvas(FigureCanvasAgg):
     "Draws in our style, whoever asks, and writes PNG with a palette."
     def print_figure(self, *args, **kw):
@@ -181,7 +196,7 @@ class _Canvas(FigureCanvasAgg):
     def print_png(self, file, **kw): # matplotlib passes more than the parent takes
         buf = io.BytesIO()
         super().print_png(buf)
-        PIL.Image.open(buf).convert('RGB').quantize(256, PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE).save(file, 'PNG', optimize=True)
+        with_palette(PIL.Image.open(buf)).save(file, 'PNG', optimize=True)
 
 # %% ../nbs/07_visualization.ipynb #77836ddc
 class Chart(Figure):
@@ -306,13 +321,21 @@ def blocks(self:View, metric, method)->pd.DataFrame: # query, round, x
     return x.rename('x').reset_index()
 
 # %% ../nbs/07_visualization.ipynb #023aad06
+def _ratio_ticks(lo, hi):
+    "Round numbers from `lo` to `hi`, 1 among them."
+    if hi/lo > 8: ticks = [a*10.**e for e in range(-6, 7) for a in (1, 2, 5)]
+    elif hi/lo > 2.2: ticks = [.15, .2, .3, .5, .7, 1, 1.5, 2, 3, 5, 7]
+    else:
+        step = next((s for s in (.05, .1, .2) if (hi-lo)/s <= 6), .5)
+        ticks = [1+k*step for k in range(-12, 25)]
+    ticks = [t for t in ticks if lo <= t <= hi]
+    return [t for i, t in enumerate(ticks) if (i-ticks.index(1)) % (len(ticks)//7+1) == 0]
+
 def _ratio_axis(ax, lo, hi):
     "A logarithmic axis that holds `lo` to `hi` and 1."
     lo, hi = min(lo, 1/1.1)/1.03, max(hi, 1.1)*1.03
-    nice = [a*10.**e for e in range(-6, 7) for a in (1, 2, 5)]
-    ticks = [t for t in (nice if hi/lo > 8 else MaxNLocator(4).tick_values(lo, hi)) if lo <= t <= hi]
     ax.set_xscale('log'); ax.set_xlim(lo, hi)
-    ax.xaxis.set_minor_locator(NullLocator()); ax.xaxis.set_major_locator(FixedLocator(ticks[::len(ticks)//7+1]))
+    ax.xaxis.set_minor_locator(NullLocator()); ax.xaxis.set_major_locator(FixedLocator(_ratio_ticks(lo, hi)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f'×{t:g}'))
 
 # %% ../nbs/07_visualization.ipynb #832e09f6
@@ -406,12 +429,13 @@ def kv_bars(ax, v:View, methods, names=True):
     "Live, peak and reserved bytes of the KV cache."
     ds = {k: v.values(k) for k in KV}
     top = max([d.x.max() for d in ds.values() if len(d)], default=0)
-    k, u = scale(top, 'byte')
+    used = max([d.x.max() for d in list(ds.values())[:2] if len(d)], default=top)
+    k, u = scale(used, 'byte')
     _heading(ax, 'KV cache', f'{u}; solid: live, tick: peak, outline: reserved', BETTER['lower'])
     _lane_axis(ax, v, methods, names)
     if not top: return _nothing(ax)
     for i, m in enumerate(methods): _kv_bar(ax, v, i, m, [d[d.method == m].assign(x=lambda d: d.x*k) for d in ds.values()])
-    _span_axis(ax, pd.Series([0, top*k]))
+    _span_axis(ax, pd.Series([0, min(top, 1.6*used)*k]))
 
 # %% ../nbs/07_visualization.ipynb #9119a13d
 def _kv_bar(ax, v, i, method, ds):
@@ -419,7 +443,7 @@ def _kv_bar(ax, v, i, method, ds):
     (live, peak, held), color = [d.groupby('query').x.median().mean() for d in ds], v.look[method][0]
     if not any(map(len, ds)): return _side(ax, i, 'failed' if method in set(v.failed.method) else '–', FAINT)
     ax.barh(i, live, .5, color=_tint(color, .45), lw=0)
-    ax.barh(i, held, .62, fill=False, ec=color, lw=1.1)
+    ax.barh(i, held, .62, fill=False, ec=color, lw=1.1) # may run out of the axes: reserving addresses costs no memory
     ax.plot([peak, peak], [i-.31, i+.31], color=color, lw=2.6, solid_capstyle='butt')
     if ds[1].x.nunique() > 1: ax.plot(ds[1].x, i+_spots(v, ds[1]), 'o', ms=2.6, color=INK, alpha=.6, mew=0)
     _side(ax, i, ' / '.join(number(x) if np.isfinite(x) else '–' for x in dict.fromkeys([live, peak, held])))
