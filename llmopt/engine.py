@@ -7,10 +7,9 @@ __all__ = ['SLOTS', 'Slot', 'known_methods', 'built_methods', 'Recipe', 'NotBuil
            'EnhancedFusedLLMEngine', 'ContextError', 'Feed', 'ComprehensiveChatEngine']
 
 # %% ../nbs/05_engine.ipynb #3343752b
-import queue, threading, time
+import ast, queue, threading, time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, asdict, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, asdict, fields
 from typing import NamedTuple
 
 import torch
@@ -88,7 +87,6 @@ def _built(slot):
 # %% ../nbs/05_engine.ipynb #230b2c73
 def _value(text):
     "A parameter as Python reads it: number, True, False, None, else text."
-    import ast
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
@@ -190,7 +188,7 @@ class EnhancedFusedLLMEngine:
 # %% ../nbs/05_engine.ipynb #5bf85c90
 def _keywords(vocab, larosa, cache, words):
     "The recipe for the keyword form of the engine."
-    if larosa: _built(SLOTS[2])
+    if larosa: Recipe.named('larosa')
     try: return Recipe(words=Words(n=words) if words else None, vocab=Vocab() if vocab else None, cache=KVCache() if cache else None)
     except ValueError as e: raise LlmoptError(str(e)) from None
 

@@ -8,13 +8,12 @@ __all__ = ['AA', 'TIMES', 'COLUMNS', 'read_queries', 'default_queries', 'keyword
            'summarize', 'compare', 'table', 'side_by_side']
 
 # %% ../nbs/06_evaluation.ipynb #4fc5f07a
-import hashlib, json, math, os, random, subprocess, sys
+import hashlib, json, math, random, subprocess, sys
 from dataclasses import asdict
 from functools import cache
-from itertools import product
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import bootstrap
@@ -387,7 +386,6 @@ COLUMNS = dict(ttft_ms=('TTFT ms', 1, 1), tpot_ms=('TPOT ms', 2, 1), e2el_ms=('t
                peak_rss_bytes=('peak MiB', 0, 2**-20), kl_mean=('KL', 3, 1), top1_agree=('same top', 2, 1), bits_per_byte_delta=('bits/byte +', 3, 1), rougeL_vs_base=('ROUGE-L', 2, 1), keyword_recall=('keywords', 2, 1))
 def table(res:Results):
     "The results as one table: a row a method."
-    import pandas as pd
     by = {(s.method, s.metric): s for s in res.summary}
     rows = {m: {name: _cell(by.get((m, k)), d, sc) for k, (name, d, sc) in COLUMNS.items()} for m in dict.fromkeys(s.method for s in res.summary)}
     return pd.DataFrame(rows).T
@@ -395,6 +393,5 @@ def table(res:Results):
 # %% ../nbs/06_evaluation.ipynb #dddb3e88
 def side_by_side(text:str, methods=('baseline', 'word_removal'), model=TINY, max_new_tokens:int=60):
     "The answers of several methods to one text, in a table."
-    import pandas as pd
     out = ComprehensiveChatEngine(model, list(methods)).chat(text, max_new_tokens=max_new_tokens)
     return pd.DataFrame({m: dict(prompt_tokens=x.prompt_tokens, keeps=f'{x.prompt_tokens/x.prompt_tokens_base:.0%}', answer=x.output_text) for m, x in out.items()}).T

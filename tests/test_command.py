@@ -103,21 +103,26 @@ def test_single_method_plots(tmp_path):
 @pytest.mark.skipif(os.name == 'nt', reason='signals differ on Windows')
 def test_interrupt_and_resume(tmp_path):
     "Ctrl-C half-way: exit code 130, a valid file, and --resume measures only the rest."
-    args = ['compare', '--rounds', '200', '--max-new-tokens', '4', '--no-memory', '--output', 'r.json']
+    (tmp_path/'q.jsonl').write_text('{"text": "What is rain?"}\n{"text": "Why is snow white?"}\n')
+    args = ['compare', '--queries', 'q.jsonl', '--rounds', '30', '--max-new-tokens', '4', '--no-memory', '--output', 'r.json']
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)      # a background job of a shell would inherit a deaf ear
     p = subprocess.Popen([*CMD, *args], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     f, t = tmp_path/'r.json', time.time()
     speed = lambda: f.exists() and sum(r['arm'] == 'speed' for r in json.loads(f.read_text())['runs']) >= 6
-    while not speed() and time.time()-t < 120: time.sleep(.2)
+    while not speed() and time.time()-t < 120: time.sleep(.1)
     p.send_signal(signal.SIGINT); _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and '--resume' in err and 'Traceback' not in err, err
     half = json.loads(f.read_text())
     assert any('interrupted' in w for w in half['warnings']) and len(half['runs']) >= 6
-    args[2] = '201'
-    refused(*args, '--resume', cwd=tmp_path, says=['other rounds'])
+    refused(*args[:4], '31', *args[5:], '--resume', cwd=tmp_path, says=['other rounds'])
+    assert llmopt(*args, '--resume', cwd=tmp_path).returncode == 0
+    whole, n = json.loads(f.read_text()), len(half['runs'])
+    assert whole['runs'][:n] == half['runs'] and not any('interrupted' in w for w in whole['warnings'])
+    methods = {r['method'] for r in whole['runs']}
+    assert len(whole['runs']) == 2*30*len(methods) + 2*(len(methods)-1)      # the second baseline is in the speed arm alone
 
 def test_help_names_every_command(tmp_path):
     top = llmopt('--help', cwd=tmp_path).stdout
     for c in ('compare', 'ask', 'chat', 'plot'):
-        assert c in top and '--output' in llmopt(c, '--help', cwd=tmp_path).stdout or c == 'chat'
+        assert c in top and ('--method' if c == 'chat' else '--output') in llmopt(c, '--help', cwd=tmp_path).stdout
     assert llmopt('--version', cwd=tmp_path).stdout.startswith('llmopt ')
