@@ -376,7 +376,7 @@ def stream(self:EnhancedFusedLLMEngine, text:str, **kw):
         try: box['m'] = self.run(self.history+[user(text)], on_token=q.put, stop=stop, **kw)
         except BaseException as e: box['e'] = e
         finally: q.put(None)
-    th = threading.Thread(target=work, daemon=True); th.start()
+    th = threading.Thread(target=work, name='llmopt-stream', daemon=True); th.start()
     try: yield from self._pieces(iter(q.get, None), ids)
     finally: stop.set(); th.join()
     if 'e' in box: raise box['e']

@@ -20,7 +20,7 @@ from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 import llmopt.results as R
-from .core import ASSETS, LlmoptError, PeakRSS, TINY, environment, load
+from .core import ASSETS, LlmoptError, PeakRSS, TINY, environment, kl, load
 from .engine import ComprehensiveChatEngine, EnhancedFusedLLMEngine, Recipe, built_methods
 from .results import DEFINITIONS, Query, Results, Run
 
@@ -69,10 +69,10 @@ def likelihoods(base:torch.Tensor,   # (n, V) log-probabilities of the baseline
                 n_bytes:int,         # bytes of the answer as text
                )->dict:
     "KL, agreement and bits per byte of `method` against `base` along one answer."
-    kl = (base.exp()*(base-method)).nan_to_num(0.).sum(-1).double().clamp_min(0)
+    d = kl(base, method).double().clamp_min(0)
     i = torch.tensor(ids, device=base.device)[:, None]
     nll = lambda lp: -lp.gather(1, i).sum().double().item()/math.log(2)/n_bytes
-    return dict(kl_mean=kl.mean().item(), kl_p99=kl.quantile(.99).item(), top1_agree=(base.argmax(-1) == method.argmax(-1)).double().mean().item(),
+    return dict(kl_mean=d.mean().item(), kl_p99=d.quantile(.99).item(), top1_agree=(base.argmax(-1) == method.argmax(-1)).double().mean().item(),
                 bits_per_byte_delta=nll(method)-nll(base))
 
 # %% ../nbs/06_evaluation.ipynb #0913f954
@@ -198,10 +198,10 @@ def quality_block(self:Comparison, q):
     if all(self._has('quality', q, m) for m in self.methods): self.bar.update(len(self.methods)); return
     n, es = self.config['quality_tokens'], self.bench.engines
     base, err = _try(es['baseline'].run, q.text, max_new_tokens=n)
-    lp = es['baseline'].score(q.text, base.output_ids) if base else None
+    lp, err = _try(es['baseline'].score, q.text, base.output_ids) if base else (None, err)
     for i, m in enumerate(self.methods):
         x, e = (base, err) if m == 'baseline' else _try(es[m].run, q.text, max_new_tokens=n)
-        v, e2 = _try(quality, es[m], base, lp, x, q) if x and base else ({}, None)
+        v, e2 = _try(quality, es[m], base, lp, x, q) if x and lp is not None else ({}, None)
         if not self._has('quality', q, m): self.results.runs.append(_row('quality', q, m, 0, i, x, e or e2, **(v or {})))
         self.tick(m, q)
     self.save()

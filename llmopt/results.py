@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFINITIONS', 'SCHEMA_VERSION', 'Metric', 'Query', 'Method', 'Run', 'Summary', 'Effect', 'Floor', 'Results',
-           'json_schema', 'ResultsError', 'check_writable', 'save', 'load', 'now']
+           'json_schema', 'ResultsError', 'check_writable', 'write_text', 'save', 'load', 'now']
 
 # %% ../nbs/06a_results.ipynb #78a21ad9
 import datetime, json, os
@@ -186,14 +186,18 @@ def check_writable(path)->Path:
     return p
 
 # %% ../nbs/06a_results.ipynb #eed6d1ec
-def save(results:Results, path)->Path:
-    "Write `results` to `path` by a temporary file and a rename."
+def write_text(path, text:str)->Path:
+    "Write `text` to `path` by a temporary file and a rename: the old file stays whole until the new one is."
     p = check_writable(path); tmp = p.with_name(p.name + '.tmp')
     try:
-        with open(tmp, 'w', encoding='utf-8') as f: f.write(results.model_dump_json(indent=1)); f.flush(); os.fsync(f.fileno())
+        with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
         os.replace(tmp, p)
     except OSError as e: raise ResultsError(f"cannot write '{path}': {e.strerror}") from None
     return p
+
+def save(results:Results, path)->Path:
+    "Write `results` to `path`."
+    return write_text(path, results.model_dump_json(indent=1))
 
 # %% ../nbs/06a_results.ipynb #a6b61987
 def load(path)->Results:

@@ -4,12 +4,11 @@
 import json
 import tempfile
 import transformers as T
-import math
 import torch
 from dataclasses import asdict
 from fastcore.test import test_eq, test_close, expect_fail
 from transformers import DynamicCache
-from llmopt.core import TINY, load, user, LlmoptError
+from llmopt.core import TINY, load, user, LlmoptError, kl
 from llmopt.adaptivocab import SimpleAdaptiVocab
 from llmopt.adaptivocab_model import *
 
@@ -30,13 +29,6 @@ def test_configuration():
     test_eq(Vocab(**json.loads(json.dumps(asdict(c)))), c); test_eq(len({Vocab(), Vocab(), c}), 2)
     for bad in (dict(embed='sum'), dict(positions='none'), dict(ratio=0), dict(ratio=float('inf')), dict(segmentation='dp')):
         with expect_fail(ValueError): Vocab(**bad)
-
-
-def test_kl():
-    """For a comparison the model is led along a given answer and asked at each position what it would say next.
-    Prompt and answer are read in one go here; the answer is never folded."""
-    p, q = torch.tensor([.5, .25, .25]).log(), torch.tensor([.25, .5, .25]).log()
-    test_close(kl(p, q).item(), .25*math.log(2), 1e-6); test_eq(kl(p, p).item(), 0)
 
 
 def answer_of(lm, text, n=6):

@@ -106,7 +106,6 @@ def gather(src):
     root, d = Path(src)/'corpora', {}
     d['medquad'] = medquad(root)
     d['books'] = [p for r in map(json.loads, open(root/'books'/'tiny_open_domain_books.jsonl')) for p in pieces(unwrap(clean(r['text'])))]
-    d['oz'] = pieces(unwrap(clean((root/'books'/'wizard_of_oz.txt').read_text())))
     d['shakespeare'] = pieces(clean((root/'books'/'tinyshakespeare.txt').read_text()))
     d['speeches'] = [p for n in ('inaugural', 'state_union') for p in pieces(clean(re.sub(r'\n ?\n', '\n\n', (root/'speeches'/f'{n}.txt').read_text())))]
     d['web'] = [clean(json.loads(l)['text']) for l in open(root/'web'/'c4_sample.jsonl')]
@@ -117,9 +116,9 @@ def gather(src):
     d = {k: list(dict.fromkeys(x for x in v if len(x) > 20)) for k, v in d.items()}
     return {k: v for k, v in d.items() if v}
 
-# times each document is seen in the main phase, and its share of the tokens in the annealing phase
-EPOCHS = dict(medquad=3., books=3., oz=1., shakespeare=.5, speeches=2., web=4., wikipedia=5., wikitext=5., code=1., tasks=4., roleplay=2., own_qa=5., own_text=6.)
-ANNEAL = dict(medquad=.10, books=.05, oz=.01, speeches=.04, web=.10, wikipedia=.13, wikitext=.14, code=.02, tasks=.04, roleplay=.03, own_qa=.29, own_text=.05)
+# relative number of times each document is seen in the main phase, and each source's share of the tokens in the annealing phase
+EPOCHS = dict(medquad=2., books=2.5, shakespeare=2.5, speeches=2., web=4., wikipedia=5., wikitext=5., code=3., tasks=4., roleplay=2., own_qa=5., own_text=6.)
+ANNEAL = dict(medquad=.09, books=.06, shakespeare=.04, speeches=.04, web=.09, wikipedia=.11, wikitext=.12, code=.08, tasks=.04, roleplay=.03, own_qa=.25, own_text=.05)
 
 def train_tokenizer(docs):
     "Byte-level BPE; each source gives at most 3 MB, so that no single one decides the merges."
@@ -201,6 +200,7 @@ def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, 
     work = Path(work); torch.set_num_threads(threads)
     stats, main = json.load(open(work/'data.json')), phase == 'main'
     T = T or (256 if main else CONTEXT); B = B or (32 if main else 8)
+    micro = max(1, 2048//T) if device == 'cpu' else B
     weights = {k: EPOCHS[k]*stats[k]['tokens'] for k in stats} if main else ANNEAL
     m = new_model().to(device); opts = optimizers(m, lr, lr_emb)
     state, file = dict(step=0, tokens=0, phase_tokens=0, seconds=0., log=[]), work/f'{phase}.pt'
@@ -210,6 +210,8 @@ def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, 
         m.load_state_dict(ck['model']); [o.load_state_dict(s) for o, s in zip(opts, ck['opts'])]; state = ck['state']
         if start != file: state['phase_tokens'] = 0
         print('from', start.name, {k: v for k, v in state.items() if k != 'log'}, flush=True)
+    total = sum(weights.values())                          # the mixture may change from one run to the next: each is written down
+    state.setdefault('mixtures', []).append(dict(phase=phase, from_tokens=state['tokens'], lr=lr, share={k: round(w/total, 4) for k, w in weights.items()}))
     data = Stream(work/'tokens.npz', weights, seed=1000*state['step'] + (0 if main else 1))
     val = {k: torch.tensor(x) for k, x in heldout_rows(work, T).items()}
     def loss_fn(x):
@@ -227,10 +229,12 @@ def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, 
             for g in o.param_groups: g['lr'] = base*scale
         if not stop:
             x = data.batch(B, T).to(device)
-            loss = step_loss(x); loss.backward()
+            loss = 0.
+            for part in x.split(micro):                    # small parts: their logits stay in the processor's cache
+                l = step_loss(part)*(len(part)/B); l.backward(); loss += l.item()
             torch.nn.utils.clip_grad_norm_(m.parameters(), 1.)
             for o in opts: o.step(); o.zero_grad(set_to_none=True)
-            ema = loss.item() if ema is None else .97*ema + .03*loss.item()
+            ema = loss if ema is None else .97*ema + .03*loss
             state['step'] += 1; state['tokens'] += B*T; state['phase_tokens'] += B*T
             state['seconds'] = sec0 + time.time()-t0
         if state['step'] % every == 0 or stop:
