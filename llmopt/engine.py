@@ -7,10 +7,11 @@ __all__ = ['SLOTS', 'Slot', 'known_methods', 'built_methods', 'Recipe', 'NotBuil
            'EnhancedFusedLLMEngine', 'ContextError', 'Feed', 'ComprehensiveChatEngine']
 
 # %% ../nbs/05_engine.ipynb #3343752b
-import ast, queue, threading, time
+import ast, queue, re, threading, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, asdict, fields
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import torch
 from fastcore.basics import patch
@@ -63,9 +64,20 @@ def factors(self:Recipe)->dict: return {s.name: int(getattr(self, s.name) is not
 def to_dict(self:Recipe)->dict: return {s.name: asdict(getattr(self, s.name)) for s in self.on}
 
 # %% ../nbs/05_engine.ipynb #fc8a45bc
+def _value(text):
+    "A parameter as Python reads it: number, True, False, None, else text."
+    text = unquote(text)
+    try: return ast.literal_eval(text)
+    except (ValueError, SyntaxError): return text
+
+def _written(v):
+    "What `_value` reads as `v`, without the signs that part parameters and methods."
+    s = repr(v) if isinstance(v, str) and _value(v) != v else str(v)
+    return re.sub('[%,+]', lambda m: f'%{ord(m[0]):02X}', s)
+
 def _args(cfg):
     "The parameters of a configuration that differ from its defaults, as `k=v,k=v`."
-    return ','.join(f'{f.name}={getattr(cfg, f.name)}' for f in fields(cfg) if getattr(cfg, f.name) != getattr(type(cfg)(), f.name))
+    return ','.join(f'{f.name}={_written(getattr(cfg, f.name))}' for f in fields(cfg) if getattr(cfg, f.name) != getattr(type(cfg)(), f.name))
 
 @patch(as_prop=True)
 def id(self:Recipe)->str:
@@ -85,11 +97,6 @@ def _built(slot):
     raise NotBuilt(f"method '{slot.method}' is not built yet; built so far: {', '.join(built_methods())}")
 
 # %% ../nbs/05_engine.ipynb #230b2c73
-def _value(text):
-    "A parameter as Python reads it: number, True, False, None, else text."
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
-
 def _config(slot, args):
     "`Words`, … from `k=v,k=v`."
     cls = _built(slot)

@@ -6,7 +6,7 @@
 __all__ = ['PATTERNS', 'DEFAULT', 'STOP_WORDS', 'ASSETS', 'SCORERS', 'MODEL_FREE', 'Word', 'split_words', 'segments', 'Passage',
            'remove_every_nth_word_advanced', 'protected_spans', 'Statistics', 'fit_statistics', 'default_statistics',
            'model_surprisal', 'llmlingua2', 'token_counter', 'BudgetError', 'Compressed', 'highlight', 'compress',
-           'time_scorers', 'BreakEven', 'break_even', 'Words', 'survival', 'recall_table']
+           'time_scorers', 'BreakEven', 'break_even', 'Words', 'asked_in', 'survival', 'recall_table']
 
 # %% ../nbs/01_word_removal.ipynb #51743b05
 import heapq, json, math, re, time, unicodedata
@@ -843,17 +843,23 @@ def _check_words(w):
     elif w.protect: raise ValueError("removing every n-th word protects nothing; give a rate or target_tokens, or leave protect out")
     _check_n(w.n)
 
+# %% ../nbs/01_word_removal.ipynb #d0d23cd3
+def asked_in(text:str)->str|None:
+    "The question that `text` ends with: its last paragraph, if there are others and it ends in a question mark."
+    *before, last = re.split(r'\n\s*\n', text.strip())
+    return last if before and last.endswith(('?', '？', '؟')) else None
+
 # %% ../nbs/01_word_removal.ipynb #a63b000e
 @patch
 def apply(self:Words,
           text:str,               # the prompt
           tokenizer=None,         # what counts tokens; None counts words
-          question:str|None=None, # see `compress`
+          question:str|None=None, # see `compress`; None looks for one with `asked_in`
           model_score=None        # see `compress`
          )->Compressed:
     "Shorten `text` as configured."
     if self.rate is not None or self.target_tokens is not None:
-        return compress(text, self.rate, self.target_tokens, tokenizer, question, self.protect, self.scorer, model_score, self.seed)
+        return compress(text, self.rate, self.target_tokens, tokenizer, question or asked_in(text), self.protect, self.scorer, model_score, self.seed)
     start, count = time.perf_counter(), token_counter(tokenizer)
     p, kept, short = _drop_nth(text, self.n)
     return _result(p, text, kept, short, count(text), count(short), 'every_nth', start)

@@ -23,6 +23,14 @@ def run(*args):
 def test_one_line_for_each_mistake():
     """A method that is not there, a model that is not there and a file that is not there are each answered in one
     line."""
-    for args, says in ((['compare', '--methods', 'turbo'], 'unknown method'), (['compare', '--model', './none'], 'no model folder'), (['plot', 'none.json'], 'no results file')):
+    for args, says in ((['compare', '--methods', 'turbo'], 'unknown method'), (['compare', '--model', './none'], 'no model folder'), (['plot', 'none.json'], 'no results file'),
+                       (['benchmark', 'speed'], 'known: words'), (['benchmark', 'words', '--texts', 'none'], 'cannot read texts')):
         code, out, err = run(*args)
         test_eq(code, 2); test_eq(len(err.strip().splitlines()), 1); assert says in err and err.startswith('llmopt: error:')
+
+
+def test_benchmark_names():
+    """The names of the benchmarks are written down twice, so that the parser answers without loading torch; they are
+    the same."""
+    from llmopt.benchmark import SUITES
+    test_eq(BENCHMARKS, tuple(SUITES))

@@ -121,8 +121,16 @@ def test_interrupt_and_resume(tmp_path):
     methods = {r['method'] for r in whole['runs']}
     assert len(whole['runs']) == 2*30*len(methods) + 2*(len(methods)-1)      # the second baseline is in the speed arm alone
 
+def test_benchmark(tmp_path):
+    (tmp_path/'t.jsonl').write_text('{"text": "The old mill by the river grinds corn. The old mill by the river is closed on Monday."}\n'*4)
+    p = llmopt('benchmark', 'vocab', '--quick', '--texts', 't.jsonl', cwd=tmp_path)
+    assert p.returncode == 0 and 'saved' in p.stdout, p.stderr
+    r = json.loads((tmp_path/'benchmark_vocab.json').read_text())
+    assert r['environment']['torch'] and r['tables']['saved'][0]['saved'] > 0
+    refused('benchmark', 'vocab', '--output', 'no/such', cwd=tmp_path, says=['cannot write'])
+
 def test_help_names_every_command(tmp_path):
     top = llmopt('--help', cwd=tmp_path).stdout
-    for c in ('compare', 'ask', 'chat', 'plot'):
+    for c in ('compare', 'ask', 'chat', 'plot', 'benchmark'):
         assert c in top and ('--method' if c == 'chat' else '--output') in llmopt(c, '--help', cwd=tmp_path).stdout
     assert llmopt('--version', cwd=tmp_path).stdout.startswith('llmopt ')

@@ -7,6 +7,7 @@ import threading
 from fastcore.test import test_eq, expect_fail
 from llmopt.core import LlmoptError, user
 from llmopt.adaptivocab_model import Vocab
+from llmopt.word_removal import Words
 from llmopt.engine import *
 from llmopt.engine import _rates
 
@@ -16,7 +17,8 @@ def test_recipe():
     ones that are."""
     test_eq(Recipe.parse('words'), Recipe.named('word_removal'))
     test_eq(Recipe.parse('words:n=2').words.n, 2)
-    for r in (Recipe(), Recipe.parse('words'), Recipe.parse('words:n=4'), Recipe.parse('words:n=2+kv'), Recipe.parse('kv:attention=stock')):
+    for r in (Recipe(), Recipe.parse('words'), Recipe.parse('words:n=4'), Recipe.parse('words:n=2+kv'), Recipe.parse('kv:attention=stock'),
+              *(Recipe(words=Words(), vocab=Vocab(phrases=p)) for p in ('a+b, 100%/c:d=e.json', '123', '%2C', 'plain/phrases.json'))):
         test_eq(Recipe.parse(r.id), r)
         test_eq(Recipe.from_dict(json.loads(json.dumps(r.to_dict()))), r)
     test_eq(len({Recipe(), Recipe(), Recipe.parse('words')}), 2)

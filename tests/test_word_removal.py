@@ -337,6 +337,15 @@ def test_break_even():
     with expect_fail(ValueError, 'above 0'): break_even(.1, 10, 5, 0)
 
 
+def test_question_in_a_prompt():
+    """`apply` is all that an engine calls. The naive method needs no tokenizer; if there is one, tokens are counted
+    with it all the same. It knows no questions either."""
+    test_eq(asked_in('Rain fell.\n\nWhat fell?\n'), 'What fell?')
+    test_eq([asked_in(t) for t in ('What fell?', 'Rain fell.\nWhat fell?', 'Who?\n\nRain fell.', '')], [None]*4)
+    text = 'Rain had been falling on the old roofs of the harbour since the early morning of that day.\n\nWhat had been falling on the roofs?'
+    assert Words('coverage', rate=.6).apply(text).text.endswith('\n\nWhat had been falling on the roofs?')
+
+
 def test_configuration():
     "As JSON and back. A field that does not exist is named, together with those that do."
     text = 'She paid 40 pounds, and not one more, for the old clock that her uncle in York had kept so long.'

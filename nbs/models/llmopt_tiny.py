@@ -331,7 +331,7 @@ def pack(work, to, phase):
     m.save_pretrained(to); AutoTokenizer.from_pretrained(Path(work)/'tokenizer').save_pretrained(to)
     cfg = Path(to)/'tokenizer_config.json'                     # what speaks of this machine's loading, not of the tokenizer, stays here
     cfg.write_text(json.dumps({k: v for k, v in json.loads(cfg.read_text()).items() if k not in ('is_local', 'local_files_only')}, indent=2) + '\n')
-    log = dict(config=CONFIG, phase=phase, data=json.load(open(Path(work)/'data.json')), epochs=EPOCHS, anneal=ANNEAL, **ck['state'])
+    log = dict(config=CONFIG, phase=phase, data=json.load(open(Path(work)/'data.json')), **ck['state'])
     json.dump(log, open(HERE.parents[1]/'data'/'llmopt_tiny_training.json', 'w'), indent=1)
     return ck['state']
 
