@@ -29,7 +29,7 @@ class SimpleVAttention:
                  value_size:int|None=None,# numbers in a value, if it is not `head_size`
                  page_tokens:int=0,       # see `Region`
                  populate:bool=True):
-        self.num_heads, self.batch, self.n, self.peak = num_heads, max_batch_size, 0, 0
+        self.num_heads, self.batch, self.n, self.peak, self.held = num_heads, max_batch_size, 0, 0, 0
         args = (max_batch_size*num_heads, max_seq_len), (dtype, page_tokens, populate, device)
         self.k, self.v = (make_region(*args[0], w, *args[1]) for w in (head_size, value_size or head_size))
 
@@ -61,7 +61,7 @@ def append(self:SimpleVAttention,
     m = self.n+k.shape[2]
     self._check(k, self.k); self._check(v, self.v)
     for r, new in (self.k, k), (self.v, v):
-        r.resize(m)
+        r.resize(max(m, self.held))   # slots behind the end may be in use already (see restore)
         self._table(r)[:, :, self.n:m] = new
     self.n, self.peak = m, max(self.peak, m)
     return self.keys, self.values
