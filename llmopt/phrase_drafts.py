@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['node_counts', 'PhraseDrafts', 'extra_cost', 'Pieces', 'show_drafts']
 
-# %% ../nbs/02b_phrase_drafts.ipynb #5e28caa7
+# %% ../nbs/02b_phrase_drafts.ipynb #4037123a
 import math, time
 from html import escape
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .adaptivocab import PhraseTable
 from .core import LlmoptError
 
-# %% ../nbs/02b_phrase_drafts.ipynb #58ca4c55
+# %% ../nbs/02b_phrase_drafts.ipynb #db95a34c
 def node_counts(table:PhraseTable,
                 seqs # sequences of token ids
                )->np.ndarray: # (nodes,)
@@ -25,7 +25,7 @@ def node_counts(table:PhraseTable,
     nodes = [np.zeros(0, np.int64), *(node for s in seqs for _, _, node in table._walk(np.asarray(s, np.int64)))]
     return np.bincount(np.concatenate(nodes), minlength=len(table._ends))
 
-# %% ../nbs/02b_phrase_drafts.ipynb #6fb9bc0c
+# %% ../nbs/02b_phrase_drafts.ipynb #0b00a0b2
 class PhraseDrafts:
     "Drafts from a table of phrases for the greedy decoding of any model."
     def __init__(self,
@@ -44,7 +44,7 @@ class PhraseDrafts:
         self._rests = {}
         self.reset()
 
-# %% ../nbs/02b_phrase_drafts.ipynb #f32f1e6f
+# %% ../nbs/02b_phrase_drafts.ipynb #7f498416
 @patch
 def _rest(self:PhraseDrafts, node):
     "The most frequent path down from `node`: tokens, and for each the probability that it and all before it are right."
@@ -56,14 +56,14 @@ def _rest(self:PhraseDrafts, node):
         self._rests[node] = tokens, probs
     return self._rests[node]
 
-# %% ../nbs/02b_phrase_drafts.ipynb #780cf1ca
+# %% ../nbs/02b_phrase_drafts.ipynb #2ecd457b
 @patch
 def follow(self:PhraseDrafts, path:list, token:int)->list:
     "The nodes for the suffixes of a text, longest first, after one more `token`."
     deeper = [c for n in path if (c := self._step.get((n, token)))]
     return deeper+[self._first[token]] if token < len(self._first) and self._first[token] else deeper
 
-# %% ../nbs/02b_phrase_drafts.ipynb #329baa29
+# %% ../nbs/02b_phrase_drafts.ipynb #ffb651db
 @patch
 def reset(self:PhraseDrafts):
     "Forget trust, credit and counts."
@@ -75,7 +75,7 @@ def trust(self:PhraseDrafts)->float: # 0 to 1
     "How much of what was expected of the last drafts came true."
     return min(1., (self.met+1)/(self.expected+1))
 
-# %% ../nbs/02b_phrase_drafts.ipynb #88d7bbf6
+# %% ../nbs/02b_phrase_drafts.ipynb #271043bc
 @patch
 def propose(self:PhraseDrafts, path:list, room:int=10**9)->tuple: # tokens, and their probabilities
     "The draft for a text that ends in `path`, of at most `room` tokens."
@@ -94,7 +94,7 @@ def learn(self:PhraseDrafts, probs, accepted:int, new:int):
     self.credit += self.limit+accepted-self.cost*len(probs)
     self.expected, self.met = self.expected*keep+sum(probs), self.met*keep+accepted
 
-# %% ../nbs/02b_phrase_drafts.ipynb #5645014b
+# %% ../nbs/02b_phrase_drafts.ipynb #48d22688
 @patch
 def _accept(self:PhraseDrafts, input_ids, logits, draft, processors, stopping):
     "Take tokens while they agree with the draft: the longer `input_ids`, how many of the draft were right, whether to stop."
@@ -105,7 +105,7 @@ def _accept(self:PhraseDrafts, input_ids, logits, draft, processors, stopping):
         done = bool(stopping(input_ids, None).all())
         if done or i == len(draft) or token.item() != draft[i]: return input_ids, i, done
 
-# %% ../nbs/02b_phrase_drafts.ipynb #c98ae9ca
+# %% ../nbs/02b_phrase_drafts.ipynb #fd40a92a
 def _check(config, input_ids, kw):
     "Refuse what drafts are not for."
     cache = kw.get('past_key_values')
@@ -116,7 +116,7 @@ def _check(config, input_ids, kw):
     if not cache.is_croppable: raise LlmoptError(f'{type(cache).__name__} cannot be cropped; give a cache that grows, such as DynamicCache')
     cache.activate_past_recording() # layers with a sliding window keep what a crop may need
 
-# %% ../nbs/02b_phrase_drafts.ipynb #7ec0fd55
+# %% ../nbs/02b_phrase_drafts.ipynb #fd322713
 @patch
 @torch.no_grad()
 def decode(self:PhraseDrafts, model, input_ids, logits_processor, stopping_criteria, generation_config, sink=None, synced_gpus=False, **kw):
@@ -137,7 +137,7 @@ def decode(self:PhraseDrafts, model, input_ids, logits_processor, stopping_crite
     if sink: sink.end()
     return input_ids
 
-# %% ../nbs/02b_phrase_drafts.ipynb #55f60538
+# %% ../nbs/02b_phrase_drafts.ipynb #75329956
 @patch
 def _forward(self:PhraseDrafts, model, input_ids, draft, before, kw):
     "One pass over what the cache does not hold yet and the draft; `before` is the output of the pass before, None for the prompt."
@@ -148,7 +148,7 @@ def _forward(self:PhraseDrafts, model, input_ids, draft, before, kw):
     if 'logits_to_keep' in inputs: inputs['logits_to_keep'] = n+1
     return model(**inputs, return_dict=True)
 
-# %% ../nbs/02b_phrase_drafts.ipynb #561a3040
+# %% ../nbs/02b_phrase_drafts.ipynb #87409f3d
 @patch
 def using(self:PhraseDrafts, streamer=None)->dict: # arguments for `model.generate`
     "What makes `generate` decode with these drafts."
@@ -159,7 +159,7 @@ def spared(self:PhraseDrafts)->float: # share of the passes that plain decoding 
     "Passes spared so far."
     return 1-self.stats.forwards/self.stats.tokens if self.stats.tokens else 0.
 
-# %% ../nbs/02b_phrase_drafts.ipynb #db024c78
+# %% ../nbs/02b_phrase_drafts.ipynb #96ec0cc2
 @torch.inference_mode()
 def _pass_seconds(model, cache, n):
     "Time of one pass over `n` tokens; the cache is as before afterwards."
@@ -170,7 +170,7 @@ def _pass_seconds(model, cache, n):
     cache.crop(-n)
     return t
 
-# %% ../nbs/02b_phrase_drafts.ipynb #99c4f564
+# %% ../nbs/02b_phrase_drafts.ipynb #c928f9db
 @torch.inference_mode()
 def extra_cost(model, cache,     # a transformers causal LM and a fresh cache for it, which is filled
                k:int=4,          # tokens more
@@ -181,14 +181,14 @@ def extra_cost(model, cache,     # a transformers causal LM and a fresh cache fo
     one, more = zip(*[(_pass_seconds(model, cache, 1), _pass_seconds(model, cache, 1+k)) for _ in range(rounds)])
     return max(0., (np.median(more)/np.median(one)-1)/k)
 
-# %% ../nbs/02b_phrase_drafts.ipynb #df66960e
+# %% ../nbs/02b_phrase_drafts.ipynb #6bdd3d15
 class Pieces:
     "A streamer that keeps what each pass wrote."
     def __init__(self): self.passes = []
     def put(self, value): self.passes.append(value.flatten().tolist())
     def end(self): pass
 
-# %% ../nbs/02b_phrase_drafts.ipynb #31763e27
+# %% ../nbs/02b_phrase_drafts.ipynb #3ede9a18
 def show_drafts(tokenizer, passes)->str: # HTML
     "The text of `passes`, lists of new tokens; all but the last of each were drafted."
     mark = lambda ids, s: f'<span style="{s};border-radius:3px">{escape(tokenizer.decode(ids))}</span>' if ids else ''

@@ -47,7 +47,7 @@ PROMPTS = ['What is machine learning?', 'Why is the sky blue?', 'What causes hig
 def plain(model, ids, **kw):
     "Greedy decoding by transformers alone."
     x = torch.tensor([ids])
-    return model.generate(x, attention_mask=torch.ones_like(x), **{**dict(max_new_tokens=24, do_sample=False), **kw})[0, len(ids):].tolist()
+    return model.generate(x, attention_mask=torch.ones_like(x), **{**dict(max_new_tokens=16, do_sample=False), **kw})[0, len(ids):].tolist()
 
 def right_and_wrong(model, prompts, seed=0, **kw):
     "Drafts that are often right and often wrong: from what the model writes, with every fifth token changed."
