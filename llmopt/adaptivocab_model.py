@@ -77,8 +77,8 @@ class PhraseReader:
         if 'inputs_embeds' not in takes: raise LlmoptError(f'{name} takes no inputs_embeds, so it cannot read phrases')
         self.numbered = 'position_ids' in takes
         if self.cfg.positions == 'gapped' and not self.numbered: raise LlmoptError(f"{name} takes no position_ids; use positions='contiguous'")
-        rows = model.get_input_embeddings().weight.shape[0]
-        if any(max(p) >= rows for p in vocab.table.pieces): raise LlmoptError(f'{name} has {rows:,} embedding rows, fewer than the tokenizer has tokens')
+        size = model.get_input_embeddings().weight.shape[0]
+        if any(max(p) >= size for p in vocab.table.pieces): raise LlmoptError(f'{name} has {size:,} embedding rows, fewer than the tokenizer has tokens')
         if rows is not None and len(rows) != len(vocab.table): raise LlmoptError(f'{len(rows)} rows do not fit {len(vocab.table)} phrases')
         self.rows = rows
 
