@@ -48,6 +48,21 @@ def _grow(self:PhraseTable):
         if len(p) == 1: self._first[p[0]] = i
     self._ends[[node[p] for p in self.pieces]] = np.arange(len(self.pieces))
 
+# %% ../nbs/02_adaptivocab.ipynb #6db9a676
+@patch
+def _walk(self:PhraseTable, ids):
+    "Down the trie from all positions of `ids` at once: for each depth, the positions still on a path, and their nodes."
+    at = np.flatnonzero(self._first[ids])
+    node = self._first[ids[at]]
+    yield 1, at, node
+    for k in range(1, self.max_len):
+        inside = at < len(ids)-k
+        at, key = at[inside], node[inside]*self.base+ids[at[inside]+k]
+        j = np.searchsorted(self._keys, key)
+        on = self._keys[j] == key
+        at, node = at[on], self._child[j[on]]
+        yield k+1, at, node
+
 # %% ../nbs/02_adaptivocab.ipynb #01130889
 @patch
 def matches(self:PhraseTable,
@@ -56,17 +71,11 @@ def matches(self:PhraseTable,
     "All places in `ids` where a phrase stands, overlapping ones too."
     ids = np.asarray(ids, np.int64)
     if ids.size and (ids.min() < 0 or ids.max() >= self.base): raise LlmoptError(f'only ids from 0 to {self.base-1} can be folded; unfold phrases first')
-    at, found = np.flatnonzero(self._first[ids]), []
-    node = self._first[ids[at]]
-    for k in range(1, self.max_len):
-        inside = at < len(ids)-k
-        at, key = at[inside], node[inside]*self.base+ids[at[inside]+k]
-        j = np.searchsorted(self._keys, key)
-        on = self._keys[j] == key
-        at, node = at[on], self._child[j[on]]
+    found = []
+    for k, at, node in self._walk(ids):
         hit = self._ends[node] >= 0
-        found.append((at[hit], np.full(hit.sum(), k+1), self._ends[node[hit]]))
-    start, span, phrase = map(np.concatenate, zip(*found)) if found else np.zeros((3, 0), np.int64)
+        found.append((at[hit], np.full(hit.sum(), k), self._ends[node[hit]]))
+    start, span, phrase = map(np.concatenate, zip(*found))
     order = np.argsort(start*(self.max_len+1)+span, kind='stable')
     return start[order], span[order], phrase[order]
 
