@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'Slot', 'known_methods', 'built_methods', 'Recipe', 'NotBuilt', 'Events', 'ChatMetrics',
-           'EnhancedFusedLLMEngine', 'ContextError', 'Feed', 'ComprehensiveChatEngine']
+           'EnhancedFusedLLMEngine', 'Unsuited', 'ContextError', 'Feed', 'ComprehensiveChatEngine']
 
 # %% ../nbs/05_engine.ipynb #3343752b
 import ast, queue, re, threading, time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, asdict, fields
+from dataclasses import dataclass, field, asdict, fields, replace
 from typing import NamedTuple
 from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 import torch
 from fastcore.basics import patch
@@ -21,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from .core import LM, LlmoptError, TINY, load, user, assistant, kv_bytes
 from .adaptivocab_model import Vocab
 from .kv_cache.hybrid import KVCache
+from .larosa import SimpleLaRoSA, traffic
 from .word_removal import Words
 
 # %% ../nbs/05_engine.ipynb #0e7801b7
@@ -32,7 +34,7 @@ class Slot(NamedTuple):
     config:type|None  # its configuration, None while it is not built
 
 SLOTS = (Slot('words', 'words', 'word_removal', Words), Slot('vocab', 'vocab', 'simple_adaptivocab', Vocab),
-         Slot('larosa', 'larosa', 'larosa', None), Slot('cache', 'kv', 'hybrid_kv_cache', KVCache))
+         Slot('larosa', 'larosa', 'larosa', SimpleLaRoSA), Slot('cache', 'kv', 'hybrid_kv_cache', KVCache))
 
 # %% ../nbs/05_engine.ipynb #9ab296fc
 def known_methods()->list: # ids
@@ -50,7 +52,7 @@ class Recipe:
     "Which optimizations are on, each by its own configuration; None is off."
     words:Words|None = None
     vocab:Vocab|None = None
-    larosa:object = None
+    larosa:SimpleLaRoSA|None = None
     cache:KVCache|None = None
 
 # %% ../nbs/05_engine.ipynb #4e11fd53
@@ -160,6 +162,7 @@ class ChatMetrics:
     kv_bytes_live:int; kv_bytes_peak:int; kv_bytes_reserved:int; kv_bytes_resident:int|None; weight_bytes:int
     prefill_tok_per_s:float; prefill_eff_tok_per_s:float
     decode_tok_per_s:float|None; decode_base_tok_per_s:float|None; decode_char_per_s:float|None
+    skipped_weight_bytes:int|None = None
     factors:dict = field(default_factory=dict)
     output_ids:list = field(default_factory=list, repr=False)
 
@@ -177,7 +180,7 @@ class EnhancedFusedLLMEngine:
     def __init__(self,
                  model_name=TINY,                # name, folder or hub id; or a loaded `LM`
                  simple_adaptivocab:bool=False,  # phrases as single tokens
-                 larosa_sparsity:float=0.0,      # share of activations dropped
+                 larosa_sparsity:float=0.0,      # share of the weight bytes that a new token skips
                  vattention_enabled:bool=False,  # hybrid KV cache
                  word_removal:int=0,             # drop every n-th word; 0 is off
                  device:str='cpu',               # where a model given by name goes
@@ -188,6 +191,7 @@ class EnhancedFusedLLMEngine:
                 ):
         self.recipe = recipe or _keywords(simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal)
         self.lm = model_name if isinstance(model_name, LM) else load(model_name, device, dtype)
+        if self.recipe.larosa: self.lm = _sparse(self.recipe.larosa, self.lm)
         self.reader = _reader(self.recipe.vocab, self.lm) if self.recipe.vocab else None
         self.max_new_tokens, self.system = max_new_tokens, system
         self.reset()
@@ -195,9 +199,24 @@ class EnhancedFusedLLMEngine:
 # %% ../nbs/05_engine.ipynb #5bf85c90
 def _keywords(vocab, larosa, cache, words):
     "The recipe for the keyword form of the engine."
-    if larosa: Recipe.named('larosa')
-    try: return Recipe(words=Words(n=words) if words else None, vocab=Vocab() if vocab else None, cache=KVCache() if cache else None)
+    try: return Recipe(words=Words(n=words) if words else None, vocab=Vocab() if vocab else None, larosa=SimpleLaRoSA(larosa) if larosa else None,
+                       cache=KVCache() if cache else None)
     except ValueError as e: raise LlmoptError(str(e)) from None
+
+# %% ../nbs/05_engine.ipynb #295c78cf
+class Unsuited(LlmoptError):
+    "A method that cannot be applied to this model."
+
+def _sparse(cfg, lm):
+    "`lm` with a converted copy of its model; the original stays as it is."
+    try: return replace(lm, model=_converted(lm.model, cfg, lm.tokenizer))
+    except LlmoptError as e: raise Unsuited(str(e)) from None
+
+def _converted(model, cfg, tokenizer, made=WeakKeyDictionary()):
+    "The copy of `model` for `cfg`; engines on one model share it."
+    mine = made.setdefault(model, {})
+    if cfg not in mine: mine[cfg] = cfg.apply(model, tokenizer=tokenizer)
+    return mine[cfg]
 
 # %% ../nbs/05_engine.ipynb #331ff6d6
 def _reader(vocab, lm):
@@ -347,7 +366,7 @@ def _metrics(self:EnhancedFusedLLMEngine, messages, ids, n_read, events, meter):
     return ChatMetrics(method=self.recipe.id, input_text=messages[-1]['content'], prompt_text=self.lm.tokenizer.decode(ids), output_text=out,
                        finish_reason='stop' if stopped else 'length', **t, prompt_tokens=n_read, prompt_tokens_base=base, completion_tokens=n,
                        completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live), kv_bytes_reserved=kv.reserved, kv_bytes_resident=getattr(kv, 'resident', None),
-                       weight_bytes=self.lm.weight_bytes, **_rates(t, n_read, base, n, n_base, len(out)), factors=self.recipe.factors, output_ids=meter.ids)
+                       weight_bytes=self.lm.weight_bytes, skipped_weight_bytes=traffic(self.lm.model).skipped if self.recipe.larosa else None, **_rates(t, n_read, base, n, n_base, len(out)), factors=self.recipe.factors, output_ids=meter.ids)
 
 # %% ../nbs/05_engine.ipynb #d48b137c
 @patch
@@ -401,6 +420,12 @@ def _pieces(self:EnhancedFusedLLMEngine, steps, ids):
     text = self.lm.tokenizer.decode(ids, skip_special_tokens=True)
     if len(text) > len(sent): yield text[len(sent):]
 
+# %% ../nbs/05_engine.ipynb #f858ae5b
+class _Refused:
+    "Stands for an engine that could not be made: whatever is asked of it ends in the reason."
+    def __init__(self, reason): self.reason = reason
+    def run(self, *a, **kw): raise self.reason
+
 # %% ../nbs/05_engine.ipynb #668b1e5d
 class ComprehensiveChatEngine:
     "One engine for each method, sharing one model."
@@ -413,7 +438,8 @@ class ComprehensiveChatEngine:
         self.engines, self.setup_s = {}, {}
         for m, r in self.recipes.items():
             t = time.perf_counter()
-            self.engines[m] = EnhancedFusedLLMEngine(self.lm, recipe=r, max_new_tokens=max_new_tokens)
+            try: self.engines[m] = EnhancedFusedLLMEngine(self.lm, recipe=r, max_new_tokens=max_new_tokens)
+            except Unsuited as e: self.engines[m] = _Refused(e)
             self.setup_s[m] = time.perf_counter()-t
 
 # %% ../nbs/05_engine.ipynb #ae61e6ab

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'ROTATIONS', 'TOKENS', 'SPLITS', 'keep_topk', 'Block', 'Family', 'family', 'gain_free', 'moments',
            'eigenbasis', 'bases', 'Turn', 'convert', 'Selection', 'Masked', 'Sparsified', 'projections', 'sparsify',
-           'set_levels', 'set_tokens', 'split_levels', 'Traffic', 'traffic']
+           'set_levels', 'set_tokens', 'split_levels', 'Traffic', 'traffic', 'windows', 'default_calibration',
+           'SimpleLaRoSA']
 
 # %% ../nbs/03_larosa.ipynb #8d45e160
 import copy, hashlib, json
@@ -24,6 +25,7 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from .core import ASSETS, LlmoptError
+from .sparse_linear import SparseLinear
 
 # %% ../nbs/03_larosa.ipynb #3c7d311b
 def keep_topk(x:torch.Tensor, # (…, D)
@@ -140,7 +142,7 @@ def bases(c:dict,          # what `moments` returned
 # %% ../nbs/03_larosa.ipynb #d4e6306b
 class Turn(nn.Module):
     "A change of basis, on the right."
-    def __init__(self, matrix:torch.Tensor): super().__init__(); self.register_buffer('matrix', matrix)
+    def __init__(self, matrix:torch.Tensor): super().__init__(); self.matrix = nn.Parameter(matrix, requires_grad=False)
     def forward(self, x): return x@self.matrix
 
 def _turn_stream(layer, args): return layer.turn(args[0]), *args[1:]
@@ -349,3 +351,54 @@ def traffic(model)->Traffic: # of a sparsified model
     size = lambda t: t.numel()*t.element_size()
     ps = [(m, size(m.linear.weight)) for m in projections(model).values()]
     return Traffic(sum(s for _, s in ps), sum(s*(m.width-m.k)//m.width for m, s in ps), sum(size(m.matrix) for m in model.modules() if isinstance(m, Turn)), size(model.lm_head.weight))
+
+# %% ../nbs/03_larosa.ipynb #f2d8654b
+def windows(calibration,    # texts, or token ids: a tensor or lists
+            tokenizer=None, # for texts
+            length:int=256  # tokens of a window
+           )->torch.Tensor: # (n, length)
+    "Calibration text as windows of token ids; `LlmoptError` if there is nothing to cut."
+    if isinstance(calibration, str): calibration = [calibration]
+    if isinstance(calibration, torch.Tensor): flat = calibration.flatten()
+    else:
+        if any(isinstance(t, str) for t in calibration) and tokenizer is None: raise LlmoptError('calibration texts need a tokenizer: give tokenizer=…, or token ids')
+        ids = [tokenizer(t, add_special_tokens=False, verbose=False)['input_ids'] if isinstance(t, str) else list(t) for t in calibration]
+        flat = torch.tensor([i for x in ids for i in x], dtype=torch.long)
+    if not len(flat): raise LlmoptError('the calibration text is empty')
+    length = min(length, len(flat))
+    return flat[:len(flat)//length*length].view(-1, length)
+
+# %% ../nbs/03_larosa.ipynb #f8698a14
+def default_calibration()->list: # of texts
+    "Sixty passages that ship with the package."
+    return [json.loads(l)['text'] for l in open(ASSETS/'reading.jsonl', encoding='utf-8')]
+
+# %% ../nbs/03_larosa.ipynb #67166b1e
+@dataclass(frozen=True)
+class SimpleLaRoSA:
+    "Activation sparsity by rotation and top-k (Liu et al., ICML 2025): prompts dense, new tokens sparse."
+    sparsity:float=.4       # share of the projections' weight bytes that a token skips, in [0, 1)
+    split:str='neutral'     # one of `SPLITS`
+    rotation:str='layer'    # one of `ROTATIONS`
+    tokens:str='decode'     # one of `TOKENS`
+    kernel:bool=True        # read only the kept rows; False multiplies by zeros
+    def __post_init__(self):
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1:
+            raise ValueError(f'sparsity is a share, at least 0 and below 1, not {self.sparsity!r}')
+        for v, known, name in ((self.split, SPLITS, 'split'), (self.rotation, ROTATIONS, 'rotation'), (self.tokens, TOKENS, 'tokens')):
+            if v not in known: raise ValueError(f"{name} is one of {', '.join(known)}, not {v!r}")
+
+# %% ../nbs/03_larosa.ipynb #e379cd5a
+@patch
+def apply(self:SimpleLaRoSA,
+          model,            # a transformers causal LM of a known family; stays as it is
+          calibration=None, # texts or token ids; None: `default_calibration`
+          tokenizer=None,   # for texts
+         ):                 # a new model
+    "`model` converted, with the levels that `sparsity` asks for."
+    family(model)           # a model that cannot be converted is refused before the work
+    ids, width = windows(default_calibration() if calibration is None else calibration, tokenizer), model.get_input_embeddings().weight.shape[1]
+    if ids.numel() < width: raise LlmoptError(f'{ids.numel():,} tokens of calibration text cannot span a stream of width {width:,}; give at least as many')
+    new = convert(model, bases(moments(model, ids), self.rotation))
+    sparsify(new, self.tokens, linear=SparseLinear if self.kernel else Masked)
+    return set_levels(new, split_levels(new, self.sparsity, self.split))

@@ -44,6 +44,7 @@ DEFINITIONS = dict(
     kv_bytes_reserved=Metric(formula='bytes set aside for the cache at the end: buffers, or addresses of a slab, which are not memory', unit='byte', better='neither'),
     kv_bytes_resident=Metric(formula='physical bytes behind the cache at the end, as the operating system counts pages; null for caches that share pages with other tensors', unit='byte'),
     weight_bytes=Metric(formula='bytes of the weights, shared ones once', unit='byte'),
+    skipped_weight_bytes=Metric(formula='weight bytes that a generated token does not read; null where none are skipped', unit='byte', better='higher'),
     peak_rss_bytes=Metric(formula='high-water mark of resident memory while answering, one fresh process a method', unit='byte', arm='memory'),
     peak_rss_delta_bytes=Metric(formula='peak_rss_bytes - resident memory with the model loaded and idle', unit='byte', arm='memory'),
     kl_mean=Metric(formula="mean over positions of KL(baseline || method), teacher-forced on the baseline's own answer", unit='nat/token', arm='quality'),
@@ -104,6 +105,7 @@ class Run(BaseModel):
     kv_bytes_reserved:int|None = None
     kv_bytes_resident:int|None = None
     weight_bytes:int|None = None
+    skipped_weight_bytes:int|None = None
     peak_rss_bytes:int|None = None
     peak_rss_delta_bytes:int|None = None
     kl_mean:float|None = None

@@ -5,7 +5,7 @@ import json
 import torch
 import threading
 from fastcore.test import test_eq, expect_fail
-from llmopt.core import LlmoptError, user
+from llmopt.core import LM, LlmoptError, load, user
 from llmopt.adaptivocab_model import Vocab
 from llmopt.word_removal import Words
 from llmopt.engine import *
@@ -87,7 +87,8 @@ def test_refusals():
     e = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu')
     with expect_fail(LlmoptError, 'empty'): e.run('  \n')
     with expect_fail(ContextError, 'context of 1,024'): e.run('why '*2000)
-    with expect_fail(NotBuilt, 'larosa'): EnhancedFusedLLMEngine('llmopt-tiny', larosa_sparsity=.4)
+    with expect_fail(LlmoptError, 'below 1'): EnhancedFusedLLMEngine('llmopt-tiny', larosa_sparsity=1.4)
+    with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('larosa:sparsity=2')
 
 
 def test_score():
@@ -103,10 +104,32 @@ def test_score():
     test_eq(e.score('Why is ice cold?', free.output_ids).argmax(-1).tolist(), free.output_ids)
 
 
+def test_larosa_in_the_engine():
+    """Sparse weights act on new tokens only: what the prompt leads to first is the same, and the original model is
+    untouched. At sparsity 0 the answer is the same."""
+    a, b = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', dtype='float32'), EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', dtype='float32', larosa_sparsity=.4)
+    m, n = (e.run('Why does the moon shine?', max_new_tokens=12, fixed=True) for e in (a, b))
+    test_eq((n.method, m.skipped_weight_bytes), ('larosa', None)); assert 0 < n.skipped_weight_bytes < n.weight_bytes
+    p, q = (e.score('Why does the moon shine?', m.output_ids) for e in (a, b))
+    assert (p[0]-q[0]).abs().max() < 1e-3 < (p[1:]-q[1:]).abs().max()
+    zero = EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse('larosa:sparsity=0'))
+    test_eq(zero.run('Why does the moon shine?', max_new_tokens=12, fixed=True).output_ids, m.output_ids)
+    both = ComprehensiveChatEngine(a.lm, ['larosa', 'all_combined'])
+    assert both.engines['larosa'].lm.model is both.engines['all_combined'].lm.model is not a.lm.model
+
+
+def test_unsuited_model():
+    "A model that LaRoSA cannot convert costs that method alone: its rows hold the reason, and the others run."
+    from transformers import BloomConfig, BloomForCausalLM
+    lm = LM(BloomForCausalLM(BloomConfig(vocab_size=4096, hidden_size=32, n_layer=1, n_head=2)).eval(), load('llmopt-tiny', 'cpu').tokenizer, 'bloom')
+    with expect_fail(Unsuited, "cannot convert 'bloom'"): EnhancedFusedLLMEngine(lm, larosa_sparsity=.4)
+    c = ComprehensiveChatEngine(lm, ['baseline', 'larosa'])
+    assert c.engines['baseline'].run('Why?', max_new_tokens=2).completion_tokens
+    with expect_fail(Unsuited, 'bloom'): c.engines['larosa'].run('Why?')
+
+
 def test_hybrid_kv_cache_in_the_engine():
-    """The slabs of `hybrid_kv_cache` change nothing that is said: same tokens, same live bytes, and
-    log-probabilities equal within rounding. Only for them the system tells how much memory is behind the
-    addresses."""
+    "A model that LaRoSA cannot convert costs that method alone: its rows hold the reason, and the others run."
     a, b = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu'), EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', vattention_enabled=True)
     m, n = (e.run('Why does the moon shine?', max_new_tokens=24, fixed=True) for e in (a, b))
     test_eq(m.output_ids, n.output_ids); test_eq(m.kv_bytes_live, n.kv_bytes_live); test_eq(n.method, 'hybrid_kv_cache')
@@ -158,9 +181,9 @@ def test_pieces_are_whole_characters():
 
 
 def test_comprehensive_engine():
-    """`ComprehensiveChatEngine` holds one engine a method around one copy of the weights, and answers a message with
-    each of them."""
+    """`ComprehensiveChatEngine` holds one engine a method around one copy of the weights (and one of the rotated
+    weights, if LaRoSA is among the methods), and answers a message with each of them."""
     c = ComprehensiveChatEngine('llmopt-tiny', max_new_tokens=4)
     test_eq(list(c.engines), built_methods())
-    assert all(e.lm is c.lm for e in c.engines.values())
+    assert all(e.lm is c.lm for e in c.engines.values() if not e.recipe.larosa)
     test_eq({m.method for m in c.chat('What is rain made of, and why?').values()}, set(built_methods()))

@@ -226,3 +226,29 @@ def test_levels():
     test_eq(t.skipped, sum(round(m.level*m.width)*m.linear.weight.shape[0]*4 for m in projections(new).values()))
     test_eq(t.adapters, 5*256*256*4); assert t.net < t.share and 1 < t.bound < 1/(1-t.share)
     with expect_fail(LlmoptError, 'split is one of'): split_levels(new, .4, 'even')
+
+
+def test_simple_larosa():
+    """At sparsity 0 the converted model is the original within rounding. With the kernel and without, the sparse one
+    is the same."""
+    lm = load(TINY, 'cpu', dtype='float32'); x = lm.tokenizer('Rain is water that falls from clouds, and snow is', return_tensors='pt')['input_ids']
+    ids = windows(default_calibration(), lm.tokenizer)
+    test_eq(ids.shape[1], 256); assert ids.numel() > 10_000
+    zero = SimpleLaRoSA(0).apply(lm.model, ids)
+    assert (logits(zero, x)-logits(lm.model, x)).abs().max() < 1e-3
+    a, b = (SimpleLaRoSA(.5, kernel=k).apply(lm.model, default_calibration(), lm.tokenizer) for k in (True, False))
+    test_close(traffic(a).share, .5, .005); test_eq(traffic(a), traffic(b))
+    assert (cached_logits(a, x, 6)-cached_logits(b, x, 6)).abs().max() < 1e-3
+    assert (cached_logits(a, x, 6)-logits(lm.model, x)).abs().max() > .1
+
+
+def test_simple_larosa_refuses():
+    """At sparsity 0 the converted model is the original within rounding. With the kernel and without, the sparse one
+    is the same."""
+    for kw in (dict(sparsity=1), dict(sparsity=-.1), dict(sparsity='a'), dict(sparsity=True), dict(split='even'), dict(rotation='left'), dict(tokens='some')):
+        with expect_fail(ValueError): SimpleLaRoSA(**kw)
+    lm = load(TINY, 'cpu')
+    with expect_fail(LlmoptError, 'cannot span'): SimpleLaRoSA().apply(lm.model, ['Too short.'], lm.tokenizer)
+    with expect_fail(LlmoptError, 'need a tokenizer'): SimpleLaRoSA().apply(lm.model, ['Too short.'])
+    with expect_fail(LlmoptError, 'is empty'): SimpleLaRoSA().apply(lm.model, torch.zeros(0, dtype=torch.long))
+    with expect_fail(LlmoptError, 'already converted'): SimpleLaRoSA().apply(SimpleLaRoSA().apply(lm.model, tokenizer=lm.tokenizer), tokenizer=lm.tokenizer)
