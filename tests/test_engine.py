@@ -114,22 +114,13 @@ def test_larosa_in_the_engine():
     assert (p[0]-q[0]).abs().max() < 1e-3 < (p[1:]-q[1:]).abs().max()
     zero = EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse('larosa:sparsity=0'))
     test_eq(zero.run('Why does the moon shine?', max_new_tokens=12, fixed=True).output_ids, m.output_ids)
-    both = ComprehensiveChatEngine(a.lm, ['larosa', 'all_combined'])
-    assert both.engines['larosa'].lm.model is both.engines['all_combined'].lm.model is not a.lm.model
-
-
-def test_unsuited_model():
-    "A model that LaRoSA cannot convert costs that method alone: its rows hold the reason, and the others run."
-    from transformers import BloomConfig, BloomForCausalLM
-    lm = LM(BloomForCausalLM(BloomConfig(vocab_size=4096, hidden_size=32, n_layer=1, n_head=2)).eval(), load('llmopt-tiny', 'cpu').tokenizer, 'bloom')
-    with expect_fail(Unsuited, "cannot convert 'bloom'"): EnhancedFusedLLMEngine(lm, larosa_sparsity=.4)
-    c = ComprehensiveChatEngine(lm, ['baseline', 'larosa'])
-    assert c.engines['baseline'].run('Why?', max_new_tokens=2).completion_tokens
-    with expect_fail(Unsuited, 'bloom'): c.engines['larosa'].run('Why?')
+    both = EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse('all_combined'))
+    assert both.lm.model is EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse('larosa')).lm.model is not a.lm.model
 
 
 def test_hybrid_kv_cache_in_the_engine():
-    "A model that LaRoSA cannot convert costs that method alone: its rows hold the reason, and the others run."
+    """Sparse weights act on new tokens only: what the prompt leads to first is the same, and the original model is
+    untouched. At sparsity 0 the answer is the same."""
     a, b = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu'), EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', vattention_enabled=True)
     m, n = (e.run('Why does the moon shine?', max_new_tokens=24, fixed=True) for e in (a, b))
     test_eq(m.output_ids, n.output_ids); test_eq(m.kv_bytes_live, n.kv_bytes_live); test_eq(n.method, 'hybrid_kv_cache')
@@ -187,3 +178,13 @@ def test_comprehensive_engine():
     test_eq(list(c.engines), built_methods())
     assert all(e.lm is c.lm for e in c.engines.values() if not e.recipe.larosa)
     test_eq({m.method for m in c.chat('What is rain made of, and why?').values()}, set(built_methods()))
+
+
+def test_unsuited_model():
+    "A model that LaRoSA cannot convert costs that method alone: its rows hold the reason, and the others run."
+    from transformers import BloomConfig, BloomForCausalLM
+    lm = LM(BloomForCausalLM(BloomConfig(vocab_size=4096, hidden_size=32, n_layer=1, n_head=2)).eval(), load('llmopt-tiny', 'cpu').tokenizer, 'bloom')
+    with expect_fail(Unsuited, "cannot convert 'bloom'"): EnhancedFusedLLMEngine(lm, larosa_sparsity=.4)
+    c = ComprehensiveChatEngine(lm, ['baseline', 'larosa'])
+    assert c.engines['baseline'].run('Why?', max_new_tokens=2).completion_tokens
+    with expect_fail(Unsuited, 'bloom'): c.engines['larosa'].run('Why?')
