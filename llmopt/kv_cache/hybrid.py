@@ -92,15 +92,6 @@ def attach(self:HybridKVCacheOptimizer, model):
     "As `KVCache.attach`."
     return self.config.attach(model)
 
-# %% ../../nbs/04_kv_cache/03_hybrid.ipynb #5a1e0c02
-@patch
-def prefill(self:HybridKVCacheOptimizer, model, input_ids # token ids of one prompt
-           )->tuple: # cache, and the store's `Report`
-    "A cache for `model` that holds all whole chunks of the prompt; `generate` goes on from there, inside `attach`."
-    if self.store is None: raise ValueError('this optimizer has no store; give it one: HybridKVCacheOptimizer(..., store=PrefixStore(folder))')
-    cache = self.make_cache(model)
-    with self.attach(model): return cache, self.store.prefill(_model(model), cache, input_ids)
-
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #00b2d726
 @patch
 def get_memory_usage(self:HybridKVCacheOptimizer)->dict: # bytes; `fragmentation` is a share
@@ -137,3 +128,12 @@ def get_memory_savings(self:HybridKVCacheOptimizer)->dict: # resident bytes of o
         total = None if None in bs else sum(bs)
         res |= {name: total, f'saved_vs_{name}': 1-ours/total if total and ours is not None else None}
     return res
+
+# %% ../../nbs/04_kv_cache/03_hybrid.ipynb #5a1e0c02
+@patch
+def prefill(self:HybridKVCacheOptimizer, model, input_ids # token ids of one prompt
+           )->tuple: # cache, and the store's `Report`
+    "A cache for `model` that holds all whole chunks of the prompt; `generate` goes on from there, inside `attach`."
+    if self.store is None: raise ValueError('this optimizer has no store; give it one: HybridKVCacheOptimizer(..., store=PrefixStore(folder))')
+    cache = self.make_cache(model)
+    with self.attach(model): return cache, self.store.prefill(_model(model), cache, input_ids)
