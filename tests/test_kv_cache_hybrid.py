@@ -3,6 +3,7 @@
 
 import gc
 import json
+import tempfile
 import torch
 from fastcore.test import test_eq, expect_fail
 from llmopt.core import load
@@ -42,3 +43,19 @@ def test_optimizer_refusals():
     with torch.no_grad():
         with expect_fail(ValueError, 'max_batch_size=1'): lm.model(x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=100).make_cache(lm))
         with expect_fail(ValueError, 'max_seq_len'): lm.model(x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=10).make_cache(lm))
+
+
+def test_optimizer_with_a_store():
+    "An optimizer with a store writes what one without it writes, when the prompt is new and when it is known."
+    from llmopt.kv_cache.restore import PrefixStore
+    lm = load('llmopt-tiny', 'cpu'); shape = cache_shape(lm.model); x = (torch.arange(70)*7+10)[None]
+    def write(opt, cache):
+        with opt.attach(lm): return lm.model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=5)
+    plain = HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=200)
+    with tempfile.TemporaryDirectory() as d:
+        opt = HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=200, store=PrefixStore(d, chunk=16))
+        for hits in (0, 4):
+            cache, report = opt.prefill(lm, x)
+            test_eq((report.hits, cache.get_seq_length()), (hits, 64))
+            assert torch.equal(write(opt, cache), write(plain, plain.make_cache(lm)))
+    with expect_fail(ValueError, 'has no store'): plain.prefill(lm, x)

@@ -59,11 +59,12 @@ class HybridKVCacheOptimizer:
                  max_batch_size:int,
                  max_seq_len:int,    # most tokens in a sequence: addresses to reserve
                  device='cpu',
-                 config:KVCache|None=None): # `max_seq_len` in it is replaced
+                 config:KVCache|None=None, # `max_seq_len` in it is replaced
+                 store=None):        # a `PrefixStore`, for `prefill`
         for k, v in dict(num_layers=num_layers, num_heads=num_heads, head_size=head_size, max_batch_size=max_batch_size, max_seq_len=max_seq_len).items():
             if type(v) is not int or v < 1: raise ValueError(f'{k} must be a whole number of at least 1, not {v!r}')
         self.num_layers, self.num_heads, self.head_size, self.max_batch_size = num_layers, num_heads, head_size, max_batch_size
-        self.device, self.caches = torch.device(device), weakref.WeakSet()
+        self.device, self.caches, self.store = torch.device(device), weakref.WeakSet(), store
         self.config = KVCache(**{**asdict(config or KVCache()), 'max_seq_len': max_seq_len})
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #d4b1d4cc
@@ -127,3 +128,12 @@ def get_memory_savings(self:HybridKVCacheOptimizer)->dict: # resident bytes of o
         total = None if None in bs else sum(bs)
         res |= {name: total, f'saved_vs_{name}': 1-ours/total if total and ours is not None else None}
     return res
+
+# %% ../../nbs/04_kv_cache/03_hybrid.ipynb #5a1e0c02
+@patch
+def prefill(self:HybridKVCacheOptimizer, model, input_ids # token ids of one prompt
+           )->tuple: # cache, and the store's `Report`
+    "A cache for `model` that holds all whole chunks of the prompt; `generate` goes on from there, inside `attach`."
+    if self.store is None: raise ValueError('this optimizer has no store; give it one: HybridKVCacheOptimizer(..., store=PrefixStore(folder))')
+    cache = self.make_cache(model)
+    with self.attach(model): return cache, self.store.prefill(_model(model), cache, input_ids)
