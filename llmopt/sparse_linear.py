@@ -7,7 +7,7 @@ __all__ = ['DENSE', 'masked_linear', 'product_bytes', 'select_by_sorting', 'sele
            'fused', 'panels', 'dense_ways', 'benchmark_kernel', 'DecodeStep', 'step_model', 'decode_bytes',
            'fastest_dense', 'benchmark_step', 'triton_select', 'triton_product']
 
-# %% ../nbs/03a_sparse_linear.ipynb #93d25978
+# %% ../nbs/03a_sparse_linear.ipynb #59df9c8c
 import math, os, statistics
 from functools import cache
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .kv_cache.speed import fill, interleaved, reader, spread, threads
 
-# %% ../nbs/03a_sparse_linear.ipynb #aee622e1
+# %% ../nbs/03a_sparse_linear.ipynb #836aebd2
 def masked_linear(x:torch.Tensor,      # (B, D)
                   weight:torch.Tensor, # (N, D)
                   kept:torch.Tensor,   # (B, k) channels, each at most once
@@ -35,14 +35,14 @@ def product_bytes(D:int, N:int, k:int, itemsize:int, batch:int=1)->int:
     if not 0 <= k <= D: raise ValueError(f'k must lie between 0 and D={D}, not {k}')
     return k*N*itemsize + batch*(D*itemsize + k*8 + N*itemsize)
 
-# %% ../nbs/03a_sparse_linear.ipynb #0d4e89f1
+# %% ../nbs/03a_sparse_linear.ipynb #9920f744
 def select_by_sorting(x:torch.Tensor, # (…, D)
                       k:int           # channels to keep
                      )->torch.Tensor: # (…, k) int64, ascending
     "The `k` channels of largest magnitude by a stable sort: the reference of `select`, and its way on other devices."
     return x.detach().abs().sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
 
-# %% ../nbs/03a_sparse_linear.ipynb #f3c303f3
+# %% ../nbs/03a_sparse_linear.ipynb #882833e3
 def select(x:torch.Tensor, # (…, D)
            k:int           # channels to keep, 0 to D
           )->torch.Tensor: # (…, k) int64, ascending
@@ -58,7 +58,7 @@ def select(x:torch.Tensor, # (…, D)
     if len(kept) != len(a)*k or len(a) > 1 and (passed.sum(-1) != k).any(): return select_by_sorting(x, k)
     return kept.view(*x.shape[:-1], k)
 
-# %% ../nbs/03a_sparse_linear.ipynb #49f8423d
+# %% ../nbs/03a_sparse_linear.ipynb #f094d81c
 def bag_product(rows:torch.Tensor,   # (D, N), contiguous
                 kept:torch.Tensor,   # (B, k)
                 values:torch.Tensor, # (B, k), the inputs of the kept channels
@@ -71,7 +71,7 @@ def bag_product(rows:torch.Tensor,   # (D, N), contiguous
     y = F.embedding_bag(at.view(P*B, k), rows.view(D*P, N//P), mode='sum', per_sample_weights=values.expand(P, B, k).reshape(P*B, k))
     return y.view(P, B, N//P).transpose(0, 1).reshape(B, N)
 
-# %% ../nbs/03a_sparse_linear.ipynb #cbd799b0
+# %% ../nbs/03a_sparse_linear.ipynb #4da8c99f
 @cache
 def n_pieces(N:int,         # outputs, a multiple of 64
              n_threads:int,
@@ -83,7 +83,7 @@ def n_pieces(N:int,         # outputs, a multiple of 64
     load = lambda p: round(math.ceil(p/n_threads)*n_threads/p, 1)       # of the busiest thread; 1 is even
     return min(fits, key=lambda p: (load(p), abs(math.log(p/want))))
 
-# %% ../nbs/03a_sparse_linear.ipynb #ef94b7fb
+# %% ../nbs/03a_sparse_linear.ipynb #50b4ec70
 def _check_weight(weight, bias):
     "A `ValueError` for a weight or bias that has no sparse product."
     if weight.dim() != 2: raise ValueError(f'weight must be (out_features, in_features), not of shape {tuple(weight.shape)}')
@@ -107,7 +107,7 @@ class SparseLinear(nn.Module):
     def weight(self)->torch.Tensor: return self.rows[:, :self.out_features].t() # (N, D), a view
     def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}'
 
-# %% ../nbs/03a_sparse_linear.ipynb #5bcd7405
+# %% ../nbs/03a_sparse_linear.ipynb #20f532e4
 @patch
 def forward(self:SparseLinear,
             x:torch.Tensor       # (…, D)
@@ -117,7 +117,7 @@ def forward(self:SparseLinear,
         return self.sparse(x, torch.arange(self.in_features))
     return F.linear(x, self.weight, self.bias)
 
-# %% ../nbs/03a_sparse_linear.ipynb #9a6afbdf
+# %% ../nbs/03a_sparse_linear.ipynb #25b7e465
 @patch
 def _check(self:SparseLinear, x, kept):
     "An error in one line for what `sparse` cannot take."
@@ -129,7 +129,7 @@ def _check(self:SparseLinear, x, kept):
     if kept.dim() > 1 and kept.shape[:-1] != x.shape[:-1]: raise ValueError(f'kept has shape {tuple(kept.shape)}, but x {tuple(x.shape)}: one row per token')
     if torch.is_grad_enabled() and x.requires_grad: raise RuntimeError('a sparse product has no gradient: use torch.no_grad(), or forward')
 
-# %% ../nbs/03a_sparse_linear.ipynb #573b2bf5
+# %% ../nbs/03a_sparse_linear.ipynb #6f61508e
 @patch
 def sparse(self:SparseLinear,
            x:torch.Tensor,       # (…, D), of 1 to 4 tokens: with more, their channels together are nearly all
@@ -145,7 +145,7 @@ def sparse(self:SparseLinear,
     if self.bias is not None: y = y + self.bias
     return y.view(*x.shape[:-1], N)
 
-# %% ../nbs/03a_sparse_linear.ipynb #163946a3
+# %% ../nbs/03a_sparse_linear.ipynb #9f6a39c2
 def fused(*linears              # `nn.Linear` (or alike) with the same inputs
          )->SparseLinear:       # outputs in the order of `linears`
     "Linear layers that read the same input as one; split its output by their `out_features`."
@@ -155,21 +155,23 @@ def fused(*linears              # `nn.Linear` (or alike) with the same inputs
         bias = torch.cat([l.weight.new_zeros(len(l.weight)) if l.bias is None else l.bias for l in linears])
     return SparseLinear(torch.cat([l.weight for l in linears]), bias)
 
-# %% ../nbs/03a_sparse_linear.ipynb #a3be05df
+# %% ../nbs/03a_sparse_linear.ipynb #fe912231
 def panels(weight:torch.Tensor, # (N, D)
            width:int=384        # outputs of a panel
-          ):                    # function of x (B, D) -> (B, N)
-    "A dense product that reads memory in one run: `embedding_bag` over panels."
+          ):                    # function of x (B, D) -> (B, N), and of kept (B, k) if not all channels are
+    "A product that reads memory from front to back: `embedding_bag` over panels."
     N, D = weight.shape
     table = F.pad(weight.t(), (0, -N % width)).view(D, -1, width).transpose(0, 1).reshape(-1, width)   # (P*D, width)
-    at = torch.arange(len(table), device=weight.device).view(-1, 1, D)                                # (P, 1, D)
-    def product(x):
-        P, B = len(at), len(x)
-        y = F.embedding_bag(at.expand(P, B, D).reshape(P*B, D), table, mode='sum', per_sample_weights=x.expand(P, B, D).reshape(P*B, D))
+    first = torch.arange(0, len(table), D, device=weight.device)[:, None, None]                        # (P, 1, 1)
+    def product(x, kept=None):
+        P, B = len(first), len(x)
+        if kept is None: kept, values = torch.arange(D, device=x.device).expand(B, D), x
+        else: values = x.gather(1, kept)
+        y = F.embedding_bag((first+kept).flatten(0, 1), table, mode='sum', per_sample_weights=values.expand(P, *values.shape).flatten(0, 1))
         return y.view(P, B, width).transpose(0, 1).reshape(B, -1)[:, :N]
     return product
 
-# %% ../nbs/03a_sparse_linear.ipynb #4bf48636
+# %% ../nbs/03a_sparse_linear.ipynb #5a4beae1
 def _linear(w): return lambda x: F.linear(x, w)
 def _rows(w): return lambda x, r=w.t().contiguous(): x @ r
 def _bags(w):
@@ -190,7 +192,7 @@ def dense_ways(dtype # of the weights
                 mkl=dtype == torch.float32 and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear'))
     return [k for k in DENSE if have.get(k, True)]
 
-# %% ../nbs/03a_sparse_linear.ipynb #15668580
+# %% ../nbs/03a_sparse_linear.ipynb #9e0c6359
 def _matrices(D, N, dtype, nbytes):
     "Weights (N, D) of at least `nbytes` together, two or more, and an input for each."
     w, gen = torch.randn(N, D).to(dtype), torch.Generator().manual_seed(1)
@@ -200,15 +202,17 @@ def _matrices(D, N, dtype, nbytes):
 def _each(products, xs): return lambda: [f(x) for f, x in zip(products, xs)]
 
 def _sparse_arms(ws, xs, sparsities):
-    "`name -> function`: products at each sparsity with the channels chosen beforehand, and the choosing by itself."
-    lins, arms = [SparseLinear(w) for w in ws], {}
+    "`name -> function`: rows and panels at each sparsity with the channels chosen beforehand, and the choosing by itself."
+    lins, tables, arms = [SparseLinear(w) for w in ws], [panels(w) for w in ws], {}
     for s in sparsities:
         k = round((1-s)*xs[0].shape[-1])
-        arms[f'sparse {s:g}'] = _each([lambda x, l=l, kept=select(x, k): l.sparse(x, kept) for l, x in zip(lins, xs)], xs)
+        chosen = [select(x, k) for x in xs]
+        arms[f'sparse {s:g}'] = _each([lambda x, l=l, c=c: l.sparse(x, c) for l, c in zip(lins, chosen)], xs)
+        arms[f'panels {s:g}'] = _each([lambda x, t=t, c=c: t(x, c) for t, c in zip(tables, chosen)], xs)
         arms[f'select {s:g}'] = _each([lambda x, k=k: select(x, k)]*len(xs), xs)
     return arms
 
-# %% ../nbs/03a_sparse_linear.ipynb #ebf56160
+# %% ../nbs/03a_sparse_linear.ipynb #d6955978
 @torch.inference_mode()
 def _kernel_rows(D, N, dtype, n_threads, sparsities, rounds, nbytes):
     "Rows of one shape, precision and number of threads."
@@ -230,7 +234,7 @@ def _row(arm, ts, best, linear, n, read, about, itemsize):
     return dict(**about, arm=kind, sparsity=None if s is None or kind == 'select' else float(s), k=k, **spread([t/n for t in ts]), bytes=nbytes,
                 gb_per_s=rate/1e9, read_gb_per_s=read/1e9, share_of_read=rate/read, vs_best_dense=ratio(best), vs_linear=ratio(linear))
 
-# %% ../nbs/03a_sparse_linear.ipynb #84cbfa3e
+# %% ../nbs/03a_sparse_linear.ipynb #06a26a60
 def benchmark_kernel(shapes=((2048, 8192), (4096, 11008)), # (D, N) of each
                      sparsities=(.25, .4, .5, .6, .75),
                      dtypes=('bfloat16', 'float32'),
@@ -241,7 +245,7 @@ def benchmark_kernel(shapes=((2048, 8192), (4096, 11008)), # (D, N) of each
     "Time one-token products, every dense way and sparse ones, in turn; `vs_…` above 1 is quicker than that."
     return [row for D, N in shapes for dt in dtypes for n in n_threads for row in _kernel_rows(D, N, dt, n, sparsities, rounds, nbytes)]
 
-# %% ../nbs/03a_sparse_linear.ipynb #332aea44
+# %% ../nbs/03a_sparse_linear.ipynb #167f744c
 class DecodeStep:
     "One-token steps of a Llama at position `context`, over exchangeable products."
     def __init__(self,
@@ -262,7 +266,7 @@ class DecodeStep:
         return SimpleNamespace(qkv=cat(a.q_proj, a.k_proj, a.v_proj), o=make(a.o_proj.weight), gate_up=cat(m.gate_proj, m.up_proj),
                                down=make(m.down_proj.weight), pre=l.input_layernorm.weight, post=l.post_attention_layernorm.weight)
 
-# %% ../nbs/03a_sparse_linear.ipynb #c87d6810
+# %% ../nbs/03a_sparse_linear.ipynb #93da35fa
 @patch
 def product(self:DecodeStep, f, x):
     "The product `f` of `x` (1, D), dense or at the level that is set."
@@ -290,7 +294,7 @@ def __call__(self:DecodeStep, token:int)->torch.Tensor: # logits (1, V)
         h = h + self.product(l.down, F.silu(gate)*up)
     return self.head(norm(h, self.norm))
 
-# %% ../nbs/03a_sparse_linear.ipynb #8a8b5475
+# %% ../nbs/03a_sparse_linear.ipynb #be464cdd
 def step_model(hidden=2048, layers=8, intermediate=8192, heads=32, kv_heads=8, vocab=32768, dtype='bfloat16'):
     "A Llama with random weights; by default with the shapes of one of 1B parameters, of half its depth."
     cfg = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
@@ -298,7 +302,7 @@ def step_model(hidden=2048, layers=8, intermediate=8192, heads=32, kv_heads=8, v
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(cfg, dtype=getattr(torch, dtype), attn_implementation='sdpa').eval()
 
-# %% ../nbs/03a_sparse_linear.ipynb #a4b8a0ba
+# %% ../nbs/03a_sparse_linear.ipynb #220cc3b2
 def decode_bytes(config, context:int, itemsize:int, level:float=0.)->int:
     "Bytes that one step must read when a share `level` of the inputs of every layer is left out."
     c, H = config, config.hidden_size
@@ -307,7 +311,7 @@ def decode_bytes(config, context:int, itemsize:int, level:float=0.)->int:
     layer = sum(round((1-level)*D)*N for D, N in shapes) + 2*(context+1)*kv
     return itemsize*(c.num_hidden_layers*layer + H*c.vocab_size)
 
-# %% ../nbs/03a_sparse_linear.ipynb #4381b07f
+# %% ../nbs/03a_sparse_linear.ipynb #b476b424
 @torch.inference_mode()
 def fastest_dense(weight:torch.Tensor, # (N, D)
                   rounds:int=7)->str:  # a name in `DENSE`
@@ -317,7 +321,7 @@ def fastest_dense(weight:torch.Tensor, # (N, D)
     times = interleaved(arms | dict(read=reader(2**27)), rounds)
     return min(arms, key=lambda way: statistics.median(times[way]))
 
-# %% ../nbs/03a_sparse_linear.ipynb #29faedfe
+# %% ../nbs/03a_sparse_linear.ipynb #4b18d2ce
 def _step_arms(model, context, sparsities):
     "`name -> function`: stock transformers, our step over `F.linear`, over the best dense product, and sparse; and which is best."
     best = fastest_dense(torch.cat([model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight]))
@@ -328,7 +332,7 @@ def _step_arms(model, context, sparsities):
     arms = dict(stock=lambda: model(torch.tensor([[7]]), past_key_values=cache).logits)
     return arms | {k: lambda s=s: s(7) for k, s in steps.items()} | {f'sparse {s:g}': lambda s=s: at(s) for s in (0., *sparsities)}, best
 
-# %% ../nbs/03a_sparse_linear.ipynb #7fbc5c39
+# %% ../nbs/03a_sparse_linear.ipynb #f3828b12
 @torch.inference_mode()
 def benchmark_step(sparsities=(.25, .4, .5, .6, .75),
                    dtype:str='bfloat16', n_threads:int=2,
@@ -353,13 +357,13 @@ def _step_row(arm, times, read, model, about):
     return dict(**about, arm=arm.split()[0], sparsity=level, **spread(ts), bytes=nbytes, read_gb_per_s=read/1e9, bound_ms=1000*nbytes/read,
                 share_of_bound=nbytes/read/statistics.median(ts), vs_best_dense=ratio('best_dense'), vs_linear=ratio('linear'), vs_stock=ratio('stock'))
 
-# %% ../nbs/03a_sparse_linear.ipynb #6baa5445
+# %% ../nbs/03a_sparse_linear.ipynb #d14d05c9
 try:
     import triton, triton.language as tl
     jit = triton.jit
 except ImportError: triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
-# %% ../nbs/03a_sparse_linear.ipynb #fdc2a9b1
+# %% ../nbs/03a_sparse_linear.ipynb #5351313c
 @jit
 def _select_kernel(x, kept, values, D, k, eps, NORM:tl.constexpr, SHIFT:tl.constexpr, BLOCK:tl.constexpr):
     b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -379,7 +383,7 @@ def _select_kernel(x, kept, values, D, k, eps, NORM:tl.constexpr, SHIFT:tl.const
     tl.store(kept+at, i.to(kept.dtype.element_ty), mask=keep)
     tl.store(values+at, v, mask=keep)
 
-# %% ../nbs/03a_sparse_linear.ipynb #abf9fa96
+# %% ../nbs/03a_sparse_linear.ipynb #4b959b45
 @jit
 def _product_kernel(rows, kept, values, partial, N, k, stride, SPLIT:tl.constexpr, BLOCK_K:tl.constexpr, BLOCK_N:tl.constexpr):
     n, s, b = tl.program_id(0)*BLOCK_N+tl.arange(0, BLOCK_N), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -399,7 +403,7 @@ def _sum_kernel(partial, y, N, SPLIT:tl.constexpr, BLOCK_N:tl.constexpr):
     for s in range(SPLIT): total += tl.load(partial+(b*SPLIT+s)*N+n, mask=n < N, other=0.)
     tl.store(y+b*N+n, total.to(y.dtype.element_ty), mask=n < N)
 
-# %% ../nbs/03a_sparse_linear.ipynb #c9140ab9
+# %% ../nbs/03a_sparse_linear.ipynb #2f2a10af
 def _need_triton(dtype):
     "An error in one line without Triton, and for a precision that the kernels do not have."
     if triton is None: raise ImportError('this needs Triton, which comes with torch for CUDA: pip install triton')
@@ -418,7 +422,7 @@ def triton_select(x:torch.Tensor, # (B, D)
     if k: _select_kernel[(B,)](x, kept, values, D, k, eps or 0., eps is not None, shift, triton.next_power_of_2(D), num_warps=8)
     return kept, values
 
-# %% ../nbs/03a_sparse_linear.ipynb #2a12a32b
+# %% ../nbs/03a_sparse_linear.ipynb #ecc530d7
 def triton_product(rows:torch.Tensor,   # (D, N or more), the last dimension contiguous
                    kept:torch.Tensor,   # (B, k), not checked
                    values:torch.Tensor, # (B, k)

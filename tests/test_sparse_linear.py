@@ -114,21 +114,24 @@ def test_adds_in_float32():
 
 
 def test_dense_ways_agree():
-    """Panels are no layout for sparse products, though. A sparse product skips within the panel, at random; the
-    prefetcher of the processor, which reads ahead in blocks, then fetches much of what was skipped."""
+    """Are panels a layout for sparse products as well? The function takes `kept`, so that the benchmark can tell.
+    There is reason for doubt: it skips channels within the panel, at random, and the prefetcher of the processor,
+    which reads ahead in blocks, then fetches much of what was skipped. In long rows little is fetched in vain,
+    but the generated kernel works through them 384 numbers at a time, at places far apart."""
     for dt, eps in ((torch.float32, 1e-3), (torch.bfloat16, .3)):
         w, x = torch.randn(400, 96).to(dt), torch.randn(1, 96).to(dt)
         assert {'linear', 'rows', 'bags', 'panels'} <= set(dense_ways(dt))
         with torch.no_grad():
             for way in dense_ways(dt): test_close(DENSE[way](w)(x), F.linear(x, w), eps=eps)
-    test_close(panels(w.float())(torch.ones(3, 96)), F.linear(torch.ones(3, 96), w.float()), eps=1e-3)
+    w, x = w.float(), torch.randn(3, 96)
+    test_close(panels(w)(x), F.linear(x, w), eps=1e-3); test_close(panels(w)(x, select(x, 40)), masked_linear(x, w, select(x, 40)), eps=1e-3)
 
 
 def test_kernel_benchmark():
     "A small run shows what comes out; its times mean nothing."
     rows = benchmark_kernel([(32, 64)], (.5,), ('float32', 'bfloat16'), (1,), rounds=3, nbytes=2**14)
     table = pd.DataFrame(rows)
-    assert set(table.arm) >= {'linear', 'rows', 'bags', 'panels', 'sparse', 'select'} and (table.median_ms > 0).all()
+    assert set(table.arm) >= {'linear', 'rows', 'bags', 'panels', 'sparse', 'select'} and (table[table.sparsity.notna()].arm.value_counts() == 2).all() and (table.median_ms > 0).all()
     for _, g in table.groupby('dtype'):
         best = g[g.sparsity.isna() & (g.arm != 'select')].sort_values('median_ms').iloc[0]
         test_eq(best.arm, best.best_dense); test_eq(best.vs_best_dense, 1.)
