@@ -7,6 +7,7 @@ import tempfile
 import torch
 from fastcore.test import test_eq, expect_fail
 from llmopt.core import load
+from llmopt.kv_cache.restore import PrefixStore
 from dataclasses import asdict
 from llmopt.kv_cache.hybrid import *
 
@@ -47,7 +48,6 @@ def test_optimizer_refusals():
 
 def test_optimizer_with_a_store():
     "An optimizer with a store writes what one without it writes, when the prompt is new and when it is known."
-    from llmopt.kv_cache.restore import PrefixStore
     lm = load('llmopt-tiny', 'cpu'); shape = cache_shape(lm.model); x = (torch.arange(70)*7+10)[None]
     def write(opt, cache):
         with opt.attach(lm): return lm.model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=5)

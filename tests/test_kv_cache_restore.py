@@ -2,6 +2,7 @@
 # ruff: noqa
 
 import copy
+import random
 import resource
 import shutil
 import transformers as T
@@ -14,6 +15,7 @@ import warnings
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
 from llmopt.core import load
+from llmopt.kv_cache.memory import PAGE, DoublingRegion
 from pathlib import Path
 from llmopt.kv_cache.slab import SimpleVAttention, SlabCache
 from llmopt.kv_cache.restore import *
@@ -22,7 +24,6 @@ from llmopt.kv_cache.restore import *
 def test_slots_are_filled_in_any_order():
     """Filled from the back, a slab holds what one filled from the front holds, on demand-paged memory and on the
     buffer that doubles. Only pages that were written exist."""
-    from llmopt.kv_cache.memory import PAGE, DoublingRegion
     torch.manual_seed(0)
     k, v = torch.randn(2, 1, 2, 96, 64)
     for doubling in (False, True):
@@ -191,7 +192,6 @@ def test_same_bits_at_every_meeting_point():
 
 def test_same_bits_wherever_they_meet():
     "With no meeting point given, loaders of every speed and of no steady speed at all lead to the same bits."
-    import random
     rng, m, ids, meets = random.Random(0), tiny(), prompt(16*8+1), set()
     with tempfile.TemporaryDirectory() as d:
         want = reference(m, ids, 16); restored(PrefixStore(d, chunk=16), m, ids, want)
