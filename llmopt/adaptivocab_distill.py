@@ -6,7 +6,7 @@
 __all__ = ['composed_rows', 'phrase_windows', 'distill_loss', 'distill', 'frozen', 'late_merge', 'LateMerger', 'deletion',
            'answer_bits', 'rise']
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #4e45f271
+# %% ../nbs/02c_adaptivocab_distill.ipynb #49f0e55d
 import math, random
 from contextlib import contextmanager
 
@@ -18,20 +18,20 @@ from tqdm.auto import tqdm
 from .adaptivocab_model import PhraseReader, Reading, fold_where, kl
 from .core import LlmoptError
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #801f78e0
+# %% ../nbs/02c_adaptivocab_distill.ipynb #4ba41f55
 def composed_rows(reader:PhraseReader)->torch.Tensor: # (phrases, D)
     "The vectors that `reader` composes for its phrases."
     plain = PhraseReader(reader.model, reader.vocab, reader.cfg)
     rows = [plain.compose(p, fold_where(p, [(0, len(p), 0)])).embeds[0] for p in reader.vocab.table.pieces]
     return torch.cat(rows) if rows else torch.zeros(0, reader.model.get_input_embeddings().weight.shape[1])
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #8cf49b3c
+# %% ../nbs/02c_adaptivocab_distill.ipynb #4113102e
 def phrase_windows(vocab, seqs, size:int=128)->list: # lists of ids in the tokenizer's own vocabulary
     "Windows of `size` tokens from `seqs` that hold a phrase before their end."
     cuts = (list(map(int, s[i:i+size])) for s in seqs for i in range(0, len(s), size))
     return [w for w in cuts if len(w) > 2 and (vocab.fold(w).span[:-1] > 1).any()]
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #961ca337
+# %% ../nbs/02c_adaptivocab_distill.ipynb #d01b05fe
 def _student(reader, emb, ids):
     "The reading of `ids` with rows from the embedding `emb`, and aligned positions (student, teacher) from the first phrase on."
     f = reader.vocab.fold(ids)
@@ -41,7 +41,7 @@ def _student(reader, emb, ids):
     mine = np.arange(at[0], len(f.ids))
     return r._replace(embeds=x), mine, (f.start+f.span-1)[mine]
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #50cb464a
+# %% ../nbs/02c_adaptivocab_distill.ipynb #05506650
 def distill_loss(reader:PhraseReader, emb, windows)->torch.Tensor: # scalar, nats a token
     "Mean divergence of the student from the teacher, from the first phrase of each of `windows` on."
     with torch.no_grad(): teacher = reader._logits([reader.compose(w, fold_where(w, [])) for w in windows])
@@ -50,13 +50,13 @@ def distill_loss(reader:PhraseReader, emb, windows)->torch.Tensor: # scalar, nat
     q = torch.cat([s[i] for s, i in zip(reader._logits(students), mine)])
     return kl(p, q).mean()
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #600c6a55
+# %% ../nbs/02c_adaptivocab_distill.ipynb #629147de
 def distill(reader:PhraseReader,
             seqs,               # token sequences of the domain, in the tokenizer's own vocabulary
             steps:int=1000,
             bs:int=8,           # windows in a step
             size:int=128,       # tokens in a window
-            lr:float=2e-3,      # falls to zero
+            lr:float=8e-3,      # falls to zero
             seed:int=0,
             progress:bool=True)->tuple: # rows (phrases, D), and the divergence in each step
     "Train vectors for the phrases of `reader`, its model staying as it is; zero steps give the composed ones."
@@ -72,7 +72,7 @@ def distill(reader:PhraseReader,
             losses.append(loss.item())
     return emb.weight.detach(), losses
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #b4547c84
+# %% ../nbs/02c_adaptivocab_distill.ipynb #0bc10e4f
 @contextmanager
 def frozen(model):
     "Inside, no weight of `model` asks for a gradient; afterwards each does as before."
@@ -82,7 +82,7 @@ def frozen(model):
     finally:
         for p, g in before: p.requires_grad_(g)
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #ce0a87ca
+# %% ../nbs/02c_adaptivocab_distill.ipynb #3452c257
 class _Late:
     "Hooks that let the layers from `layer` on see only the positions `keep` of the first forward."
     def __init__(self, keep, layer): self.keep, self.layer, self.first = keep, layer, True
@@ -102,7 +102,7 @@ class _Late:
             return (x, *args[1:]), kw
         return hook
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #7e9c33e8
+# %% ../nbs/02c_adaptivocab_distill.ipynb #80bec48a
 @contextmanager
 def late_merge(model,      # a decoder built as Llama is: rotary positions, its layers in `model.model.layers`
                keep,       # (m,) positions of the prompt that go on, in order; the last one among them
@@ -118,7 +118,7 @@ def late_merge(model,      # a decoder built as Llama is: rotary positions, its 
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #b162813b
+# %% ../nbs/02c_adaptivocab_distill.ipynb #dc3264fe
 class LateMerger:
     "Reads phrases by late merging."
     def __init__(self, model, vocab, layer:int): self.model, self.vocab, self.layer = model, vocab, layer
@@ -141,7 +141,7 @@ def score(self:LateMerger, ids:list, answer_ids:list)->torch.Tensor: # (n, vocab
         y = self.model(x, attention_mask=torch.ones_like(x), use_cache=False).logits[0]
     return y[-n-1:-1].float().log_softmax(-1)
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #d6069826
+# %% ../nbs/02c_adaptivocab_distill.ipynb #99593e50
 def deletion(reader:PhraseReader,
              ids:list,            # prompt, in the tokenizer's own vocabulary
              n:int,               # tokens to delete
@@ -155,7 +155,7 @@ def deletion(reader:PhraseReader,
     keep, r = sorted({*range(len(ids))}-{*gone}), reader.compose(ids, fold_where(ids, []))
     return Reading(r.embeds[:, keep], r.mask[:, keep], r.positions[:, keep], [ids[i] for i in keep], r.numbered)
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #43ca826f
+# %% ../nbs/02c_adaptivocab_distill.ipynb #ad43ff94
 def answer_bits(score, # (ids, answer_ids) -> (n, vocabulary) log-probabilities
                 pairs  # (ids, answer_ids) of each text
                )->np.ndarray: # (texts,)
@@ -163,7 +163,7 @@ def answer_bits(score, # (ids, answer_ids) -> (n, vocabulary) log-probabilities
     nats = [-score(i, a).gather(1, torch.tensor(a)[:, None]).sum().item() for i, a in pairs]
     return np.array(nats)/math.log(2)
 
-# %% ../nbs/02c_adaptivocab_distill.ipynb #c845c1ea
+# %% ../nbs/02c_adaptivocab_distill.ipynb #073adfbb
 def rise(bits, base, rounds:int=1000, seed:int=0)->tuple: # ratio-1, and its 95 % interval
     "By how much the total of `bits` lies above that of `base`, over the same texts."
     i = np.random.default_rng(seed).integers(0, len(bits), (rounds, len(bits)))

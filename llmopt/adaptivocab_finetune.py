@@ -7,7 +7,7 @@ __all__ = ['GPT2_SPLIT', 'GROUP_SPLIT', 'grouped', 'mine_merges', 'spare_tokens'
            'prior_bias', 'mean_state', 'add_rows', 'rows_needed', 'expand', 'trained_weights', 'packed_rows', 'nll',
            'finetune', 'document_bits', 'save']
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #f59a5911
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #21115aae
 import copy, heapq, json, math, tempfile
 from collections import Counter
 from itertools import groupby
@@ -27,14 +27,14 @@ from .adaptivocab_distill import frozen
 from .adaptivocab_model import piece_weights
 from .core import LM, LlmoptError
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #772664e2
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #f538ed13
 _LETTERS, _PUNCT = r" ?\p{L}+", r" ?[^\s\p{L}\p{N}]+"
 _TAILS = "'s|'t|'re|'ve|'m|'ll|'d"                                       # of English words, first in the pattern of GPT-2
 GPT2_SPLIT = rf"{_TAILS}|{_LETTERS}| ?\p{{N}}+|{_PUNCT}|\s+(?!\S)|\s+"
 # words and punctuation in one piece; a run of punctuation with an apostrophe in it is none of them, and ends the group
 GROUP_SPLIT = rf"{_TAILS}|(?:{_LETTERS}|(?> ?[^\s\p{{L}}\p{{N}}']+)(?!'))+| ?\p{{N}}+|{_PUNCT}|\s+(?!\S)|\s+"
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #6c60812a
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #2932363e
 def _check_splitting(d):
     "Refuse a tokenizer whose splitting is not that of GPT-2."
     pre = d.get('pre_tokenizer') or {}
@@ -50,7 +50,7 @@ def _edited(tokenizer, change):
         file.write_text(json.dumps(d, ensure_ascii=False), encoding='utf-8')
         return AutoTokenizer.from_pretrained(folder)
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #83528ebd
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #b6758258
 def grouped(tokenizer):
     "A copy of `tokenizer` that splits into groups instead of words; its tokens are the same."
     pre = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(GROUP_SPLIT), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -60,7 +60,7 @@ def grouped(tokenizer):
         d['pre_tokenizer'] = json.loads(part.to_str())['pre_tokenizer']
     return _edited(tokenizer, change)
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #89483e24
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #00c111fb
 def mine_merges(tokenizer,        # with groups, as `grouped` gives
                 corpus,           # iterable of texts
                 n:int,            # merges
@@ -76,7 +76,7 @@ def mine_merges(tokenizer,        # with groups, as `grouped` gives
         merges.append((name[a], name[b])); name[new] = name[a]+name[b]
     return merges
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #8e8f3cfc
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #d67d325b
 def spare_tokens(merges,  # all pairs of token strings, in order
                  counts,  # uses of each token string
                  n:int,   # tokens to spare
@@ -96,13 +96,13 @@ def spare_tokens(merges,  # all pairs of token strings, in order
             if not parts[p] and p in made and p not in keep: heapq.heappush(free, (counts[p], p))
     return [*gone]
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #7ca95cc2
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #f3755586
 class Expansion(NamedTuple):
     "A tokenizer with phrases, and what its new tokens are made of."
     tokenizer:object  # a fast tokenizer of transformers
     pieces:dict       # id of each new token -> its pieces, ids of the old tokenizer
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #0e1ba8b5
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #1855e453
 def expand_tokenizer(tokenizer,       # fast, byte-level BPE, with the splitting of GPT-2; it is not changed
                      corpus,          # list of texts of the domain
                      n_new:int=1000,  # new tokens
@@ -123,7 +123,7 @@ def expand_tokenizer(tokenizer,       # fast, byte-level BPE, with the splitting
     for a, b in merges: parts.setdefault(a+b, parts.get(a, [vocab.get(a)])+parts.get(b, [vocab.get(b)]))
     return Expansion(tok, {ids[t]: parts[t] for t in new})
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #701e35e5
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #909fadbf
 def _append(d, merges, ids, spare):
     "Put `merges`, whose results get `ids`, into the dict of a tokenizer, and take the tokens `spare` out."
     m = d['model']
@@ -138,14 +138,14 @@ def _spare(tok, corpus, new):
     counts = Counter(t for e in tok([*corpus], add_special_tokens=False, verbose=False).encodings for t in e.tokens)
     return spare_tokens(merges, counts, len(new), {*new, *tok.convert_ids_to_tokens([*tok.added_tokens_decoder])})
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #e9e79394
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #25834d5d
 def untie(model):
     "Give the output a matrix of its own, if it shares that of the input."
     head, emb = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = False
     if head.weight is emb.weight: head.weight = torch.nn.Parameter(emb.weight.detach().clone())
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #76c96d94
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #669db0d2
 def prior_bias(x:Expansion,
                seqs,     # texts of the domain, as ids of the new tokenizer
                size:int  # rows
@@ -163,7 +163,7 @@ def mean_state(model, seqs)->torch.Tensor: # (D,)
     states = [model(torch.tensor([s], device=model.device), output_hidden_states=True, use_cache=False).hidden_states[-1][0] for s in seqs]
     return torch.cat(states).float().mean(0)
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #54db3c88
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #92977682
 @torch.no_grad()
 def add_rows(model, x:Expansion,
              bias=None, # (rows,) to add to the logits, as `prior_bias` gives; needs `state`
@@ -180,7 +180,7 @@ def add_rows(model, x:Expansion,
 
 def rows_needed(model, x): return max([model.get_input_embeddings().weight.shape[0], *(i+1 for i in x.pieces)])
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #61531756
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #1bfae8f9
 def expand(lm:LM,
            corpus,             # list of texts of the domain
            n_new:int=1000,     # new tokens; 0 gives the same model, untied
@@ -197,7 +197,7 @@ def expand(lm:LM,
         add_rows(model, x, bias, mean_state(model, [s[:lm.context] for s in enc(lm.tokenizer, corpus[:sample]) if s]))
     return LM(model, x.tokenizer, f'{lm.name}+{len(x.pieces)}')
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #d8f54e77
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #88d3bbc5
 def trained_weights(model)->list: # parameters
     "What is trained: embeddings, output, first and last layer."
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
@@ -210,14 +210,14 @@ def packed_rows(tokenizer, docs, size:int)->torch.Tensor: # (rows, size+1), -100
     rows = [flat[i:i+size+1] for i in range(0, max(1, len(flat)-1), size)]
     return torch.tensor([r+[-100]*(size+1-len(r)) for r in rows])
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #7ad5c4f5
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #434bc1b0
 def nll(model, rows)->torch.Tensor: # (rows, size) nats, zero where nothing is
     "Negative log-likelihood of each next token."
     rows = rows.to(model.device)
     logits = model(rows[:, :-1].clamp(min=0), use_cache=False).logits.float()
     return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], ignore_index=-100, reduction='none')
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #f0f35dda
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #3cb773b9
 def finetune(lm:LM,
              docs,                # list of texts; taken in this order, again and again
              steps:int=300,
@@ -241,13 +241,13 @@ def finetune(lm:LM,
         opt.zero_grad(set_to_none=True)
     return log
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #5be31b13
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #db9b6ad3
 @torch.inference_mode()
 def document_bits(lm:LM, docs)->np.ndarray: # (documents,)
     "Bits that each document costs, read from its beginning."
     return np.array([nll(lm.model, packed_rows(lm.tokenizer, [d], lm.context-1)).sum().item() for d in docs])/math.log(2)
 
-# %% ../nbs/02d_adaptivocab_finetune.ipynb #bd0e559d
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #ef0f95f1
 def save(lm:LM, folder):
     "Write model and tokenizer to `folder`, for `from_pretrained`."
     lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder)
