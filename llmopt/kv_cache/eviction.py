@@ -384,7 +384,7 @@ def rank(self:EvictingLayer, o:Observed, score)->torch.Tensor: # (B, H, n): 0 is
     cfg, total = self.evictor.cfg, o.total[:, None, None]
     safe = (o.order >= 0) & ((o.order < cfg.first) | (o.order >= total-cfg.window))
     score = score.float().masked_fill(safe, torch.inf).masked_fill(o.order < 0, -torch.inf)
-    best = score.sort(-1, descending=True, stable=True).indices
+    best = score.sort(dim=-1, descending=True, stable=True).indices
     return torch.empty_like(best).scatter_(2, best, torch.arange(best.shape[-1], device=best.device).expand_as(best))
 
 @patch
