@@ -339,7 +339,7 @@ def _metrics(self:EnhancedFusedLLMEngine, messages, ids, n_read, events, meter):
     stopped = meter.ids[-1] in (eos if isinstance(eos, list) else [eos])
     return ChatMetrics(method=self.recipe.id, input_text=messages[-1]['content'], prompt_text=self.lm.tokenizer.decode(ids), output_text=out,
                        finish_reason='stop' if stopped else 'length', **t, prompt_tokens=n_read, prompt_tokens_base=base, completion_tokens=n,
-                       completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live), kv_bytes_reserved=kv.reserved, kv_bytes_resident=getattr(kv, 'resident', None),
+                       completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live, getattr(meter.cache, 'peak', 0)), kv_bytes_reserved=kv.reserved, kv_bytes_resident=getattr(kv, 'resident', None),
                        weight_bytes=self.lm.weight_bytes, **_rates(t, n_read, base, n, n_base, len(out)), factors=self.recipe.factors, output_ids=meter.ids)
 
 # %% ../nbs/05_engine.ipynb #d48b137c

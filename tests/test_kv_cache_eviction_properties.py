@@ -101,7 +101,7 @@ def _check_rows(slab, visible, first, window):
 
 
 def _check_budget(cache, visible):
-    "After a round: no more tokens than the budget, and all of it used."
+    "After a round: no more tokens than the budget."
     e = cache.evictor
     if parse_budget(e.cfg.budget).kind == 'mass': return
     limits = e.limits(visible)

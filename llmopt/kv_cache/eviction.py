@@ -552,3 +552,6 @@ class EvictingCache(SlabCache):
 
 @patch(as_prop=True)
 def evictions(self:EvictingCache)->list: return self.evictor.records   # dicts: round, layer, seen, before, after, lost, lost_max
+
+@patch(as_prop=True)
+def peak(self:EvictingCache)->int: return self.evictor.peak # most live bytes of all slabs at one time

@@ -232,6 +232,9 @@ def slab_layers(self:SlabCache)->list: return [l for l in self.layers if isinsta
 @patch(as_prop=True)
 def slabs(self:SlabCache)->list: return [l.slab for l in self.slab_layers if l.slab]
 
+@patch(as_prop=True)
+def peak(self:SlabCache)->int: return sum(l.peak for l in self.slab_layers) # most live bytes so far; slabs only grow together
+
 @patch
 def close(self:SlabCache):
     "Give all memory back; the cache cannot be used any more. (Dropping the last reference does it, too.)"
