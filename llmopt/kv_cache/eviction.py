@@ -28,7 +28,7 @@ def compact(rows:torch.Tensor, # (R, n, D), changed in place
         idx = k.nonzero().flatten()
         row[:len(idx)] = row.index_select(0, idx)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #4f136cc9
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #af5dca08
 class EvictingSlab(SimpleVAttention):
     "A slab whose rows can lose tokens, each row its own."
     def __init__(self, *args, **kw):
@@ -39,7 +39,7 @@ class EvictingSlab(SimpleVAttention):
     def _set_regions(self, new): self.k, self.v, self.p = (*new, None)[:3]
     regions = property(lambda self: (self.k, self.v) if self.p is None else (self.k, self.v, self.p), _set_regions)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #decc202e
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #2a83d98e
 @patch(as_prop=True)
 def positions(self:EvictingSlab)->torch.Tensor: # (B, H, n), increasing in each row as far as it is filled
     if self.p is None: return torch.arange(self.n, device=self.lengths.device).expand(*self.lengths.shape, -1)
@@ -55,7 +55,7 @@ def _lengths(self:EvictingSlab, lengths):
     self.lengths, self.sizes = lengths, lengths.amax(-1).tolist()
     self.n, self.ragged = max(self.sizes), len(lengths.unique()) > 1
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #7918c5e3
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #0b5173d1
 @patch
 def keep(self:EvictingSlab,
          mask:torch.Tensor, # (B, H, n), True for what stays
@@ -74,7 +74,7 @@ def _write_positions(self:EvictingSlab):
     p.resize(self.n); p.data[:, :self.n, 0] = torch.arange(self.n, dtype=torch.int32)
     self.p = p
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #34064c0a
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #c3ff1184
 @patch
 def _write(self:EvictingSlab, region, new, m):
     "As in the plain slab, at the end of each row."
@@ -93,7 +93,7 @@ def append(self:EvictingSlab, k:torch.Tensor, v:torch.Tensor)->tuple:
     self.lengths, self.sizes, self.seen = self.lengths+q, [s+q for s in self.sizes], self.seen+q
     return res
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #ee9891a6
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #a16aeb03
 @patch
 def select(self:EvictingSlab, idx:torch.Tensor):
     "As `SimpleVAttention.select`."
@@ -114,7 +114,7 @@ def truncate(self:EvictingSlab, n:int): # tokens to keep, counted in tokens seen
     self._lengths(lengths)
     self.seen, self.p = n, self.p if n else None
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #febc8fce
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #ca76f91b
 @patch(as_prop=True)
 def live(self:EvictingSlab)->int:
     tokens = int(self.lengths.sum()) if self.ragged else self.n*self.lengths.numel()
@@ -128,7 +128,7 @@ def __deepcopy__(self:EvictingSlab, memo):
         for r in new.regions: r.trim(self.lengths.flatten().tolist())
     return new
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #a89ef45d
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #0d1a144f
 def slot_mask(slab:EvictingSlab,
               mask:torch.Tensor|None, # (B or 1, 1, q, seen) by position; None is causal
               q:int                   # queries, the last `q` positions
@@ -140,14 +140,14 @@ def slot_mask(slab:EvictingSlab,
     size = *pos.shape[:2], q, -1
     return free & mask.expand(size).gather(3, pos.clamp(0, slab.seen-1).expand(size))
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #bea36e3e
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #f6b8a1d4
 def _check_mask(mask, slab, q):
     "Refuse a mask that cannot be looked up by position."
     if mask is None: return
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] not in (1, slab.batch) or mask.shape[1:] != (1, q, slab.seen):
         raise ValueError(f'a KV cache with a budget takes masks of bool (batch, 1, {q}, {slab.seen}), not {mask.dtype} {tuple(mask.shape)}; pass the two-dimensional attention_mask')
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #1869fee8
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #37d81b16
 UNITS = {u: m for u, m in zip(('B', 'KB', 'MB', 'GB', 'KiB', 'MiB', 'GiB'), (1, 10**3, 10**6, 10**9, 2**10, 2**20, 2**30))}
 _FORMS = "a number of tokens, '25%', '64MiB' or 'mass=0.95'"
 
@@ -158,7 +158,7 @@ class Budget:
     amount:float
     def __str__(self): return dict(tokens=f'{self.amount} tokens', share=f'{100*self.amount:g}%', bytes=f'{self.amount:,} bytes', mass=f'mass={self.amount:g}')[self.kind]
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #17a5787a
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #644ccb74
 def parse_budget(x # whole number of tokens, `'25%'`, `'64MiB'`, `'mass=0.95'`
                 )->Budget:
     "The budget that `x` means; `ValueError` if it means none."
@@ -173,7 +173,7 @@ def parse_budget(x # whole number of tokens, `'25%'`, `'64MiB'`, `'mass=0.95'`
     if kind == 'mass' and amount > 1: raise ValueError(f'retained attention mass is at most 1, not {x!r}')
     return Budget(kind, amount)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #8a25769b
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #fff6e3b0
 def apportion(weights:np.ndarray, # (L,)
               total:int,          # pages to divide
               caps:np.ndarray     # (L,) most pages each can use
@@ -185,7 +185,7 @@ def apportion(weights:np.ndarray, # (L,)
     best = np.argsort(-np.maximum(weights, 1e-300)[layer]/(2*page+1), kind='stable')[:max(total, 0)]
     return np.bincount(layer[best], minlength=len(caps))
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #104c63d5
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #d4fa2ba2
 def seen_attention(q:torch.Tensor,       # (B, g, w, D) queries of one key head
                    k:torch.Tensor,       # (B, n, D) its keys
                    allowed:torch.Tensor, # (B, w, n)
@@ -195,7 +195,7 @@ def seen_attention(q:torch.Tensor,       # (B, g, w, D) queries of one key head
     s = (q.float()*scaling).flatten(1, 2) @ k.float().transpose(-1, -2)
     return s.view(*q.shape[:3], -1).masked_fill(~allowed[:, None], -torch.inf).softmax(-1).nan_to_num(0.)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #40c73d79
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #da553c81
 @dataclass
 class Observed:
     "What a policy knows about one layer when it must choose. Tokens in the window are kept anyway: their `mean` and `var` are zero."
@@ -210,7 +210,7 @@ class Observed:
     layer:int
     layers:int
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #8f2ad460
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #c8345841
 def _moments(A, # (B, g, w, n)
              valid): # (B, w)
     "Mean and unbiased variance over the valid queries."
@@ -222,7 +222,7 @@ def dispersion(A, var, past): # (B, g, w, n), (B, g, n), (B, n)
     "Entropy and temporal variance of attention to `past` slots, each (B,)."
     return torch.special.entr(A*past[:, None, None]).sum((1, 2, 3)), (var*past[:, None]).sum((1, 2))
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #24f146d7
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #23270b98
 @dataclass(frozen=True)
 class Policy:
     "Which tokens stay, and where."
@@ -235,7 +235,7 @@ def pool(x, kernel=5): # (B, H, n)
     "Mean over neighbouring slots: a token is worth more beside a valuable one."
     return F.avg_pool1d(x, kernel, 1, kernel//2)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #3462c50f
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #fe5c2ef8
 def cake_policy(gamma:float=200., # weight of the variance
                 tau1:float=1.,    # temperature of the spatial dispersion
                 tau2:float=1.,    # temperature of the temporal dispersion
@@ -243,7 +243,7 @@ def cake_policy(gamma:float=200., # weight of the variance
     "CAKE (Qin et al., ICLR 2025)."
     return Policy(name, lambda o: pool(o.mean+gamma*o.var), lambda o: o.entropy.double()**(1/tau1)*o.shift.double()**(1/tau2))
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #cb1bde10
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #7833fe93
 def pyramid(o:Observed, beta=20):
     "Weights that fall from nearly 2 to 1/beta."
     step = o.layer/max(o.layers-1, 1)
@@ -254,11 +254,11 @@ def random_score(o:Observed):
     gen = torch.Generator().manual_seed(1_000_003*o.layer+int(o.total.sum()))
     return torch.rand(o.mean.shape, generator=gen).to(o.mean.device)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #1e78b267
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #bcb373d3
 POLICIES = {p.name: p for p in (cake_policy(), Policy('snapkv', lambda o: pool(o.mean)), Policy('pyramidkv', lambda o: pool(o.mean), pyramid),
                                 Policy('h2o', lambda o: o.received, history=True), Policy('streaming_llm', lambda o: o.order.float()), Policy('random', random_score))}
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #66aa4e69
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #a9159ccf
 @dataclass(frozen=True)
 class Eviction:
     "How a KV cache forgets."
@@ -279,7 +279,7 @@ class Eviction:
         if b.kind == 'tokens' and b.amount < self.first+self.window:
             raise ValueError(f'budget of {b.amount} tokens is less than the {self.first} first and {self.window} latest ones that are always kept; raise it or lower window')
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #fe2c05ca
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #e1ccbd1d
 @patch
 def row_limit(self:Eviction,
               total:int,        # visible tokens of the sequence
@@ -293,7 +293,7 @@ def row_limit(self:Eviction,
         raise ValueError(f'budget of {b.amount:,} bytes holds {n} tokens of this model, but {least} are always kept; raise it or lower window')
     return -(-max(n, least)//unit)*unit
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #c035cac5
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #02153993
 class EvictingLayer(SlabLayer):
     "A `SlabLayer` under a budget."
     slab_type = EvictingSlab
@@ -311,7 +311,7 @@ class EvictingLayer(SlabLayer):
         self.evictor.last = 0
         self.evictor.account(self)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #91e1a30c
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #9ea800f1
 @patch
 def attend(self:EvictingLayer, module, query, mask, scaling=None, dropout=0., **kw)->tuple: # (B, q, Hq, Dv), None
     "What `llmopt_packed` does with this layer's keys: attention over what is left, then eviction if it is due."
@@ -322,7 +322,7 @@ def attend(self:EvictingLayer, module, query, mask, scaling=None, dropout=0., **
     self.evictor.after(self, query, None if mask is None else mask[:, 0, -1].expand(s.batch, -1), scaling or query.shape[-1]**-.5)
     return res
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #9a06096a
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #15543850
 @patch
 def remember(self:EvictingLayer, query): # (B, Hq, q, D)
     "Put the last queries aside."
@@ -333,7 +333,7 @@ def remember(self:EvictingLayer, query): # (B, Hq, q, D)
     else: at = torch.arange(seen-n, seen, device=query.device); place = at%w
     self.queries[:, :, place], self.at[place] = query[:, :, -n:], at
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #d01d55c0
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #2858c638
 @patch
 def _weights(self:EvictingLayer, query, at, visible, scaling):
     "For each key head, `A` (B, g, w, n) of queries at positions `at` (w,), and which queries are real (B, w)."
@@ -355,7 +355,7 @@ def receive(self:EvictingLayer, query, visible, scaling, block=128):
         at = torch.arange(s.seen-q+i, s.seen-q+min(i+block, q), device=query.device)
         for h, (A, _) in enumerate(self._weights(query[:, :, i:i+block], at, visible, scaling)): self.received[:, h] += A.sum(2).mean(1)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #b716e247
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #81ee94f2
 @patch
 def order(self:EvictingLayer, visible)->tuple: # (B, H, n), (B,)
     "Which visible token of its sequence each slot holds (-1: none), and how many there are."
@@ -377,7 +377,7 @@ def observe(self:EvictingLayer, visible, scaling)->Observed:
     mass = torch.stack(mass, 1)
     return Observed(mass*past, torch.stack(var, 1)*past, sum(entropy), sum(shift), mass, order, total, self.received, self.index, len(self.evictor.layers))
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #3afcd787
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #0cc6da37
 @patch
 def rank(self:EvictingLayer, o:Observed, score)->torch.Tensor: # (B, H, n): 0 is kept longest
     "Rank of each slot in its row."
@@ -398,7 +398,7 @@ def cut(self:EvictingLayer, sizes): # (B, 1) or (B, H) tokens
     if self.received is not None: self.received = self.received[..., :n]*self.slab.filled
     self.evictor.account(self)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #d9435d8f
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #9b3de97d
 def sizes_for_mass(mass:torch.Tensor,   # (B, H, n)
                    ranks:torch.Tensor,  # (B, H, n)
                    share:float, unit:int)->torch.Tensor: # (B, H) tokens, multiples of `unit`
@@ -407,7 +407,7 @@ def sizes_for_mass(mass:torch.Tensor,   # (B, H, n)
     need = (held < share*held[..., -1:]).sum(-1)+1
     return -(-need//unit)*unit
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #90c746ee
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #ea0b5cb7
 @patch
 def crop(self:EvictingLayer, tokens_to_remove:int): # 0 or negative
     "Take back the last tokens; `ValueError` where they have been evicted."
@@ -426,7 +426,7 @@ def _select(self:EvictingLayer, idx):
         if getattr(self, name) is not None: setattr(self, name, getattr(self, name)[idx])
     self.evictor.account(self)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #948ffdd1
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #66f89b94
 @patch
 def reorder_cache(self:EvictingLayer, beam_idx:torch.Tensor): self._select(beam_idx)
 
@@ -439,7 +439,7 @@ def batch_repeat_interleave(self:EvictingLayer, repeats:int):
     self._room(self.slab.batch*repeats)
     self._select(torch.arange(self.slab.batch).repeat_interleave(repeats))
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #a75ecbe9
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #4e011857
 class Evictor:
     "Keeps the layers of a cache within a budget."
     def __init__(self, cfg:Eviction):
@@ -457,7 +457,7 @@ class Evictor:
         self.live += now-self.held.get(layer.index, 0)
         self.held[layer.index], self.peak = now, max(self.peak, self.live)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #6ac9d749
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #5a8e1cf0
 @patch
 def limits(self:Evictor, visible)->list: # tokens for each sequence
     "What a row of each sequence may hold on average."
@@ -471,7 +471,7 @@ def unit(self:Evictor):
     k = self.layers[0].slab.k
     return self.cfg.unit or max(1, getattr(k, 'group', 1)//(k.args[2]*k.args[3].itemsize))
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #5e7711f3
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #ced3ec0f
 @patch
 def due(self:Evictor, q, visible)->bool:
     "Is it time?"
@@ -483,7 +483,7 @@ def due(self:Evictor, q, visible)->bool:
         if held-pads[b]*len(self.layers) > (limit+slack)*len(self.layers): return True
     return False
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #f25acc53
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #5874db83
 @patch
 def after(self:Evictor, layer:EvictingLayer, query, visible, scaling):
     "What happens behind the attention of `layer`."
@@ -507,7 +507,7 @@ def stage(self:Evictor, layer, visible, scaling):
         for l, sizes in zip(self.layers, self.shares()): l.cut(torch.as_tensor(sizes, device=layer.lost.device)[:, None])
     if last: self.finish()
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #46e606a1
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #d64c1c74
 @patch
 def shares(self:Evictor)->np.ndarray: # (layers so far, B) tokens
     "Tokens that each layer may hold, for each sequence."
@@ -525,7 +525,7 @@ def _by_mass(self:Evictor, layer):
     least = torch.as_tensor(self.stages[-1][2], device=need.device)[:, None]
     return torch.maximum(need, least)
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #25f4026a
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #262544ad
 @patch
 def finish(self:Evictor):
     "Write the records of a round, and drop what only it needed."
@@ -535,7 +535,7 @@ def finish(self:Evictor):
         if before != after: self.records.append(dict(round=self.rounds, layer=l.index, seen=l.slab.seen, before=before, after=after, lost=l.lost.mean().item(), lost_max=l.lost.max().item()))
         l.ranks = l.mass = l.lost = l.before = None
 
-# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #f6659419
+# %% ../../nbs/04_kv_cache/02a_eviction.ipynb #a0b7ef1c
 class EvictingCache(SlabCache):
     "A `past_key_values` that stays within a budget. Run the model with packed attention (`llmopt.kv_cache.attention.packed`)."
     def __init__(self,
