@@ -3,6 +3,7 @@
 
 import transformers as T
 import torch
+import torch.nn.functional as F
 from fastcore.test import test_eq, expect_fail
 from llmopt.core import load
 from llmopt.kv_cache.slab import SlabCache
@@ -10,14 +11,14 @@ from llmopt.kv_cache.attention import *
 
 
 def test_packed_equals_reference():
-    """Packed and reference attention agree for any grouping, one query or several, with and without a mask, and for
-    values of another width."""
+    """Packed and reference attention agree for any grouping, one query or several, with and without a mask (one for
+    all heads, for each key head, for each query head), and for values of another width."""
     torch.manual_seed(0)
     for Hq, H, n in (4, 4, 1), (8, 2, 1), (6, 3, 5), (4, 1, 3):
         q, k, v = torch.randn(2, Hq, n, 16), torch.randn(2, H, 50, 16), torch.randn(2, H, 50, 24)
-        shared, own = (torch.rand(2, h, n, 50) > .3 for h in (1, Hq))
-        for mask in (None, shared, own):
-            diff = (packed_attention(q, k, v, mask)-reference_attention(q, k, v, mask)).abs().max()
+        shared, grouped, own = (torch.rand(2, h, n, 50) > .3 for h in (1, H, Hq))
+        for mask, for_each in (None, None), (shared, shared), (own, own), (grouped, grouped.repeat_interleave(Hq//H, 1)):
+            diff = (packed_attention(q, k, v, mask)-reference_attention(q, k, v, for_each)).abs().max()
             assert diff < 1e-5, (Hq, H, n, diff)
 
 
@@ -50,3 +51,11 @@ def test_switching_and_refusals():
     capped = T.Gemma2ForCausalLM(T.Gemma2Config(**small))
     with expect_fail(ValueError, 'caps its attention'):
         with packed(capped): pass
+
+
+def test_owned_keys():
+    "Owned keys tell their shape and nothing else: neither stock attention nor any other operation gets at them."
+    q = torch.ones(1, 2, 1, 4); k = owned(torch.ones(1, 2, 5, 4), None)
+    test_eq((k.shape, k.dtype, k.size(2)), (torch.Size([1, 2, 5, 4]), torch.float32, 5))
+    for f in (lambda: F.scaled_dot_product_attention(q, k, k), lambda: q @ k.transpose(-1, -2), lambda: k.repeat_interleave(2, 1), lambda: k[:, :, :1], lambda: k+0, lambda: k.mT):
+        with expect_fail(RuntimeError, 'kv.attach'): f()

@@ -9,15 +9,18 @@ from fastcore.test import test_eq, expect_fail
 from llmopt.core import load
 from llmopt.kv_cache.restore import PrefixStore
 from dataclasses import asdict
+from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.hybrid import *
 
 
 def test_configuration():
     "It survives JSON, and refuses what it cannot mean."
-    for c in KVCache(), KVCache(4096, 64, False, 'stock'): test_eq(KVCache(**json.loads(json.dumps(asdict(c)))), c)
+    for c in KVCache(), KVCache(4096, 64, False, 'stock'), KVCache(budget='25%', policy='snapkv'), KVCache(budget=512): test_eq(KVCache(**json.loads(json.dumps(asdict(c)))), c)
     test_eq(len({KVCache(), KVCache()}), 1)
     for kw in dict(attention='fast'), dict(page_tokens=-1), dict(max_seq_len=0), dict(populate=2):
         with expect_fail(ValueError, 'must be'): KVCache(**kw)
+    for kw, text in (dict(policy='cake'), 'with a budget'), (dict(budget='25%', attention='stock'), 'stock attention'), (dict(budget=0), 'more than nothing'), (dict(budget='25%', policy='lru'), 'known: cake'):
+        with expect_fail(ValueError, text): KVCache(**kw)
 
 
 def test_memory_usage_and_savings():
@@ -34,6 +37,19 @@ def test_memory_usage_and_savings():
     cache.crop(-400); u2 = opt.get_memory_usage()
     assert u2['resident'] <= u['resident']/4 and u2['peak_live'] == u['live']
     del cache; gc.collect(); test_eq(opt.get_memory_usage()['caches'], 0)
+
+
+def test_optimizer_with_a_budget():
+    """With a budget of a quarter the same 500 tokens take about a quarter, the peak lies between that and all of
+    them, and the answers of caches without a budget are as before."""
+    lm = load('llmopt-tiny', 'cpu'); shape = cache_shape(lm.model)
+    opt = HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, config=KVCache(populate=False), budget='25%', policy='snapkv')
+    cache = opt.make_cache(lm); test_eq((cache.evictor.cfg.policy, KVCache().make_cache(lm).__class__), ('snapkv', SlabCache))
+    with torch.no_grad(), opt.attach(lm): lm.model(torch.full((2, 500), 9), past_key_values=cache)
+    u, s, full = opt.get_memory_usage(), opt.get_memory_savings(), 2*2*500*shape['num_layers']*shape['num_heads']*shape['head_size']*4
+    assert .25*full <= u['live'] <= .28*full and u['live'] <= u['resident'] <= .31*full and u['live'] < u['peak_live'] < .5*full
+    assert s['saved_vs_dynamic'] > .65 and s['saved_vs_static_exact'] > .65
+    with expect_fail(ValueError, 'with a budget'): HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, policy='cake')
 
 
 def test_optimizer_refusals():

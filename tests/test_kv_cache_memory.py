@@ -31,6 +31,19 @@ def test_populate_stays_within_one_page_a_row():
     test_eq(r.resident(), 0)
 
 
+def test_trim_rows():
+    """Rows trimmed to lengths of their own keep what they have, hold just the pages of those lengths, and go on
+    growing from the longest one."""
+    for populate in True, False:
+        r = Region(3, 50_000, 64, populate=populate)
+        r.resize(1000); r.data[:, :1000] = torch.arange(1000.)[None, :, None]
+        r.trim([1000, 17, 0]); pages = lambda *ns: sum(math.ceil(n*256/PAGE) for n in ns)*PAGE
+        test_eq((r.n, r.resident()), (1000, pages(1000, 17))); test_eq(r.data[1, :17, 3].tolist(), [*range(17)])
+        r.resize(1001); r.data[0, 1000] = r.data[1, 17] = 1.
+        test_eq(r.resident(), pages(1001, 18)); r.trim([20, 18, 0]); test_eq(r.resident(), pages(20, 18))
+        with expect_fail(ValueError, 'trim takes'): r.trim([21, 1, 1])
+
+
 def test_reserving_takes_nothing():
     "Reserving 64 GiB takes less than 1 MiB."
     rss = psutil.Process().memory_info().rss

@@ -28,3 +28,14 @@ def test_benchmark_runs():
     with torch.no_grad(): a, b = (n(x, past_key_values=fill(c, m.config, 50, torch.float32)).logits for n, c in pairs)
     assert (a-b).abs().max() < 1e-5 and m.config._attn_implementation == 'sdpa'
     assert r['bound_ms'] > 0 and r['slab_vs_dynamic'] > 0 and set(benchmark_append((32, 64), rounds=2)['slab']) == {32, 64}
+
+
+def test_eviction_benchmarks_run():
+    """A small run: what was kept is what was asked for, pages come back, and the peak lies between the budget and
+    all."""
+    small = dict(layers=2, hidden=64, heads=4, kv_heads=2, head_size=64)
+    full, cut, each = benchmark_eviction(context=1024, rounds=2, **small)
+    test_eq((full['faster'], full['held'], cut['held'], each['held']), (1., 1024, 128, 128))
+    assert cut['returned'] is None or .9 < cut['returned'] < 1.05
+    plain, cake = benchmark_prefill(context=512, policies=('cake',), rounds=1, **small)
+    test_eq((plain['overhead'], plain['peak'], plain['live']), (0., 1., 1.)); assert cake['live'] < .2 and cake['live'] < cake['peak'] < .8

@@ -117,10 +117,10 @@ def _mapped(rows, row_bytes, tokens, width, dtype):
 def _end(self:Region, n): return min(-(-n*self.token_bytes//self.group)*self.group, self.row_bytes)
 
 @patch
-def _advise(self:Region, start, stop, advice):
-    "`madvise` for the bytes from `start` to `stop` of each row."
+def _advise(self:Region, start, stop, advice, rows=None):
+    "`madvise` for the bytes from `start` to `stop` of each row, or of `rows`."
     if stop <= start: return
-    for r in range(self.rows):
+    for r in range(self.rows) if rows is None else rows:
         if _libc().madvise(self.address+r*self.row_bytes+start, stop-start, advice):
             raise OSError(ctypes.get_errno(), 'madvise failed')
 
@@ -143,6 +143,17 @@ def _release(self:Region, end):
     with self.lock:
         self._advise(end, self.top, _DONTNEED)
         self.top = end
+
+# %% ../../nbs/04_kv_cache/00_memory.ipynb #28b8cfde
+@patch
+def trim(self:Region, lengths): # tokens in each row from now on, no more than there were
+    "Let row `r` have `lengths[r]` tokens and give back all pages beyond. Raises where a row would grow."
+    if self.closed: raise RuntimeError('this KV memory is closed')
+    if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths): raise ValueError(f'trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}')
+    ends = [self._end(m) for m in lengths]
+    with self.lock:
+        for r, end in enumerate(ends): self._advise(end, self.top, _DONTNEED, [r])
+        self.n, self.top, self.populate = max(lengths), max(ends), self.populate and len(set(lengths)) == 1
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #d4283705
 @functools.cache
@@ -223,6 +234,12 @@ def resize(self:DoublingRegion, n:int):
     self.n = n
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #51bf36bd
+@patch
+def trim(self:DoublingRegion, lengths):
+    "As `Region.trim`; what is given back depends on the longest row alone."
+    if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths): raise ValueError(f'trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}')
+    self.resize(max(lengths))
+
 @patch
 def settle(self:DoublingRegion): pass
 

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['bench_model', 'packed_twin', 'fill', 'interleaved', 'spread', 'threads', 'reader', 'step_bytes', 'benchmark_decode',
-           'benchmark_append']
+           'benchmark_append', 'cut_at_random', 'benchmark_eviction', 'benchmark_prefill']
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #dbe0d3b3
-import copy, statistics, time
+import copy, math, statistics, time
 from contextlib import contextmanager
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from .attention import PACKED
+from .eviction import Eviction, EvictingCache
+from .memory import PAGE
 from .slab import SimpleVAttention, SlabCache
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #452260ec
@@ -115,3 +117,52 @@ def benchmark_append(contexts=(1024, 4096, 16384, 32768), dtype:str='float32', r
     arms = dict(slab={n: lambda s=s: s.append(new, new) for n, s in slabs.items()},
                 cat={n: lambda t=t: [torch.cat([t, new], 2) for _ in 'kv'] for n, t in old.items()})
     with threads(1): return {k: {n: spread(ts) for n, ts in interleaved(fs, rounds).items()} for k, fs in arms.items()}
+
+# %% ../../nbs/04_kv_cache/04_speed.ipynb #41791b28
+def cut_at_random(cache, n, seed=0):
+    "Keep `n` random tokens in every row; the share of the predicted bytes that the system really got back, None if it does not tell."
+    gen, before = torch.Generator().manual_seed(seed), cache.kv_bytes().resident
+    pages = lambda: sum(s.batch*s.num_heads*math.ceil(s.n*r.args[2]*r.args[3].itemsize/PAGE)*PAGE for s in cache.slabs for r in (s.k, s.v))
+    free = pages()
+    for s in cache.slabs: s.keep(torch.rand(s.batch, s.num_heads, s.n, generator=gen).argsort(-1) < n)
+    free -= pages()
+    return None if before is None else (before-cache.kv_bytes().resident)/free
+
+# %% ../../nbs/04_kv_cache/04_speed.ipynb #7945d2bb
+@torch.inference_mode()
+def benchmark_eviction(context:int=8192, # tokens seen
+                       part:int=8,       # one in so many is kept
+                       dtype:str='float32', rounds:int=9, n_threads:int=1,
+                       **shape           # see `bench_model`
+                      )->list: # rows
+    "Time one-token steps of `DynamicCache`, of a cache cut to a part, and of one that also evicts at every step, in turn."
+    dt, n = getattr(torch, dtype), context//part
+    model = bench_model(dtype=dt, **shape)
+    c, twin, tok = model.config, packed_twin(model), torch.tensor([[7]])
+    new = lambda **kw: EvictingCache(c, Eviction(**kw), max_seq_len=context+rounds+1)
+    caches = dict(dynamic_sdpa=DynamicCache(config=c), evicted=new(budget=context), evicted_each_step=new(budget=n, slack=0, unit=1))
+    for k, cache in caches.items(): fill(cache, c, n if k == 'evicted_each_step' else context, dt)
+    returned = cut_at_random(caches['evicted'], n)
+    step = lambda k: (model if k == 'dynamic_sdpa' else twin)(tok, past_key_values=caches[k]).logits
+    with threads(n_threads): times = interleaved({k: lambda k=k: step(k) for k in caches}, rounds)
+    if caches['evicted_each_step'].evictor.rounds != rounds+1: raise RuntimeError('the contender that evicts at each step did not')
+    faster = lambda k: statistics.median(a/b for a, b in zip(times['dynamic_sdpa'], times[k]))
+    return [dict(what='decode', arm=k, dtype=dtype, context=context, held=n if k != 'dynamic_sdpa' else context, rounds=rounds, **spread(ts), faster=faster(k),
+                 returned=returned if k == 'evicted' else None) for k, ts in times.items()]
+
+# %% ../../nbs/04_kv_cache/04_speed.ipynb #6497d2aa
+@torch.inference_mode()
+def benchmark_prefill(context:int=4096, budget:int|str='12.5%', policies=('cake', 'snapkv', 'h2o'), dtype:str='float32', rounds:int=3, n_threads:int=1,
+                      **shape  # see `bench_model`
+                     )->list:  # rows
+    "Time the reading of a prompt without a budget and under one, in turn."
+    model = packed_twin(bench_model(dtype=getattr(torch, dtype), **shape))
+    ids, caches = torch.randint(0, 1024, (1, context), generator=torch.Generator().manual_seed(0)), {}
+    make = dict(no_budget=lambda: SlabCache(model.config)) | {p: lambda p=p: EvictingCache(model.config, Eviction(budget, p)) for p in policies}
+    def read(k):
+        caches[k] = make[k]()
+        model(ids, past_key_values=caches[k], logits_to_keep=1)
+    with threads(n_threads): times = interleaved({k: lambda k=k: read(k) for k in make}, rounds)
+    overhead = lambda k: statistics.median(a/b for a, b in zip(times[k], times['no_budget']))-1
+    return [dict(what='prefill', arm=k, dtype=dtype, context=context, budget=budget if k in policies else None, rounds=rounds, **spread(ts), overhead=overhead(k),
+                 peak=caches[k].peak/caches['no_budget'].peak, live=caches[k].kv_bytes().live/caches['no_budget'].kv_bytes().live) for k, ts in times.items()]
