@@ -10,7 +10,7 @@ import copy
 import json
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.core import TINY, load, user, ASSETS, LlmoptError
+from llmopt.core import load, user, ASSETS, LM, LlmoptError, TINY
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -314,3 +314,15 @@ def test_artifact():
         (Path(d)/'a'/'larosa.safetensors').write_bytes(b'x')
         for bad in (f'{d}/a', f'{d}/none'):
             with expect_fail(LlmoptError, 'no LaRoSA artifact'): SimpleLaRoSA(.5, artifact=bad).apply(model)
+
+
+def test_prepare():
+    """`prepare` is what the engine calls. Engines with the same configuration share the converted model, as long as
+    one of them lives; a calibration is kept as long as the original model. For the bundled model a calibration
+    ships with the package; other models are calibrated when they are first used."""
+    lm = load(TINY, 'cpu'); a = LaRoSA(.5).prepare(lm)
+    assert a.model is LaRoSA(.5).prepare(lm).model and a.model is not LaRoSA(.6).prepare(lm).model and a.model is not lm.model
+    assert .49 < traffic(a.model).share <= .5 and a.n_params > lm.n_params
+    other = LM(tiny('qwen2')[0], lm.tokenizer, 'other'); other.model.resize_token_embeddings(4096)
+    assert traffic(LaRoSA(.5).prepare(other).model).share > .45
+    with expect_fail(LlmoptError, 'made for another model'): LaRoSA(artifact=str(BUNDLED)).prepare(other)
