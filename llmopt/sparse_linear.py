@@ -7,7 +7,7 @@ __all__ = ['prange', 'DENSE', 'masked_linear', 'product_bytes', 'select_by_sorti
            'axpy_product', 'SparseLinear', 'fused', 'panels', 'dense_ways', 'benchmark_kernel', 'DecodeStep',
            'step_model', 'decode_bytes', 'fastest_dense', 'benchmark_step', 'triton_select', 'triton_product']
 
-# %% ../nbs/03a_sparse_linear.ipynb #6c28055d
+# %% ../nbs/03a_sparse_linear.ipynb #d59b626b
 import math, os, statistics
 from functools import cache
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .kv_cache.speed import fill, interleaved, reader, spread, threads
 
-# %% ../nbs/03a_sparse_linear.ipynb #1c77ed42
+# %% ../nbs/03a_sparse_linear.ipynb #12fcd0ab
 def masked_linear(x:torch.Tensor,      # (B, D)
                   weight:torch.Tensor, # (N, D)
                   kept:torch.Tensor,   # (B, k) channels, each at most once
@@ -35,14 +35,14 @@ def product_bytes(D:int, N:int, k:int, itemsize:int, batch:int=1)->int:
     if not 0 <= k <= D: raise ValueError(f'k must lie between 0 and D={D}, not {k}')
     return k*N*itemsize + batch*(D*itemsize + k*8 + N*itemsize)
 
-# %% ../nbs/03a_sparse_linear.ipynb #e7d05733
+# %% ../nbs/03a_sparse_linear.ipynb #45001257
 def select_by_sorting(x:torch.Tensor, # (…, D)
                       k:int           # channels to keep
                      )->torch.Tensor: # (…, k) int64, ascending
     "The `k` channels of largest magnitude by a stable sort: the reference of `select`, and its way on other devices."
     return x.detach().abs().sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
 
-# %% ../nbs/03a_sparse_linear.ipynb #1c9a0d17
+# %% ../nbs/03a_sparse_linear.ipynb #50e89583
 def select(x:torch.Tensor, # (…, D)
            k:int           # channels to keep, 0 to D
           )->torch.Tensor: # (…, k) int64, ascending
@@ -58,7 +58,7 @@ def select(x:torch.Tensor, # (…, D)
     if len(kept) != len(a)*k or len(a) > 1 and (passed.sum(-1) != k).any(): return select_by_sorting(x, k)
     return kept.view(*x.shape[:-1], k)
 
-# %% ../nbs/03a_sparse_linear.ipynb #5ab1c11e
+# %% ../nbs/03a_sparse_linear.ipynb #1db28874
 def bag_product(rows:torch.Tensor,   # (D, N), contiguous
                 kept:torch.Tensor,   # (B, k)
                 values:torch.Tensor, # (B, k), the inputs of the kept channels
@@ -71,7 +71,7 @@ def bag_product(rows:torch.Tensor,   # (D, N), contiguous
     y = F.embedding_bag(at.view(P*B, k), rows.view(D*P, N//P), mode='sum', per_sample_weights=values.expand(P, B, k).reshape(P*B, k))
     return y.view(P, B, N//P).transpose(0, 1).reshape(B, N)
 
-# %% ../nbs/03a_sparse_linear.ipynb #9913a368
+# %% ../nbs/03a_sparse_linear.ipynb #656c958b
 @cache
 def n_pieces(N:int,         # outputs, a multiple of 64
              n_threads:int,
@@ -83,7 +83,7 @@ def n_pieces(N:int,         # outputs, a multiple of 64
     load = lambda p: round(math.ceil(p/n_threads)*n_threads/p, 1)       # of the busiest thread; 1 is even
     return min(fits, key=lambda p: (load(p), abs(math.log(p/want))))
 
-# %% ../nbs/03a_sparse_linear.ipynb #30199db0
+# %% ../nbs/03a_sparse_linear.ipynb #9864fc5d
 try: import numba
 except ImportError: numba = None
 
@@ -92,7 +92,7 @@ def _compiled(f):
     return numba.njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath={'contract', 'nsz'})(f) if numba else f
 prange = numba.prange if numba else range
 
-# %% ../nbs/03a_sparse_linear.ipynb #5c63be2c
+# %% ../nbs/03a_sparse_linear.ipynb #0a411ffb
 @_compiled
 def _axpy(rows, kept, values, y, pieces): # (D, N), (B, k), (B, k), (B, N) of zeros
     (B, k), w = kept.shape, rows.shape[1]//pieces
@@ -107,7 +107,7 @@ def _axpy(rows, kept, values, y, pieces): # (D, N), (B, k), (B, k), (B, N) of ze
             r0, v0 = rows[c[i], lo:lo+w], v[i]
             for j in range(w): out[j] += v0*r0[j]
 
-# %% ../nbs/03a_sparse_linear.ipynb #5b6eee8a
+# %% ../nbs/03a_sparse_linear.ipynb #64e32a85
 def _halves():
     "Functions that take the even (low) and the odd (high) bfloat16 of a pair."
     if not numba: return None, None
@@ -132,7 +132,7 @@ def _axpy_pairs(rows, kept, values, y, pieces): # (D, N/2) pairs, (B, k), (B, k)
             r0, v0 = rows[c[i], lo:lo+w], v[i]
             for j in range(w): even[j] += v0*_low(r0[j]); odd[j] += v0*_high(r0[j])
 
-# %% ../nbs/03a_sparse_linear.ipynb #0b35034e
+# %% ../nbs/03a_sparse_linear.ipynb #032e8bd9
 def axpy_product(rows:torch.Tensor,   # (D, N), contiguous, N even
                  kept:torch.Tensor,   # (B, k), not checked
                  values:torch.Tensor, # (B, k)
@@ -150,7 +150,7 @@ def axpy_product(rows:torch.Tensor,   # (D, N), contiguous, N even
     _axpy_pairs(rows.view(torch.uint32).numpy(), kept, values.float().contiguous().numpy(), y.numpy(), pieces)
     return y.transpose(1, 2).reshape(B, N).bfloat16()
 
-# %% ../nbs/03a_sparse_linear.ipynb #249aa5c8
+# %% ../nbs/03a_sparse_linear.ipynb #a4fef024
 def _check_weight(weight, bias):
     "A `ValueError` for a weight or bias that has no sparse product."
     if weight.dim() != 2: raise ValueError(f'weight must be (out_features, in_features), not of shape {tuple(weight.shape)}')
@@ -184,7 +184,7 @@ class SparseLinear(nn.Module):
     def weight(self)->torch.Tensor: return self.rows[:, :self.out_features].t() # (N, D), a view
     def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, kernel={self.kernel}'
 
-# %% ../nbs/03a_sparse_linear.ipynb #0b685418
+# %% ../nbs/03a_sparse_linear.ipynb #27a9fdb1
 @patch
 def forward(self:SparseLinear,
             x:torch.Tensor       # (…, D)
@@ -194,7 +194,7 @@ def forward(self:SparseLinear,
         return self.sparse(x, torch.arange(self.in_features))
     return F.linear(x, self.weight, self.bias)
 
-# %% ../nbs/03a_sparse_linear.ipynb #28a9c230
+# %% ../nbs/03a_sparse_linear.ipynb #5950ebe8
 @patch
 def _check(self:SparseLinear, x, kept):
     "An error in one line for what `sparse` cannot take."
@@ -206,7 +206,7 @@ def _check(self:SparseLinear, x, kept):
     if kept.dim() > 1 and kept.shape[:-1] != x.shape[:-1]: raise ValueError(f'kept has shape {tuple(kept.shape)}, but x {tuple(x.shape)}: one row per token')
     if torch.is_grad_enabled() and x.requires_grad: raise RuntimeError('a sparse product has no gradient: use torch.no_grad(), or forward')
 
-# %% ../nbs/03a_sparse_linear.ipynb #585c7dac
+# %% ../nbs/03a_sparse_linear.ipynb #d2f268c2
 @patch
 def sparse(self:SparseLinear,
            x:torch.Tensor,       # (…, D), of 1 to 4 tokens: with more, their channels together are nearly all
@@ -219,12 +219,12 @@ def sparse(self:SparseLinear,
     values, N = flat.gather(1, kept), self.out_features
     if x.is_cuda: y = triton_product(self.rows, kept, values, N)
     else:
-        product = axpy_product if self.kernel == 'axpy' else bag_product
-        y = product(self.rows, kept, values, n_pieces(self.rows.shape[1], torch.get_num_threads(), len(flat)))[:, :N]
+        product, batch = (axpy_product, 1) if self.kernel == 'axpy' else (bag_product, len(flat))  # axpy wants long pieces, always
+        y = product(self.rows, kept, values, n_pieces(self.rows.shape[1], torch.get_num_threads(), batch))[:, :N]
     if self.bias is not None: y = y + self.bias
     return y.view(*x.shape[:-1], N)
 
-# %% ../nbs/03a_sparse_linear.ipynb #cddf725a
+# %% ../nbs/03a_sparse_linear.ipynb #e3f28598
 def fused(*linears              # `nn.Linear` (or alike) with the same inputs
          )->SparseLinear:       # outputs in the order of `linears`
     "Linear layers that read the same input as one; split its output by their `out_features`."
@@ -234,7 +234,7 @@ def fused(*linears              # `nn.Linear` (or alike) with the same inputs
         bias = torch.cat([l.weight.new_zeros(len(l.weight)) if l.bias is None else l.bias for l in linears])
     return SparseLinear(torch.cat([l.weight for l in linears]), bias)
 
-# %% ../nbs/03a_sparse_linear.ipynb #75ba0239
+# %% ../nbs/03a_sparse_linear.ipynb #d066c7d1
 def panels(weight:torch.Tensor, # (N, D)
            width:int=384        # outputs of a panel
           ):                    # function of x (B, D) -> (B, N), and of kept (B, k) if not all channels are
@@ -250,7 +250,7 @@ def panels(weight:torch.Tensor, # (N, D)
         return y.view(P, B, width).transpose(0, 1).reshape(B, -1)[:, :N]
     return product
 
-# %% ../nbs/03a_sparse_linear.ipynb #7d248732
+# %% ../nbs/03a_sparse_linear.ipynb #4ccec73c
 def _linear(w): return lambda x: F.linear(x, w)
 def _rows(w): return lambda x, r=w.t().contiguous(): x @ r
 def _own(w, kernel):
@@ -273,7 +273,7 @@ def dense_ways(dtype # of the weights
                 mkl=dtype == torch.float32 and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear'))
     return [k for k in DENSE if have.get(k, True)]
 
-# %% ../nbs/03a_sparse_linear.ipynb #53b01d0c
+# %% ../nbs/03a_sparse_linear.ipynb #f2b3acf6
 def _matrices(D, N, dtype, nbytes):
     "Weights (N, D) of at least `nbytes` together, two or more, and an input for each."
     w, gen = torch.randn(N, D).to(dtype), torch.Generator().manual_seed(1)
@@ -294,7 +294,7 @@ def _sparse_arms(ws, xs, sparsities):
         arms[f'select {s:g}'] = _each([lambda x, k=k: select(x, k)]*len(xs), xs)
     return arms
 
-# %% ../nbs/03a_sparse_linear.ipynb #15f7aa5e
+# %% ../nbs/03a_sparse_linear.ipynb #6fa5fb74
 @torch.inference_mode()
 def _kernel_rows(D, N, dtype, n_threads, sparsities, rounds, nbytes):
     "Rows of one shape, precision and number of threads."
@@ -316,7 +316,7 @@ def _row(arm, ts, best, linear, n, read, about, itemsize):
     return dict(**about, arm=kind, sparsity=None if s is None or kind == 'select' else float(s), k=k, **spread([t/n for t in ts]), bytes=nbytes,
                 gb_per_s=rate/1e9, read_gb_per_s=read/1e9, share_of_read=rate/read, vs_best_dense=ratio(best), vs_linear=ratio(linear))
 
-# %% ../nbs/03a_sparse_linear.ipynb #862425e2
+# %% ../nbs/03a_sparse_linear.ipynb #94103c68
 def benchmark_kernel(shapes=((2048, 8192), (4096, 11008)), # (D, N) of each
                      sparsities=(.25, .4, .5, .6, .75),
                      dtypes=('bfloat16', 'float32'),
@@ -327,7 +327,7 @@ def benchmark_kernel(shapes=((2048, 8192), (4096, 11008)), # (D, N) of each
     "Time one-token products, every dense way and sparse ones, in turn; `vs_…` above 1 is quicker than that."
     return [row for D, N in shapes for dt in dtypes for n in n_threads for row in _kernel_rows(D, N, dt, n, sparsities, rounds, nbytes)]
 
-# %% ../nbs/03a_sparse_linear.ipynb #dd4b1266
+# %% ../nbs/03a_sparse_linear.ipynb #e27e0560
 class DecodeStep:
     "One-token steps of a Llama at position `context`, over exchangeable products."
     def __init__(self,
@@ -348,7 +348,7 @@ class DecodeStep:
         return SimpleNamespace(qkv=cat(a.q_proj, a.k_proj, a.v_proj), o=make(a.o_proj.weight), gate_up=cat(m.gate_proj, m.up_proj),
                                down=make(m.down_proj.weight), pre=l.input_layernorm.weight, post=l.post_attention_layernorm.weight)
 
-# %% ../nbs/03a_sparse_linear.ipynb #8e3e8910
+# %% ../nbs/03a_sparse_linear.ipynb #3d7e4f1e
 @patch
 def product(self:DecodeStep, f, x):
     "The product `f` of `x` (1, D), dense or at the level that is set."
@@ -376,7 +376,7 @@ def __call__(self:DecodeStep, token:int)->torch.Tensor: # logits (1, V)
         h = h + self.product(l.down, F.silu(gate)*up)
     return self.head(norm(h, self.norm))
 
-# %% ../nbs/03a_sparse_linear.ipynb #47fac245
+# %% ../nbs/03a_sparse_linear.ipynb #6e0d6350
 def step_model(hidden=2048, layers=8, intermediate=8192, heads=32, kv_heads=8, vocab=32768, dtype='bfloat16'):
     "A Llama with random weights; by default with the shapes of one of 1B parameters, of half its depth."
     cfg = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
@@ -384,7 +384,7 @@ def step_model(hidden=2048, layers=8, intermediate=8192, heads=32, kv_heads=8, v
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(cfg, dtype=getattr(torch, dtype), attn_implementation='sdpa').eval()
 
-# %% ../nbs/03a_sparse_linear.ipynb #76390351
+# %% ../nbs/03a_sparse_linear.ipynb #651ed3af
 def decode_bytes(config, context:int, itemsize:int, level:float=0.)->int:
     "Bytes that one step must read when a share `level` of the inputs of every layer is left out."
     c, H = config, config.hidden_size
@@ -393,7 +393,7 @@ def decode_bytes(config, context:int, itemsize:int, level:float=0.)->int:
     layer = sum(round((1-level)*D)*N for D, N in shapes) + 2*(context+1)*kv
     return itemsize*(c.num_hidden_layers*layer + H*c.vocab_size)
 
-# %% ../nbs/03a_sparse_linear.ipynb #8f63207c
+# %% ../nbs/03a_sparse_linear.ipynb #9ab51dfe
 @torch.inference_mode()
 def fastest_dense(weight:torch.Tensor, # (N, D)
                   rounds:int=7)->str:  # a name in `DENSE`
@@ -403,7 +403,7 @@ def fastest_dense(weight:torch.Tensor, # (N, D)
     times = interleaved(arms | dict(read=reader(2**27)), rounds)
     return min(arms, key=lambda way: statistics.median(times[way]))
 
-# %% ../nbs/03a_sparse_linear.ipynb #12b03b28
+# %% ../nbs/03a_sparse_linear.ipynb #27c3261a
 def _step_arms(model, context, sparsities):
     "`name -> function`: stock transformers, our step over `F.linear`, over the best dense product, and sparse; and which is best."
     best = fastest_dense(torch.cat([model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight]))
@@ -414,7 +414,7 @@ def _step_arms(model, context, sparsities):
     arms = dict(stock=lambda: model(torch.tensor([[7]]), past_key_values=cache).logits)
     return arms | {k: lambda s=s: s(7) for k, s in steps.items()} | {f'sparse {s:g}': lambda s=s: at(s) for s in (0., *sparsities)}, best
 
-# %% ../nbs/03a_sparse_linear.ipynb #fa9834e5
+# %% ../nbs/03a_sparse_linear.ipynb #86d72b38
 @torch.inference_mode()
 def benchmark_step(sparsities=(.25, .4, .5, .6, .75),
                    dtype:str='bfloat16', n_threads:int=2,
@@ -439,13 +439,13 @@ def _step_row(arm, times, read, model, about):
     return dict(**about, arm=arm.split()[0], sparsity=level, **spread(ts), bytes=nbytes, read_gb_per_s=read/1e9, bound_ms=1000*nbytes/read,
                 share_of_bound=nbytes/read/statistics.median(ts), vs_best_dense=ratio('best_dense'), vs_linear=ratio('linear'), vs_stock=ratio('stock'))
 
-# %% ../nbs/03a_sparse_linear.ipynb #fc1c3a85
+# %% ../nbs/03a_sparse_linear.ipynb #9848ae36
 try:
     import triton, triton.language as tl
     jit = triton.jit
 except ImportError: triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
-# %% ../nbs/03a_sparse_linear.ipynb #d9ab59d7
+# %% ../nbs/03a_sparse_linear.ipynb #5d8bf866
 @jit
 def _select_kernel(x, kept, values, D, k, eps, NORM:tl.constexpr, SHIFT:tl.constexpr, BLOCK:tl.constexpr):
     b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -465,7 +465,7 @@ def _select_kernel(x, kept, values, D, k, eps, NORM:tl.constexpr, SHIFT:tl.const
     tl.store(kept+at, i.to(kept.dtype.element_ty), mask=keep)
     tl.store(values+at, v, mask=keep)
 
-# %% ../nbs/03a_sparse_linear.ipynb #87a1de5b
+# %% ../nbs/03a_sparse_linear.ipynb #e9378c99
 @jit
 def _product_kernel(rows, kept, values, partial, N, k, stride, SPLIT:tl.constexpr, BLOCK_K:tl.constexpr, BLOCK_N:tl.constexpr):
     n, s, b = tl.program_id(0)*BLOCK_N+tl.arange(0, BLOCK_N), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -485,7 +485,7 @@ def _sum_kernel(partial, y, N, SPLIT:tl.constexpr, BLOCK_N:tl.constexpr):
     for s in range(SPLIT): total += tl.load(partial+(b*SPLIT+s)*N+n, mask=n < N, other=0.)
     tl.store(y+b*N+n, total.to(y.dtype.element_ty), mask=n < N)
 
-# %% ../nbs/03a_sparse_linear.ipynb #3ba67475
+# %% ../nbs/03a_sparse_linear.ipynb #c6c36f0a
 def _need_triton(dtype):
     "An error in one line without Triton, and for a precision that the kernels do not have."
     if triton is None: raise ImportError('this needs Triton, which comes with torch for CUDA: pip install triton')
@@ -504,7 +504,7 @@ def triton_select(x:torch.Tensor, # (B, D)
     if k: _select_kernel[(B,)](x, kept, values, D, k, eps or 0., eps is not None, shift, triton.next_power_of_2(D), num_warps=8)
     return kept, values
 
-# %% ../nbs/03a_sparse_linear.ipynb #57f05294
+# %% ../nbs/03a_sparse_linear.ipynb #425bf4f6
 def triton_product(rows:torch.Tensor,   # (D, N or more), the last dimension contiguous
                    kept:torch.Tensor,   # (B, k), not checked
                    values:torch.Tensor, # (B, k)
