@@ -91,6 +91,27 @@ def test_errors():
     lin(x).sum().backward(); test_close(x.grad[0], lin.weight.sum(0), eps=1e-4)
 
 
+def test_kernels_agree():
+    "`SparseLinear` takes this kernel where numba is installed, and shows which one it has; `kernel` chooses."
+    torch.manual_seed(0)
+    if find_spec('numba') is None:
+        with expect_fail(ImportError, 'pip install numba'): SparseLinear(torch.randn(3, 4), kernel='axpy')
+    else:
+        for dt, eps in ((torch.float32, 1e-3), (torch.float64, 1e-10), (torch.bfloat16, .3)):
+            rows = torch.randn(90, 256).to(dt)
+            for B, k, n in ((1, 0, 1), (1, 5, 2), (3, 90, 1), (4, 47, 2)):
+                x = torch.randn(B, 90).to(dt)
+                kept = select(x, k)
+                with threads(n):
+                    for p in (1, 2, 4): test_close(axpy_product(rows, kept, x.gather(1, kept), p), bag_product(rows, kept, x.gather(1, kept)), eps=eps)
+        w, x = torch.randn(64, 4096).bfloat16(), torch.randn(1, 4096).bfloat16()
+        test_close(SparseLinear(w, kernel='axpy').sparse(x, torch.arange(4096)).double(), (x.double() @ w.double().t()).bfloat16().double(), eps=1.1)
+        x[0, 7] = float('nan')
+        assert SparseLinear(w).sparse(x, torch.arange(10)).isnan().all()
+    test_eq(SparseLinear(torch.randn(3, 4).half()).kernel, 'bags')
+    with expect_fail(ValueError, 'axpy or bags'): SparseLinear(torch.randn(3, 4), kernel='gemv')
+
+
 def test_fused():
     """Query, key and value read the same input, and so do gate and up. Laid side by side, they are one matrix: one
     selection, one launch, and longer rows."""
@@ -131,11 +152,11 @@ def test_kernel_benchmark():
     "A small run shows what comes out; its times mean nothing."
     rows = benchmark_kernel([(32, 64)], (.5,), ('float32', 'bfloat16'), (1,), rounds=3, nbytes=2**14)
     table = pd.DataFrame(rows)
-    assert set(table.arm) >= {'linear', 'rows', 'bags', 'panels', 'sparse', 'select'} and (table[table.sparsity.notna()].arm.value_counts() == 2).all() and (table.median_ms > 0).all()
+    assert set(table.arm) >= {'linear', 'rows', 'bags', 'panels', 'select'} and (table[table.sparsity.notna()].arm.value_counts() == 2).all() and (table.median_ms > 0).all()
     for _, g in table.groupby('dtype'):
         best = g[g.sparsity.isna() & (g.arm != 'select')].sort_values('median_ms').iloc[0]
         test_eq(best.arm, best.best_dense); test_eq(best.vs_best_dense, 1.)
-    sparse = table[(table.arm == 'sparse') & (table.dtype == 'float32')].iloc[0]
+    sparse = table[(table.arm == 'bags') & (table.sparsity == .5) & (table.dtype == 'float32')].iloc[0]
     test_eq(sparse.k, 16); test_eq(sparse.bytes, product_bytes(32, 64, 16, 4))
     test_close(sparse.share_of_read, sparse.bytes/(sparse.median_ms/1000)/1e9/sparse.read_gb_per_s, eps=1e-9)
 
