@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, asdict, fields, replace
 from typing import NamedTuple
 from urllib.parse import unquote
-from weakref import WeakKeyDictionary
 
 import torch
 from fastcore.basics import patch
@@ -22,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from .core import LM, LlmoptError, TINY, load, user, assistant, kv_bytes
 from .adaptivocab_model import Vocab
 from .kv_cache.hybrid import KVCache
-from .larosa import SimpleLaRoSA, traffic
+from .larosa import LaRoSA, traffic
 from .word_removal import Words
 
 # %% ../nbs/05_engine.ipynb #0e7801b7
@@ -34,7 +33,7 @@ class Slot(NamedTuple):
     config:type|None  # its configuration, None while it is not built
 
 SLOTS = (Slot('words', 'words', 'word_removal', Words), Slot('vocab', 'vocab', 'simple_adaptivocab', Vocab),
-         Slot('larosa', 'larosa', 'larosa', SimpleLaRoSA), Slot('cache', 'kv', 'hybrid_kv_cache', KVCache))
+         Slot('larosa', 'larosa', 'larosa', LaRoSA), Slot('cache', 'kv', 'hybrid_kv_cache', KVCache))
 
 # %% ../nbs/05_engine.ipynb #9ab296fc
 def known_methods()->list: # ids
@@ -52,7 +51,7 @@ class Recipe:
     "Which optimizations are on, each by its own configuration; None is off."
     words:Words|None = None
     vocab:Vocab|None = None
-    larosa:SimpleLaRoSA|None = None
+    larosa:LaRoSA|None = None
     cache:KVCache|None = None
 
 # %% ../nbs/05_engine.ipynb #4e11fd53
@@ -199,8 +198,8 @@ class EnhancedFusedLLMEngine:
 # %% ../nbs/05_engine.ipynb #5bf85c90
 def _keywords(vocab, larosa, cache, words):
     "The recipe for the keyword form of the engine."
-    try: return Recipe(words=Words(n=words) if words else None, vocab=Vocab() if vocab else None, larosa=SimpleLaRoSA(larosa) if larosa else None,
-                       cache=KVCache() if cache else None)
+    try: return Recipe(words=Words(n=words) if words else None, vocab=Vocab() if vocab else None,
+                       larosa=LaRoSA(sparsity=larosa) if larosa else None, cache=KVCache() if cache else None)
     except ValueError as e: raise LlmoptError(str(e)) from None
 
 # %% ../nbs/05_engine.ipynb #295c78cf
@@ -209,14 +208,8 @@ class Unsuited(LlmoptError):
 
 def _sparse(cfg, lm):
     "`lm` with a converted copy of its model; the original stays as it is."
-    try: return replace(lm, model=_converted(lm.model, cfg, lm.tokenizer))
+    try: return cfg.prepare(lm)
     except LlmoptError as e: raise Unsuited(str(e)) from None
-
-def _converted(model, cfg, tokenizer, made=WeakKeyDictionary()):
-    "The copy of `model` for `cfg`; engines on one model share it."
-    mine = made.setdefault(model, {})
-    if cfg not in mine: mine[cfg] = cfg.apply(model, tokenizer=tokenizer)
-    return mine[cfg]
 
 # %% ../nbs/05_engine.ipynb #331ff6d6
 def _reader(vocab, lm):
@@ -365,7 +358,7 @@ def _metrics(self:EnhancedFusedLLMEngine, messages, ids, n_read, events, meter):
     stopped = meter.ids[-1] in (eos if isinstance(eos, list) else [eos])
     return ChatMetrics(method=self.recipe.id, input_text=messages[-1]['content'], prompt_text=self.lm.tokenizer.decode(ids), output_text=out,
                        finish_reason='stop' if stopped else 'length', **t, prompt_tokens=n_read, prompt_tokens_base=base, completion_tokens=n,
-                       completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live), kv_bytes_reserved=kv.reserved, kv_bytes_resident=getattr(kv, 'resident', None),
+                       completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live, getattr(meter.cache, 'peak', 0)), kv_bytes_reserved=kv.reserved, kv_bytes_resident=getattr(kv, 'resident', None),
                        weight_bytes=self.lm.weight_bytes, skipped_weight_bytes=traffic(self.lm.model).skipped if self.recipe.larosa else None, **_rates(t, n_read, base, n, n_base, len(out)), factors=self.recipe.factors, output_ids=meter.ids)
 
 # %% ../nbs/05_engine.ipynb #d48b137c

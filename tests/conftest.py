@@ -1,4 +1,4 @@
-"What every test run shares: marks and their options, no network, no windows, two threads."
+"What every test run shares: marks and their options, no network, no windows, two threads in all."
 import os
 
 import pytest
@@ -14,7 +14,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for mark, meaning in MARKS.items(): config.addinivalue_line('markers', f'{mark}: {meaning}')
     os.environ['MPLBACKEND'] = 'Agg'
-    os.environ.setdefault('OMP_NUM_THREADS', '2')  # read by torch, in the processes that tests start as well
+    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
+    os.environ.setdefault('OMP_NUM_THREADS', '1' if workers > 1 else '2')  # read by torch, in the processes that tests start as well
     if not config.getoption('hub'): os.environ['HF_HUB_OFFLINE'] = '1'
 
 

@@ -87,7 +87,8 @@ def test_refusals():
     e = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu')
     with expect_fail(LlmoptError, 'empty'): e.run('  \n')
     with expect_fail(ContextError, 'context of 1,024'): e.run('why '*2000)
-    with expect_fail(LlmoptError, 'below 1'): EnhancedFusedLLMEngine('llmopt-tiny', larosa_sparsity=1.4)
+    for bad in (dict(larosa_sparsity=1.), dict(larosa_sparsity=-.1), dict(word_removal=-1)):
+        with expect_fail(LlmoptError): EnhancedFusedLLMEngine('llmopt-tiny', **bad)
     with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('larosa:sparsity=2')
 
 

@@ -2,13 +2,16 @@
 # ruff: noqa
 
 import random
+import tempfile
 import types
 import pytest
 import transformers as T
 import copy
+import json
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.core import TINY, load, user, LlmoptError
+from llmopt.core import load, user, ASSETS, LM, LlmoptError, TINY, kl
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from torch import nn
@@ -113,7 +116,7 @@ def test_refused_models():
     class Linear4bit(nn.Linear): "Stands for the classes of quantization libraries."
     q = copy.deepcopy(m); q.model.layers[0].mlp.up_proj = Linear4bit(32, 56)
     with expect_fail(LlmoptError, 'layer 0, mlp.up_proj is a Linear4bit'): family(q)
-
+    with expect_fail(LlmoptError, 'already converted'): family(sparsify(convert(m, bases(moments(m, ids)))))
     m.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(56, 32, dtype=torch.int8), requires_grad=False)
     with expect_fail(LlmoptError, 'layer 1, mlp.up_proj is a Linear of torch.int8'): family(m)
     with expect_fail(LlmoptError, 'rotation is one of'): bases({(0, 0): torch.eye(2)}, 'pca')
@@ -200,7 +203,7 @@ def test_dense_prompt():
     assert (out[:, :9]-dense[:, :9]).abs().max() < 1e-9 and (out[:, 9:]-dense[:, 9:]).abs().max() > .1
     assert (logits(new, ids)-dense).abs().max() < 1e-9
     set_tokens(new, 'none'); assert (cached_logits(new, ids, 9)-dense).abs().max() < 1e-9
-    sparse = logits(set_tokens(new, 'all'), ids); assert (cached_logits(new, ids, 9)-sparse).abs().max() < 1e-9
+    set_tokens(new, 'all'); sparse = logits(new, ids); assert (cached_logits(new, ids, 9)-sparse).abs().max() < 1e-9
     for m in projections(new).values(): m.first = 3
     part = logits(new, ids); assert (part[:, :3]-dense[:, :3]).abs().max() < 1e-9 and (part[:, 3:]-dense[:, 3:]).abs().max() > .1
     with expect_fail(LlmoptError, 'tokens are one of'): set_tokens(new, 'some')
@@ -228,27 +231,98 @@ def test_levels():
     with expect_fail(LlmoptError, 'split is one of'): split_levels(new, .4, 'even')
 
 
-def test_simple_larosa():
-    """At sparsity 0 the converted model is the original within rounding. With the kernel and without, the sparse one
-    is the same."""
-    lm = load(TINY, 'cpu', dtype='float32'); x = lm.tokenizer('Rain is water that falls from clouds, and snow is', return_tensors='pt')['input_ids']
-    ids = windows(default_calibration(), lm.tokenizer)
-    test_eq(ids.shape[1], 256); assert ids.numel() > 10_000
-    zero = SimpleLaRoSA(0).apply(lm.model, ids)
-    assert (logits(zero, x)-logits(lm.model, x)).abs().max() < 1e-3
-    a, b = (SimpleLaRoSA(.5, kernel=k).apply(lm.model, default_calibration(), lm.tokenizer) for k in (True, False))
-    test_close(traffic(a).share, .5, .005); test_eq(traffic(a), traffic(b))
-    assert (cached_logits(a, x, 6)-cached_logits(b, x, 6)).abs().max() < 1e-3
-    assert (cached_logits(a, x, 6)-logits(lm.model, x)).abs().max() > .1
+def test_measured_levels():
+    """The sum is met to within one channel, levels rise with the sparsity, and a projection with higher prices gets
+    a lower level."""
+    model, ids = tiny('llama')
+    new = sparsify(convert(model, bases(moments(model, ids)))); price = prices(new, ids)
+    assert all((v.diff() >= 0).all() and (v > 0).any() for v in price.values()) and all(m.level == 0 for m in projections(new).values())
+    n = '1.mlp.up_proj'; ref = log_probs(new, ids); projections(new)[n].level = .5
+    test_eq(set_tokens(new, 'all'), 'decode'); test_close(price[n][:16].sum(), kl(ref, log_probs(new, ids)).mean(), 1e-4); projections(new)[n].level = 0.
+    last = dict.fromkeys(price, 0.)
+    for p in (0, .1, .3, .5, .8, .95):
+        levels = measured_levels(new, price, p); share = traffic(set_levels(new, levels)).share
+        assert p-.01 < share <= p+1e-9 and all(0 <= last[k] <= l <= 1 for k, l in levels.items()); last = levels
+    dear = measured_levels(new, price | {n: price[n]*1000}, .5); assert dear[n] < measured_levels(new, price, .5)[n]
 
 
-def test_simple_larosa_refuses():
-    """At sparsity 0 the converted model is the original within rounding. With the kernel and without, the sparse one
-    is the same."""
-    for kw in (dict(sparsity=1), dict(sparsity=-.1), dict(sparsity='a'), dict(sparsity=True), dict(split='even'), dict(rotation='left'), dict(tokens='some')):
-        with expect_fail(ValueError): SimpleLaRoSA(**kw)
-    lm = load(TINY, 'cpu')
-    with expect_fail(LlmoptError, 'cannot span'): SimpleLaRoSA().apply(lm.model, ['Too short.'], lm.tokenizer)
-    with expect_fail(LlmoptError, 'need a tokenizer'): SimpleLaRoSA().apply(lm.model, ['Too short.'])
-    with expect_fail(LlmoptError, 'is empty'): SimpleLaRoSA().apply(lm.model, torch.zeros(0, dtype=torch.long))
-    with expect_fail(LlmoptError, 'already converted'): SimpleLaRoSA().apply(SimpleLaRoSA().apply(lm.model, tokenizer=lm.tokenizer), tokenizer=lm.tokenizer)
+def test_value_bases():
+    "In these bases the moments are diagonal, head by head."
+    model, ids = tiny('qwen2'); r = value_bases(model, ids); new = convert(model, bases(moments(model, ids), 'none'), r)
+    got = {}
+    new.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda m, a: got.__setitem__('x', a[0]))
+    logits(new, ids); x = got['x'].flatten(0, 1).unflatten(-1, (2, 2, 8))
+    for h in range(2):
+        c = x[:, h].reshape(-1, 8).T@x[:, h].reshape(-1, 8)
+        assert (c-c.diagonal().diag()).abs().max() < 1e-9*c.max() and (c.diagonal().diff() <= 0).all()
+
+
+def test_configuration():
+    """`LaRoSA` is the configuration that a recipe holds. Its defaults are what the [comparison
+    below](#What-each-part-buys) found best; `LaRoSA.published(p)` is the paper."""
+    c = LaRoSA(.5, rotation='layer')
+    test_eq(LaRoSA(**json.loads(json.dumps(asdict(c)))), c); test_eq(len({LaRoSA(), LaRoSA(), c}), 2); test_eq(LaRoSA.published(.5).heads, False)
+    for bad in (dict(sparsity=1), dict(sparsity=-.1), dict(sparsity=True), dict(sparsity='0.4'), dict(sparsity=float('nan')), dict(levels='even'), dict(rotation='pca'), dict(tokens='some'), dict(first=-1), dict(first=1.5)):
+        with expect_fail(ValueError): LaRoSA(**bad)
+
+
+def test_apply():
+    """One call for every family and both kinds of calibration; the old model is untouched; what is wrong with a
+    calibration is said."""
+    for name in TINIES:
+        model, ids = tiny(name); want, larosa = logits(model, ids), SimpleLaRoSA(.5, tokens='all')
+        new = larosa.apply(model, ids); got = logits(new, ids)
+        assert torch.equal(logits(model, ids), want) and (got-want).abs().max() > 1e-3 and .48 < larosa.traffic.share <= .5 and larosa.traffic.adapters == 0
+        assert (logits(SimpleLaRoSA(0.).apply(model, larosa.calibration), ids)-want).abs().max() < 1e-9
+        assert torch.equal(logits(SimpleLaRoSA(.5, tokens='all').apply(model, larosa.calibration), ids), got)
+    paper = SimpleLaRoSA(LaRoSA.published(.5, tokens='all')); paper.apply(model, ids); assert paper.traffic.share < .5 and paper.traffic.adapters > 0
+
+
+def test_bad_calibration():
+    """One call for every family and both kinds of calibration; the old model is untouched; what is wrong with a
+    calibration is said."""
+    lm = load(TINY, 'cpu'); larosa = SimpleLaRoSA(.5)
+    with expect_fail(LlmoptError, 'at least 512'): larosa.apply(lm.model, ['Too short.'], lm.tokenizer)
+    with expect_fail(LlmoptError, 'needs the tokenizer'): larosa.apply(lm.model, ['A text.'])
+    with expect_fail(LlmoptError, 'of shape (windows, length)'): larosa.apply(lm.model, torch.zeros(600, dtype=torch.long))
+    with expect_fail(LlmoptError, 'below 4,096'): larosa.apply(lm.model, torch.full((4, 256), 5000))
+    with expect_fail(LlmoptError, 'sparsity is a number in [0, 1)'): SimpleLaRoSA(1.)
+    with expect_fail(LlmoptError, 'unexpected keyword'): SimpleLaRoSA(.5, level='measured')
+    with expect_fail(LlmoptError, 'call apply'): larosa.skipped_weight_bytes
+    test_eq(windows(['one two three']*40, lm.tokenizer, length=8, most=3).shape, (3, 8))
+    with open(ASSETS/'queries.jsonl', encoding='utf-8') as f: queries = [json.loads(l)['text'] for l in f]
+    assert not any(q.strip() in t for t in default_texts(lm.tokenizer) for q in queries)
+
+
+def test_artifact():
+    """Tensors are stored in float32. A basis that was rounded is not quite orthogonal any more, which would show at
+    sparsity 0; so it is made so again when it is read, by the nearest orthogonal matrix (Higham 1986)."""
+    model, ids = tiny('llama')
+    with tempfile.TemporaryDirectory() as d:
+        for rot in ('model', 'layer'):
+            larosa = SimpleLaRoSA(.5, rotation=rot, tokens='all'); got = logits(larosa.apply(model, ids), ids); larosa.save(f'{d}/a')
+            again = SimpleLaRoSA(.5, rotation=rot, tokens='all', artifact=f'{d}/a'); new = again.apply(model)
+            test_eq(again.calibration.info, larosa.calibration.info); test_eq(again.traffic, larosa.traffic)
+            assert (logits(new, ids)-got).abs().max() < 1e-3
+            set_tokens(new, 'none'); assert (logits(new, ids)-logits(model, ids)).abs().max() < 1e-9
+            half = copy.deepcopy(model).bfloat16(); test_eq(fingerprint(half), fingerprint(model)); again.apply(half)
+        other, _ = tiny('smollm')
+        with expect_fail(LlmoptError, 'made for another model'): again.apply(other)
+        with expect_fail(LlmoptError, "asks for 'model'"): SimpleLaRoSA(.5, artifact=f'{d}/a').apply(model)
+        plain = SimpleLaRoSA(.5, levels='neutral'); plain.apply(model, ids); plain.save(f'{d}/b')
+        with expect_fail(LlmoptError, 'holds no prices'): SimpleLaRoSA(.5, artifact=f'{d}/b').apply(model)
+        (Path(d)/'a'/'larosa.safetensors').write_bytes(b'x')
+        for bad in (f'{d}/a', f'{d}/none'):
+            with expect_fail(LlmoptError, 'no LaRoSA artifact'): SimpleLaRoSA(.5, artifact=bad).apply(model)
+
+
+def test_prepare():
+    """`prepare` is what the engine calls. Engines with the same configuration share the converted model, as long as
+    one of them lives; a calibration is kept as long as the original model. For the bundled model a calibration
+    ships with the package; other models are calibrated when they are first used."""
+    lm = load(TINY, 'cpu'); a = LaRoSA(.5).prepare(lm)
+    assert a.model is LaRoSA(.5).prepare(lm).model and a.model is not LaRoSA(.6).prepare(lm).model and a.model is not lm.model
+    assert .49 < traffic(a.model).share <= .5 and a.n_params > lm.n_params
+    other = LM(tiny('qwen2')[0], lm.tokenizer, 'other'); other.model.resize_token_embeddings(4096)
+    assert traffic(LaRoSA(.5).prepare(other).model).share > .45
+    with expect_fail(LlmoptError, 'made for another model'): LaRoSA(artifact=str(BUNDLED)).prepare(other)

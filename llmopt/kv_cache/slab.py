@@ -37,6 +37,9 @@ class SimpleVAttention:
 @patch(as_prop=True)
 def regions(self:SimpleVAttention): return self.k, self.v
 
+@patch(set_prop=True)
+def regions(self:SimpleVAttention, new): self.k, self.v = new
+
 @patch
 def _table(self:SimpleVAttention, region):
     "The whole region as (batch, heads, reserved tokens, width)."
@@ -52,6 +55,12 @@ def values(self:SimpleVAttention)->torch.Tensor: return self._table(self.v)[:, :
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #b86a59ce
 @patch
+def _write(self:SimpleVAttention, region, new, m):
+    "Let `region` have `m` tokens, the last of them `new`."
+    region.resize(max(m, self.held))   # slots behind the end may be in use already (see restore)
+    self._table(region)[:, :, m-new.shape[2]:m] = new
+
+@patch
 def append(self:SimpleVAttention,
            k:torch.Tensor,  # (batch, heads, q, width)
            v:torch.Tensor,  # the same of values
@@ -60,9 +69,7 @@ def append(self:SimpleVAttention,
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad): raise RuntimeError('the slab cache is for inference: call the model under torch.no_grad()')
     m = self.n+k.shape[2]
     self._check(k, self.k); self._check(v, self.v)
-    for r, new in (self.k, k), (self.v, v):
-        r.resize(max(m, self.held))   # slots behind the end may be in use already (see restore)
-        self._table(r)[:, :, self.n:m] = new
+    for r, new in (self.k, k), (self.v, v): self._write(r, new, m)
     self.n, self.peak = m, max(self.peak, m)
     return self.keys, self.values
 
@@ -90,18 +97,19 @@ def select(self:SimpleVAttention, idx:torch.Tensor): # old sequence for each new
     idx = torch.arange(self.batch, device=self.k.data.device)[idx.to(self.k.data.device)]  # also takes a mask or negative numbers
     if len(idx) != self.batch: return self._rebuild(idx)
     new = (idx != torch.arange(self.batch, device=idx.device)).nonzero().flatten()
-    for t in (self.keys, self.values):
-        if len(new): t[new] = t[idx[new]]
+    for r in self.regions if len(new) else ():
+        t = self._table(r)[:, :, :self.n]
+        t[new] = t[idx[new]]
 
 @patch
 def _rebuild(self:SimpleVAttention, idx):
     "`select` for another number of sequences: new regions, and the old ones given back."
     fresh = []
-    for r, old in (self.k, self.keys), (self.v, self.values):
+    for r in self.regions:
         new = type(r)(len(idx)*self.num_heads, *r.args[1:])
-        new.resize(self.n); new.data[:, :self.n] = old.index_select(0, idx).flatten(0, 1)
+        new.resize(self.n); new.data[:, :self.n] = self._table(r)[:, :, :self.n].index_select(0, idx).flatten(0, 1)
         r.close(); fresh.append(new)
-    (self.k, self.v), self.batch = fresh, len(idx)
+    self.regions, self.batch = fresh, len(idx)
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #eac54197
 @patch
@@ -135,7 +143,7 @@ def resident(self:SimpleVAttention)->int|None: return slabs_resident([self])
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #2503cf3d
 class SlabLayer(CacheLayerMixin):
     "A full-attention layer on a slab, made at the first update."
-    is_sliding, is_croppable, is_compileable = False, True, False
+    is_sliding, is_croppable, is_compileable, slab_type = False, True, False, SimpleVAttention
     def __init__(self, max_seq_len:int, max_batch_size:int|None=None, page_tokens:int=0, populate:bool=True):
         self.max_seq_len, self.max_batch_size, self.kw = max_seq_len, max_batch_size, dict(page_tokens=page_tokens, populate=populate)
         self.slab, self.closed, self.peak = None, False, 0
@@ -147,7 +155,7 @@ class SlabLayer(CacheLayerMixin):
         B, H, _, D = key_states.shape
         self._room(B)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.slab = SimpleVAttention(H, D, B, self.max_seq_len, self.dtype, self.device, value_states.shape[-1], **self.kw)
+        self.slab = self.slab_type(H, D, B, self.max_seq_len, self.dtype, self.device, value_states.shape[-1], **self.kw)
     def update(self, key_states, value_states, *args, **kwargs):
         if self.slab is None: self.lazy_initialization(key_states, value_states)
         res = self.slab.append(key_states, value_states)
@@ -217,6 +225,9 @@ def slab_layers(self:SlabCache)->list: return [l for l in self.layers if isinsta
 
 @patch(as_prop=True)
 def slabs(self:SlabCache)->list: return [l.slab for l in self.slab_layers if l.slab]
+
+@patch(as_prop=True)
+def peak(self:SlabCache)->int: return sum(l.peak for l in self.slab_layers) # most live bytes so far; slabs only grow together
 
 @patch
 def close(self:SlabCache):
