@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAIVE', 'SUITES', 'read_texts', 'survive', 'budgets', 'answers', 'mean_answers', 'pays', 'benchmark_words',
-           'benchmark_vocab', 'benchmark_kv', 'run', 'show']
+           'benchmark_vocab', 'benchmark_kv', 'benchmark_larosa', 'run', 'show']
 
 # %% ../nbs/10_benchmark.ipynb #65e3b7cc
 import json, math, random, statistics, time
@@ -14,11 +14,15 @@ import pandas as pd, torch
 from tqdm.auto import tqdm
 
 import llmopt.kv_cache.speed as kv_speed
+from .kv_cache.restore import benchmark_restore
 from . import __version__
 from .adaptivocab import SimpleAdaptiVocab, compare_selection, fold_speed
 from .core import ASSETS, TINY, LlmoptError, environment, kl, load, user
 from .evaluation import keyword_recall
+from .larosa import default_texts, windows
+from .larosa_ladder import Ladder, passages
 from .results import check_writable, now, write_text
+from .sparse_linear import benchmark_kernel, benchmark_step
 from .word_removal import MODEL_FREE, BudgetError, break_even, compress, model_surprisal, recall_table, time_scorers
 
 # %% ../nbs/10_benchmark.ipynb #2a0059a8
@@ -153,17 +157,35 @@ def benchmark_vocab(texts=None,    # see `read_texts`
 
 # %% ../nbs/10_benchmark.ipynb #3bc24e4f
 def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows
-    "KV cache: decoding beside stock caches and the byte bound; the cost of an append."
+    "KV cache: decoding beside stock caches and the byte bound; appends; after an eviction; restoring a prefix."
     decode = []
     for dtype in ('float32', 'bfloat16'):
         r = kv_speed.benchmark_decode(512 if quick else 8192, dtype, 2 if quick else 15)
         whole = {k: v for k, v in r.items() if k not in ('arms', 'config')}
         decode += [dict(cache=k, **r['config'], **a, **whole) for k, a in r['arms'].items()]
     append = kv_speed.benchmark_append((256, 512) if quick else (1024, 4096, 16384, 32768))
-    return dict(decode=decode, append=[dict(cache=k, context=n, **s) for k, d in append.items() for n, s in d.items()])
+    evict = [r for dtype in ('float32', 'bfloat16') for r in kv_speed.benchmark_eviction(512 if quick else 8192, dtype=dtype, rounds=2 if quick else 9)]
+    prefill = kv_speed.benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 5)
+    restore = benchmark_restore(256, 64, (1,), 1) if quick else benchmark_restore()
+    return dict(decode=decode, append=[dict(cache=k, context=n, **s) for k, d in append.items() for n, s in d.items()], evict=evict, prefill=prefill,
+                restore=[{k: v for k, v in r.items() if k != 'trace'} for r in restore])
+
+# %% ../nbs/10_benchmark.ipynb #3435b915
+def benchmark_larosa(texts=None, # see `read_texts`: what the ladder is tested on
+                     model=TINY, quick:bool=False)->dict: # table -> rows
+    "LaRoSA: products and whole steps beside dense ones and the byte bound; the loss of each part of the method at equal bytes."
+    lm = load(model, 'cpu', dtype='float32')
+    width, most = (64, 4) if quick else (256, 64)
+    test = windows(passages() if texts is None else [r['text'] for r in read_texts(texts)], lm.tokenizer, width, 4 if quick else 24)
+    if not len(test): raise LlmoptError(f'the ladder needs at least {width} tokens of text')
+    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, most*(width//16 if quick else 1)), test)
+    kernel = benchmark_kernel(((256, 512),), (.5,), rounds=2, nbytes=2**20) if quick else benchmark_kernel()
+    small = dict(hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=128) if quick else {}
+    step = [r for n in (1, 2) for r in benchmark_step(n_threads=n, **(dict(sparsities=(.5,), rounds=2, context=16) if quick else {}), **small)]
+    return dict(kernel=kernel, step=step, ladder=ladder.climb((.5,), ('threshold', 'top-k', 'published', 'values rotated')) if quick else ladder.climb())
 
 # %% ../nbs/10_benchmark.ipynb #146b3236
-SUITES = dict(words=benchmark_words, vocab=benchmark_vocab, kv=benchmark_kv)
+SUITES = dict(words=benchmark_words, vocab=benchmark_vocab, kv=benchmark_kv, larosa=benchmark_larosa)
 
 def run(name:str,        # one of `SUITES`
         output='.',      # folder

@@ -32,7 +32,7 @@ def _measured(p, output):
     p.add_argument('--resume', action='store_true', help='go on with an interrupted results file')
 
 # %% ../nbs/09_cli.ipynb #f8a323f3
-BENCHMARKS = 'words', 'vocab', 'kv'
+BENCHMARKS = 'words', 'vocab', 'kv', 'larosa'
 def parser()->argparse.ArgumentParser:
     "The parser of the `llmopt` command."
     from llmopt import __version__

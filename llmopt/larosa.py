@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'ROTATIONS', 'TOKENS', 'SPLITS', 'LEVELS', 'BUNDLED', 'ke
            'gain_free', 'moments', 'eigenbasis', 'bases', 'Turn', 'convert', 'Selection', 'Masked', 'Sparsified',
            'projections', 'sparsify', 'set_levels', 'set_tokens', 'split_levels', 'Traffic', 'traffic', 'log_probs',
            'energies', 'prices', 'measured_levels', 'value_bases', 'LaRoSA', 'windows', 'default_texts', 'Calibration',
-           'fingerprint', 'calibrate', 'SimpleLaRoSA', 'load_calibration']
+           'fingerprint', 'calibrate', 'SimpleLaRoSA', 'load_calibration', 'Drafted', 'dense', 'self_draft']
 
 # %% ../nbs/03_larosa.ipynb #5232304c
 import copy, hashlib, json, weakref
@@ -587,6 +587,54 @@ def load_calibration(folder)->Calibration:
         price = {k[6:]: v for k, v in t.items() if k.startswith('price.')}
         return Calibration(q, r, price, {k: info[k] for k in ('model', 'fingerprint', 'text_sha256', 'tokens', 'rotation', 'heads')})
     except (OSError, ValueError, KeyError, SafetensorError) as e: raise LlmoptError(f"no LaRoSA artifact can be read from '{folder}' ({type(e).__name__}: {e}); write one with SimpleLaRoSA.save") from None
+
+# %% ../nbs/03_larosa.ipynb #18f790f0
+class Drafted(NamedTuple):
+    "What `self_draft` wrote, and what it took."
+    ids:torch.Tensor  # (1, prompt + new)
+    drafted:int       # tokens proposed by sparse passes, one each
+    accepted:int      # of these, confirmed
+    verified:int      # dense passes after the prompt
+
+@contextmanager
+def dense(model):
+    "While open, all passes of a sparsified `model` are dense."
+    was = set_tokens(model, 'none')
+    try: yield model
+    finally: set_tokens(model, was)
+
+@torch.inference_mode()
+def self_draft(model,              # a sparsified model
+               ids:torch.Tensor,   # (1, length) token ids of the prompt
+               max_new_tokens:int=64,
+               drafts:int=4,       # tokens drafted before a dense pass
+               eos=(),             # token ids that end the text
+              )->Drafted:
+    "Greedy text of the dense model, drafted by its sparse form."
+    if ids.shape[0] != 1: raise LlmoptError(f'drafts are verified for one prompt at a time, not {ids.shape[0]}')
+    cache, end, drafted, accepted, verified = DynamicCache(config=model.config), ids.shape[1]+max_new_tokens, 0, 0, 0
+    cache.activate_past_recording()   # layers with a sliding window keep what a crop may need
+    with dense(model): ids = torch.cat([ids, _next(model, ids, cache)[:, -1:]], 1)
+    while ids.shape[1] < end and ids[0, -1] not in eos:
+        draft = _draft(model, ids[:, -1:], cache, min(drafts, end-ids.shape[1]-1))
+        with dense(model): found = _next(model, draft, cache)
+        n = int((draft[:, 1:] == found[:, :-1]).long().cumprod(-1).sum())                 # drafted tokens that are right
+        new = found[:, :n+1]
+        if n < draft.shape[1]-1: cache.crop(n+1-draft.shape[1])
+        stop = [i for i, t in enumerate(new[0].tolist()) if t in eos]
+        ids = torch.cat([ids, new[:, :stop[0]+1] if stop else new], 1)
+        drafted, accepted, verified = drafted+draft.shape[1]-1, accepted+n, verified+1
+    return Drafted(ids, drafted, accepted, verified)
+
+# %% ../nbs/03_larosa.ipynb #b0789874
+def _next(model, x, cache): return model(x, past_key_values=cache, use_cache=True).logits.argmax(-1) # (1, q) -> (1, q)
+
+def _draft(model, token, cache, n):
+    "`token` and `n` sparse guesses behind it; the cache is as before afterwards."
+    out = [token]
+    for _ in range(n): out.append(_next(model, out[-1], cache))
+    if n: cache.crop(-n)
+    return torch.cat(out, 1)
 
 # %% ../nbs/03_larosa.ipynb #14a2f69a
 _calibrations, _converted = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()

@@ -43,16 +43,31 @@ def test_answers():
 
 
 def test_benchmark_kv():
-    """One token of decoding at 8,192 tokens of context, and the append alone at growing contexts, each beside stock
-    caches: [the notebook on speed](04_kv_cache/04_speed.ipynb) explains them."""
+    """One token of decoding at 8,192 tokens of context, the append alone at growing contexts, and the same after an
+    eviction, each beside stock caches, and what scoring adds to the reading of a prompt: [the notebook on
+    speed](04_kv_cache/04_speed.ipynb) explains them. Then [restoring](04_kv_cache/02b_restore.ipynb) a known
+    prefix from loaders of several speeds."""
     r = benchmark_kv(quick=True)
     test_eq({(x['cache'], x['dtype']) for x in r['decode']}, {(c, d) for c in ('dynamic_sdpa', 'static_sdpa', 'slab_packed') for d in ('float32', 'bfloat16')})
     assert all(x['median_ms'] > 0 and x['bytes_per_step'] > 0 for x in r['decode']) and len(r['append']) == 4
+    assert {x['arm'] for x in r['evict']} >= {'dynamic_sdpa', 'evicted'} and all(x['overhead'] > -1 for x in r['prefill']) and r['restore'][0]['chunks'] == 4
+
+
+def test_benchmark_larosa():
+    """Products with one vector, and whole decode steps of a model with the shapes of a 1B Llama, sparse beside the
+    best dense way there is on this machine and beside what stock transformers does
+    ([kernels](03a_sparse_linear.ipynb)); and what each part of LaRoSA buys in quality at equal bytes
+    ([ladder](03b_larosa_ladder.ipynb)), on your texts if you give some."""
+    r = benchmark_larosa(quick=True)
+    test_eq([x['arm'] for x in r['ladder']], ['threshold', 'top-k', 'published', 'values rotated'])
+    assert all(x['median_ms'] > 0 for x in r['kernel']+r['step']) and {x['sparsity'] for x in r['step']} == {None, .5} and all(x['kl'] > 0 for x in r['ladder'])
 
 
 def test_run():
-    """One token of decoding at 8,192 tokens of context, and the append alone at growing contexts, each beside stock
-    caches: [the notebook on speed](04_kv_cache/04_speed.ipynb) explains them."""
+    """Products with one vector, and whole decode steps of a model with the shapes of a 1B Llama, sparse beside the
+    best dense way there is on this machine and beside what stock transformers does
+    ([kernels](03a_sparse_linear.ipynb)); and what each part of LaRoSA buys in quality at equal bytes
+    ([ladder](03b_larosa_ladder.ipynb)), on your texts if you give some."""
     with tempfile.TemporaryDirectory() as d:
         with expect_fail(LlmoptError, 'known: words'): run('wrds', d)
         p = run('vocab', d, quick=True)
