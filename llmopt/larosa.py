@@ -615,7 +615,7 @@ def self_draft(model,              # a sparsified model
     cache, end, drafted, accepted, verified = DynamicCache(config=model.config), ids.shape[1]+max_new_tokens, 0, 0, 0
     cache.activate_past_recording()   # layers with a sliding window keep what a crop may need
     with dense(model): ids = torch.cat([ids, _next(model, ids, cache)[:, -1:]], 1)
-    while ids.shape[1] < end and ids[0, -1] not in eos:
+    while ids.shape[1] < end and ids[0, -1].item() not in eos:
         draft = _draft(model, ids[:, -1:], cache, min(drafts, end-ids.shape[1]-1))
         with dense(model): found = _next(model, draft, cache)
         n = int((draft[:, 1:] == found[:, :-1]).long().cumprod(-1).sum())                 # drafted tokens that are right
