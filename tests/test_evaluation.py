@@ -89,8 +89,8 @@ def test_effects():
 
 def test_comparison():
     "Every cell of the plan has its row, and the answers are there in full."
-    res = compare(['What is rain?', 'What is snow made of, and why is it white?'], quick=True, memory=False, progress=False)
-    df = res.frame
+    few = compare(['What is rain?', 'What is snow made of, and why is it white?'], quick=True, memory=False, progress=False)
+    df = few.frame
     test_eq(len(df[df.arm == 'speed']), 2*(len(built_methods())+1)); test_eq(len(df[df.arm == 'quality']), 2*len(built_methods()))
     assert df.error.isna().all() and (df.output_text.str.len() > 0).all()
     assert (df[df.arm == 'speed'].completion_tokens == 30).all()
