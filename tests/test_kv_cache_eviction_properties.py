@@ -73,7 +73,7 @@ def model():
 
 
 @costly
-@given(policy=st.sampled_from([*POLICIES]), budget=st.sampled_from([16, 30, '20%', '50%', '4KiB', 'mass=0.6', 'mass=0.95']), window=st.integers(1, 10), first=st.integers(0, 5),
+@given(policy=st.sampled_from([*POLICIES]), budget=st.sampled_from([16, 30, '20%', '50%', '8KiB', 'mass=0.6', 'mass=0.95']), window=st.integers(1, 10), first=st.integers(0, 5),
        slack=st.integers(0, 12), unit=st.sampled_from([0, 1, 7]), pieces=st.lists(st.sampled_from([1, 1, 2, 5, 17, 40]), min_size=1, max_size=12), pad=st.integers(0, 30))
 def test_any_history_keeps_what_must_stay(model, policy, budget, window, first, slack, unit, pieces, pad):
     "The first tokens and the window are there, positions increase, no row holds padding once it was cut, and all layers together hold what the budget says."

@@ -129,8 +129,7 @@ def test_adds_in_float32():
     w, x = torch.randn(256, 4096).bfloat16(), torch.randn(1, 4096).bfloat16()
     right, all_ = x.double() @ w.double().t(), torch.arange(4096)
     error = lambda y: ((y.double()-right).norm()/right.norm()).item()
-    errors = dict(sparse=error(SparseLinear(w).sparse(x, all_)), linear=error(F.linear(x, w)), rounded=error(right.bfloat16()))
-    assert errors['sparse'] < 1.01*errors['rounded']
+    assert error(SparseLinear(w).sparse(x, all_)) < 1.01*error(right.bfloat16())
     assert error(SparseLinear(w.float()).sparse(x.float(), all_)) < 1e-5
 
 
