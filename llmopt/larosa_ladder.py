@@ -65,24 +65,36 @@ def refit(model,              # sparse, of `Masked` maps, tokens `all`; changed 
     return model
 
 # %% ../nbs/03b_larosa_ladder.ipynb #86aa8a06
+class _Enough(Exception): "All inputs of interest were seen."
+
+def _watch(modules, seen, outputs):
+    "Hooks that put what goes into `modules`, or comes out, into `seen` by name, and end the pass when all of it is there."
+    def note(name, x):
+        seen[name] = x
+        if len(seen) == len(modules): raise _Enough
+    if outputs: return [m.register_forward_hook(lambda m, a, y, n=n: note(n, y)) for n, m in modules.items()]
+    return [m.register_forward_pre_hook(lambda m, a, n=n: note(n, a[0])) for n, m in modules.items()]
+
+def _seen(model, x, modules, outputs):
+    "What goes into `modules`, or comes out, when `model` reads `x`: name -> (tokens, width)."
+    seen, hooks = {}, ExitStack()
+    with hooks:
+        for h in _watch(modules, seen, outputs): hooks.callback(h.remove)
+        try: model(x, use_cache=False)
+        except _Enough: pass
+    return {n: v.flatten(0, -2) for n, v in seen.items()}
+
 def _refit_group(model, dense, names, ids, ridge, bs):
     "Refit the projections `names`, which read one input."
-    ours, theirs, seen, sums = projections(model), projections(dense), {}, {}
-    hooks = [theirs[n].register_forward_hook(lambda m, a, y, n=n: seen.__setitem__(n, y)) for n in names]
-    hooks += [ours[n].linear.register_forward_pre_hook(lambda m, a, n=n: seen.__setitem__(n+'.in', a[0])) for n in names]
-    with ExitStack() as stack:
-        for h in hooks: stack.callback(h.remove)
-        for x in ids.split(bs):
-            dense(x, use_cache=False); model(x, use_cache=False)
-            for n in names:
-                s, y = seen[n+'.in'].flatten(0, -2).double(), seen[n].flatten(0, -2).double()
-                lin = ours[n].linear
-                miss = y-s@lin.weight.double().T-(0 if lin.bias is None else lin.bias.double())
-                a, c = sums.get(n, (0, 0)); sums[n] = a+s.T@s, c+s.T@miss
+    lins, theirs, sums = {n: projections(model)[n].linear for n in names}, {n: projections(dense)[n] for n in names}, {}
+    for x in ids.split(bs):
+        got, want = _seen(model, x, lins, False), _seen(dense, x, theirs, True)
+        for n, lin in lins.items():
+            s, miss = got[n], want[n]-lin(got[n])
+            a, c = sums.get(n, (0, 0)); sums[n] = a+(s.T@s).double(), c+(s.T@miss).double()
     for n, (a, c) in sums.items():
         a.diagonal().add_(ridge*a.diagonal().mean()+1e-12)
-        w = ours[n].linear.weight
-        w.data += torch.linalg.solve(a, c).T.to(w.dtype)
+        lins[n].weight.data += torch.linalg.solve(a, c).T.to(lins[n].weight.dtype)
 
 # %% ../nbs/03b_larosa_ladder.ipynb #ba2f9bc6
 OURS = dict(rotation='model', split='measured', heads=True)
