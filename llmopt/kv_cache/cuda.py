@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Driver', 'get_driver', 'Pages', 'CudaRegion']
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #e5fc9c63
-import functools, math, weakref
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #f714e97b
+import functools, math, sys, weakref
 
 import torch
 from fastcore.basics import patch
 
 from .memory import Region, _check_sizes
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #320f23aa
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #c9aa4b09
 class Driver:
     "The virtual-memory calls of the CUDA driver for one device. What fails says which call, and why."
     def __init__(self, index:int): # number of the device, as PyTorch counts
@@ -31,7 +31,7 @@ class Driver:
         if error != self.cu.CUresult.CUDA_SUCCESS: raise RuntimeError(f'{name} failed on {self.device}: {error.name}')
         return res[0] if res else None
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #86a8f623
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #8480a14a
 @patch
 def _descriptions(self:Driver, index):
     "What memory to create, and who may use it."
@@ -41,7 +41,7 @@ def _descriptions(self:Driver, index):
     desc.location, desc.flags = prop.location, self.cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
     return prop, desc
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #44cd40ce
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #05e370f8
 @patch
 def create(self:Driver, nbytes:int):
     "A handle to `nbytes` of physical memory. Raises `torch.OutOfMemoryError`."
@@ -62,7 +62,7 @@ def unmap(self:Driver, address, nbytes): self('cuMemUnmap', address, nbytes)
 @patch
 def free(self:Driver, address, nbytes): self('cuMemAddressFree', address, nbytes)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #560e1952
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #fa97a3cf
 @patch
 def synchronize(self:Driver): torch.cuda.synchronize(self.device)
 
@@ -81,7 +81,7 @@ def tensor(self:Driver, pages): # has `address` and `nbytes`
 @functools.cache
 def get_driver(index:int)->Driver: return Driver(index)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #528e6829
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #5f4365c3
 class Pages:
     "Reserved device addresses and the pages mapped into them; everything goes back with the last tensor over them."
     def __init__(self, driver, nbytes:int, page:int): # both sizes are multiples of `driver.page`
@@ -97,10 +97,11 @@ def _unmap(driver, address, page, mapped, which):
         mapped.remove(i)
 
 def _free(driver, address, nbytes, page, mapped):
+    if sys.is_finalizing(): return   # the end of the process frees all, and the driver may be gone already
     _unmap(driver, address, page, mapped, set(mapped))
     driver.free(address, nbytes)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #59ee2791
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #f14a9345
 @patch
 def give(self:Pages, which:set): # page numbers
     _unmap(self.driver, self.address, self.page, self.mapped, which)
@@ -129,7 +130,7 @@ def _runs(which):
     last = sorted(i for i in which if i+1 not in which)
     return [(a, b-a+1) for a, b in zip(first, last)]
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #25ef4dfc
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #23fb2941
 class CudaRegion:
     "As `Region`, on a GPU: pages are mapped before a row reaches them and unmapped once no kernel needs them."
     backend, align = 'cuda', 256   # bytes that rows are aligned to, as `cudaMalloc` does
@@ -155,7 +156,7 @@ def _index(device):
     if not torch.cuda.is_available(): raise RuntimeError('PyTorch sees no CUDA device')
     return torch.cuda.current_device() if device.index is None else device.index
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #d965b4a9
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #2d43e9ff
 @patch
 def _open(self:CudaRegion, width, dtype):
     "Reserve, and make the tensor (rows, tokens, width) that owns the reservation."
@@ -173,7 +174,7 @@ def _union(self:CudaRegion, nbytes):
     starts = range(0, self.rows*self.row_bytes, self.row_bytes) if nbytes else ()
     return {i for a in starts for i in range(a//self.page, -(-(a+nbytes)//self.page))}
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #d62d3f4c
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #3dfffb46
 @patch
 def _fit(self:CudaRegion, n, spare=0):
     "Let rows of `n` tokens be mapped; where they shrink, leave them up to `spare` bytes more."
@@ -192,7 +193,7 @@ def resize(self:CudaRegion, n:int): # tokens in each row from now on
     if self.n <= n <= self.room: self.n = n
     else: self._fit(n, self.page*self.populate)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #0f613dc4
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #0c09f24b
 @patch
 def trim(self:CudaRegion, lengths): # tokens in each row from now on, no more than there were
     "As `Region.trim`; what is given back depends on the longest row alone."
@@ -203,7 +204,7 @@ def trim(self:CudaRegion, lengths): # tokens in each row from now on, no more th
 @patch
 def settle(self:CudaRegion): pass   # nothing happens in the background
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #de4ce5c0
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #5bd41d54
 @patch
 def resident(self:CudaRegion)->int: # bytes
     "Physical bytes: the pages that are mapped."
