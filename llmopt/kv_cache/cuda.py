@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Driver', 'get_driver', 'Pages', 'CudaRegion']
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #f714e97b
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #4a1b8f55
 import functools, math, sys, weakref
 
 import torch
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from .memory import Region, _check_sizes
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #c9aa4b09
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #fb3e04d2
 class Driver:
     "The virtual-memory calls of the CUDA driver for one device. What fails says which call, and why."
     def __init__(self, index:int): # number of the device, as PyTorch counts
@@ -31,7 +31,7 @@ class Driver:
         if error != self.cu.CUresult.CUDA_SUCCESS: raise RuntimeError(f'{name} failed on {self.device}: {error.name}')
         return res[0] if res else None
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #8480a14a
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #ba97f599
 @patch
 def _descriptions(self:Driver, index):
     "What memory to create, and who may use it."
@@ -41,7 +41,7 @@ def _descriptions(self:Driver, index):
     desc.location, desc.flags = prop.location, self.cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
     return prop, desc
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #05e370f8
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #723b437d
 @patch
 def create(self:Driver, nbytes:int):
     "A handle to `nbytes` of physical memory. Raises `torch.OutOfMemoryError`."
@@ -62,7 +62,7 @@ def unmap(self:Driver, address, nbytes): self('cuMemUnmap', address, nbytes)
 @patch
 def free(self:Driver, address, nbytes): self('cuMemAddressFree', address, nbytes)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #fa97a3cf
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #b269e4d8
 @patch
 def synchronize(self:Driver): torch.cuda.synchronize(self.device)
 
@@ -81,73 +81,67 @@ def tensor(self:Driver, pages): # has `address` and `nbytes`
 @functools.cache
 def get_driver(index:int)->Driver: return Driver(index)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #5f4365c3
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #258eb841
 class Pages:
-    "Reserved device addresses and the pages mapped into them; everything goes back with the last tensor over them."
+    "Reserved device addresses, the first of them with memory behind; everything goes back with the last tensor over them."
     def __init__(self, driver, nbytes:int, page:int): # both sizes are multiples of `driver.page`
-        self.driver, self.nbytes, self.page, self.mapped = driver, nbytes, page, set()
+        self.driver, self.nbytes, self.page, self.mapped = driver, nbytes, page, []   # addresses of the pages
         self.address = driver.reserve(nbytes)
         weakref.finalize(self, _free, driver, self.address, nbytes, page, self.mapped).atexit = False
 
-def _unmap(driver, address, page, mapped, which):
-    "Unmap pages once no kernel can use them any more."
-    if which: driver.synchronize()
-    for i in sorted(which):
-        driver.unmap(address+i*page, page)
-        mapped.remove(i)
+def _unmap(driver, page, mapped, count):
+    "Keep the first `count` pages; the others go once no kernel can use them any more."
+    if len(mapped) > count: driver.synchronize()
+    while len(mapped) > count:
+        driver.unmap(mapped[-1], page)
+        mapped.pop()
 
 def _free(driver, address, nbytes, page, mapped):
     if sys.is_finalizing(): return   # the end of the process frees all, and the driver may be gone already
-    _unmap(driver, address, page, mapped, set(mapped))
+    _unmap(driver, page, mapped, 0)
     driver.free(address, nbytes)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #f14a9345
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #e084aedf
 @patch
-def give(self:Pages, which:set): # page numbers
-    _unmap(self.driver, self.address, self.page, self.mapped, which)
+def shrink(self:Pages, count:int): # pages
+    "Keep at most the first `count` pages."
+    _unmap(self.driver, self.page, self.mapped, count)
 
 @patch
-def take(self:Pages, which:set): # page numbers
-    "Put fresh memory of zeros behind pages; all of them, or none if the memory does not suffice."
+def grow(self:Pages, count:int): # pages
+    "Have at least `count` pages, the new ones of zeros; if the memory does not suffice, have as many as before."
+    old = len(self.mapped)
+    if count <= old: return
     try:
-        for i in sorted(which): self._map(i)
-        for first, n in _runs(which):
-            for f in self.driver.access, self.driver.zero: f(self.address+first*self.page, n*self.page)
+        while len(self.mapped) < count: self._map(self.address+len(self.mapped)*self.page)
+        for f in self.driver.access, self.driver.zero: f(self.address+old*self.page, (count-old)*self.page)
     except BaseException:
-        self.give(which & self.mapped)
+        self.shrink(old)
         raise
 
 @patch
-def _map(self:Pages, i):
+def _map(self:Pages, address):
     handle = self.driver.create(self.page)
-    try: self.driver.map(self.address+i*self.page, self.page, handle)
+    try: self.driver.map(address, self.page, handle)
     finally: self.driver.release(handle)
-    self.mapped.add(i)
+    self.mapped.append(address)
 
-def _runs(which):
-    "First number and length of each run of consecutive numbers."
-    first = sorted(i for i in which if i-1 not in which)
-    last = sorted(i for i in which if i+1 not in which)
-    return [(a, b-a+1) for a, b in zip(first, last)]
-
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #23fb2941
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #fff2d717
 class CudaRegion:
-    "As `Region`, on a GPU: pages are mapped before a row reaches them and unmapped once no kernel needs them."
-    backend, align = 'cuda', 256   # bytes that rows are aligned to, as `cudaMalloc` does
+    "As `Region`, on a GPU: pages are mapped before the rows reach them and unmapped once no kernel needs them."
+    backend = 'cuda'
     def __init__(self, rows:int, tokens:int, width:int, dtype=torch.float32,
-                 page_tokens:int=0,      # tokens of a row that memory is taken and given by; 0 is one page of the device
-                 populate:bool=True,     # keep one page in each row when it shrinks, in case it grows again
+                 page_tokens:int=0,      # tokens that memory is taken and given by; 0 is one page of the device
+                 populate:bool=True,     # keep one page more when rows shrink, in case they grow again
                  device='cuda',
                  driver=None):           # a `Driver`; by default that of `device`
         _check_sizes(rows, tokens, width, page_tokens)
         self.driver = driver or get_driver(_index(device))
         self.args = rows, tokens, width, dtype, page_tokens, populate, self.driver.device, self.driver
-        self.rows, self.tokens, self.token_bytes, self.populate = rows, tokens, width*dtype.itemsize, populate
-        self.page = max(1, math.ceil(page_tokens*self.token_bytes/self.driver.page))*self.driver.page
-        row = math.ceil(tokens*self.token_bytes/self.align)*self.align
-        self.row_bytes = row if row < self.page else math.ceil(row/self.page)*self.page
-        self.n, self.room, self.closed = 0, 0, False
-        self._open(width, dtype)
+        self.rows, self.tokens, self.slice_bytes, self.populate = rows, tokens, rows*width*dtype.itemsize, populate  # a slice is one token of all rows
+        self.page = max(1, math.ceil(min(page_tokens, tokens)*self.slice_bytes/self.driver.page))*self.driver.page
+        self.n, self.closed = 0, False
+        self._open()
 
 def _index(device):
     "The number of a CUDA device."
@@ -156,59 +150,48 @@ def _index(device):
     if not torch.cuda.is_available(): raise RuntimeError('PyTorch sees no CUDA device')
     return torch.cuda.current_device() if device.index is None else device.index
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #2d43e9ff
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #b5dbb7a8
 @patch
-def _open(self:CudaRegion, width, dtype):
+def _open(self:CudaRegion):
     "Reserve, and make the tensor (rows, tokens, width) that owns the reservation."
-    self.pages = Pages(self.driver, math.ceil(self.rows*self.row_bytes/self.page)*self.page, self.page)
-    self.address, self._mapped = self.pages.address, weakref.ref(self.pages)
-    self.pages.take({0})
+    rows, tokens, width, dtype, *_ = self.args
+    self.pages = Pages(self.driver, self._count(tokens)*self.page, self.page)
+    self.address, self._alive = self.pages.address, weakref.ref(self.pages)
+    self.pages.grow(1)
     with torch.inference_mode(False):       # as on the CPU
-        flat = self.driver.tensor(self.pages).view(dtype)
-        self.data = flat.as_strided((self.rows, self.tokens, width), (self.row_bytes//dtype.itemsize, width, 1))
-    self.pages.give({0})
+        self.data = self.driver.tensor(self.pages).view(dtype).as_strided((rows, tokens, width), (width, rows*width, 1))
+    self.pages.shrink(0)
 
 @patch
-def _union(self:CudaRegion, nbytes):
-    "Numbers of the pages that hold the first `nbytes` of each row."
-    starts = range(0, self.rows*self.row_bytes, self.row_bytes) if nbytes else ()
-    return {i for a in starts for i in range(a//self.page, -(-(a+nbytes)//self.page))}
-
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #3dfffb46
-@patch
-def _fit(self:CudaRegion, n, spare=0):
-    "Let rows of `n` tokens be mapped; where they shrink, leave them up to `spare` bytes more."
-    end = n*self.token_bytes
-    need, keep = self._union(end), self._union(min(end+spare, self.row_bytes) if n else 0)
-    self.pages.give(self.pages.mapped-keep)
-    self.pages.take(need-self.pages.mapped)
-    free = min(-(a+end) % self.page for a in range(0, self.rows*self.row_bytes, self.row_bytes))
-    self.n, self.room = n, n+free//self.token_bytes if n else 0
+def _count(self:CudaRegion, n): return -(-n*self.slice_bytes//self.page)   # pages that hold `n` tokens
 
 @patch
 def resize(self:CudaRegion, n:int): # tokens in each row from now on
     "As `Region.resize`. Raises `torch.OutOfMemoryError`, and changes nothing, if the device has no memory left."
     if self.closed: raise RuntimeError('this KV memory is closed')
     if not 0 <= n <= self.tokens: raise ValueError(f'{n} tokens do not fit rows reserved for 0 to {self.tokens}; reserve more (max_seq_len)')
-    if self.n <= n <= self.room: self.n = n
-    else: self._fit(n, self.page*self.populate)
+    need = self._count(n)
+    self.pages.grow(need)
+    self.pages.shrink(need+bool(self.populate and n))
+    self.n = n
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #0c09f24b
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #45b59acc
 @patch
 def trim(self:CudaRegion, lengths): # tokens in each row from now on, no more than there were
     "As `Region.trim`; what is given back depends on the longest row alone."
     if self.closed: raise RuntimeError('this KV memory is closed')
     if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths): raise ValueError(f'trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}')
-    self._fit(max(lengths))
+    self.n = max(lengths)
+    self.pages.shrink(self._count(self.n))
 
 @patch
 def settle(self:CudaRegion): pass   # nothing happens in the background
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #5bd41d54
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #a9a67794
 @patch
 def resident(self:CudaRegion)->int: # bytes
     "Physical bytes: the pages that are mapped."
-    p = self._mapped()
+    p = self._alive()
     return len(p.mapped)*p.page if p else 0
 
 @patch(as_prop=True)
@@ -218,6 +201,6 @@ def reserved(self:CudaRegion)->int: return 0 if self.closed else self.pages.nbyt
 def close(self:CudaRegion):
     "Give everything back. A second call does nothing."
     self.data = self.pages = None
-    self.closed, self.n, self.room = True, 0, 0
+    self.closed, self.n = True, 0
 
 CudaRegion.__deepcopy__, CudaRegion.__reduce_ex__ = Region.__deepcopy__, Region.__reduce_ex__
