@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Driver', 'get_driver', 'Pages', 'CudaRegion']
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #871fc43f
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #ca2c3930
 import functools, math, sys, weakref
 
 import torch
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from .memory import Region, _check_sizes
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #6f4c1db8
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #5965a7a9
 class Driver:
     "The virtual-memory calls of the CUDA driver for one device. What fails says which call, and why."
     def __init__(self, index:int): # number of the device, as PyTorch counts
@@ -31,7 +31,7 @@ class Driver:
         if error != self.cu.CUresult.CUDA_SUCCESS: raise RuntimeError(f'{name} failed on {self.device}: {error.name}')
         return res[0] if res else None
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #108c40ea
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #5830cada
 @patch
 def _descriptions(self:Driver, index):
     "What memory to create, and who may use it."
@@ -41,7 +41,7 @@ def _descriptions(self:Driver, index):
     desc.location, desc.flags = prop.location, self.cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
     return prop, desc
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #a30a3272
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #278eb93f
 @patch
 def create(self:Driver, nbytes:int):
     "A handle to `nbytes` of physical memory. Raises `torch.OutOfMemoryError`."
@@ -62,7 +62,7 @@ def unmap(self:Driver, address, nbytes): self('cuMemUnmap', address, nbytes)
 @patch
 def free(self:Driver, address, nbytes): self('cuMemAddressFree', address, nbytes)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #8294819c
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #0018a00e
 @patch
 def synchronize(self:Driver): torch.cuda.synchronize(self.device)
 
@@ -81,7 +81,7 @@ def tensor(self:Driver, pages): # has `address` and `nbytes`
 @functools.cache
 def get_driver(index:int)->Driver: return Driver(index)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #433bee59
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #04465ff2
 class Pages:
     "Reserved device addresses, the first of them with memory behind; everything goes back with the last tensor over them."
     def __init__(self, driver, nbytes:int, page:int): # both sizes are multiples of `driver.page`
@@ -101,7 +101,7 @@ def _free(driver, address, nbytes, page, mapped):
     _unmap(driver, page, mapped, 0)
     driver.free(address, nbytes)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #769e4b27
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #da5f0276
 @patch
 def shrink(self:Pages, count:int): # pages
     "Keep at most the first `count` pages."
@@ -126,7 +126,7 @@ def _map(self:Pages, address):
     finally: self.driver.release(handle)
     self.mapped.append(address)
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #b388b459
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #7ff555fe
 class CudaRegion:
     "As `Region`, on a GPU: pages are mapped before the rows reach them and unmapped once no kernel needs them."
     backend = 'cuda'
@@ -150,7 +150,7 @@ def _index(device):
     if not torch.cuda.is_available(): raise RuntimeError('PyTorch sees no CUDA device')
     return torch.cuda.current_device() if device.index is None else device.index
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #f9a2bf49
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #18418e1c
 @patch
 def _open(self:CudaRegion):
     "Reserve, and make the tensor (rows, tokens, width) that owns the reservation."
@@ -175,7 +175,7 @@ def resize(self:CudaRegion, n:int): # tokens in each row from now on
     self.pages.shrink(need+bool(self.populate and n))
     self.n = n
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #19bc383f
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #736582c9
 @patch
 def trim(self:CudaRegion, lengths): # tokens in each row from now on, no more than there were
     "As `Region.trim`; what is given back depends on the longest row alone."
@@ -187,7 +187,7 @@ def trim(self:CudaRegion, lengths): # tokens in each row from now on, no more th
 @patch
 def settle(self:CudaRegion): pass   # nothing happens in the background
 
-# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #32e74a9d
+# %% ../../nbs/04_kv_cache/00b_cuda.ipynb #fbe6c6e0
 @patch
 def resident(self:CudaRegion)->int: # bytes
     "Physical bytes: the pages that are mapped."
