@@ -65,17 +65,26 @@ def tensor_resident(t:torch.Tensor # whose storage is asked about
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #a8cd9935
 @functools.cache
-def backend()->str: # `mmap+populate`, `mmap` or `doubling`
-    "How memory can grow on this platform, found out once by trying."
-    try:
-        a = _reserve(PAGE)
-        try:
-            if _libc().madvise(a, PAGE, _DONTNEED): raise OSError(ctypes.get_errno(), 'madvise')
-            return 'mmap' if _libc().madvise(a, PAGE, _POPULATE_WRITE) else 'mmap+populate'
-        finally: _unmap(a, PAGE)
-    except (OSError, AttributeError, TypeError, MemoryError) as e:
-        warnings.warn(f'no demand-paged memory on this platform ({type(e).__name__}: {e}); KV memory grows by doubling')
+def backend(device='cpu')->str: # `mmap+populate`, `mmap`, `cuda` or `doubling`
+    "How memory can grow on `device`, found out once by trying."
+    try: return {'cpu': _try_mmap, 'cuda': _try_cuda}.get(torch.device(device).type, _try_other)(device)
+    except (OSError, AttributeError, TypeError, MemoryError, ImportError, RuntimeError) as e:
+        warnings.warn(f'no demand-paged memory on {device} ({type(e).__name__}: {e}); KV memory grows by doubling')
         return 'doubling'
+
+def _try_mmap(device):
+    a = _reserve(PAGE)
+    try:
+        if _libc().madvise(a, PAGE, _DONTNEED): raise OSError(ctypes.get_errno(), 'madvise')
+        return 'mmap' if _libc().madvise(a, PAGE, _POPULATE_WRITE) else 'mmap+populate'
+    finally: _unmap(a, PAGE)
+
+def _try_cuda(device):
+    from llmopt.kv_cache.cuda import CudaRegion
+    CudaRegion(1, 1, 1, device=device).close()
+    return 'cuda'
+
+def _try_other(device): raise OSError('it has none of the calls')
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #116249c5
 class Region:
@@ -257,6 +266,9 @@ DoublingRegion.__deepcopy__ = Region.__deepcopy__
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #18916472
 def make_region(rows:int, tokens:int, width:int, dtype=torch.float32, page_tokens:int=0, populate:bool=True, device='cpu'):
-    "A `Region` where the platform and the device have demand paging, else a `DoublingRegion`."
-    if torch.device(device).type == 'cpu' and backend() != 'doubling': return Region(rows, tokens, width, dtype, page_tokens, populate)
-    return DoublingRegion(rows, tokens, width, dtype, page_tokens, populate, device)
+    "A `Region`, or on a GPU a `CudaRegion`, where the platform and the device have demand paging, else a `DoublingRegion`."
+    how, args = backend(str(device)), (rows, tokens, width, dtype, page_tokens, populate)
+    if how == 'doubling': return DoublingRegion(*args, device)
+    if how != 'cuda': return Region(*args)
+    from llmopt.kv_cache.cuda import CudaRegion
+    return CudaRegion(*args, device)

@@ -133,8 +133,8 @@ def slabs_resident(slabs)->int|None: # bytes; None where the platform does not t
     "Physical bytes of `slabs`, as the operating system counts them."
     rs = [r for s in slabs for r in s.regions if not r.closed]
     for r in rs: r.settle()
-    paged = [r.address for r in rs if r.backend != 'doubling']
-    other = [r.resident() for r in rs if r.backend == 'doubling']
+    paged = [r.address for r in rs if r.backend.startswith('mmap')]
+    other = [r.resident() for r in rs if not r.backend.startswith('mmap')]
     return None if None in other else (anonymous_bytes(paged) if paged else 0)+sum(other)
 
 @patch
