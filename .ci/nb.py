@@ -307,7 +307,9 @@ def sidebar_faults(nbs):
 
 def docs(args):
     "Prepare the pages of the site up to the point where Quarto would render them, and check them"
-    nbs, cache = Path(get_config().nbs_path.name), proc_nbs(force=True)
+    nbs = Path(get_config().nbs_path.name)
+    sys.path.append(str((nbs/'models').resolve()))  # import cells are run for the pages, those that import a script too
+    cache = proc_nbs(force=True)
     pages = {p: cache/p.relative_to(nbs) for p in notebooks()}
     found = [f for path, page in pages.items() for f in undocumented(path, page) + dead_links(path, page)]
     found += sidebar_faults(nbs)

@@ -7,6 +7,7 @@ import sys
 import warnings
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
+from transformers import BloomConfig, GPT2Config
 from pathlib import Path
 from llmopt.core import *
 
@@ -30,7 +31,6 @@ def test_context():
     """How many positions a model can take is spelled differently in each family; some (ALiBi, state-space models)
     have no limit."""
     assert load('llmopt-tiny', 'cpu').context >= 1024
-    from transformers import BloomConfig, GPT2Config
     test_eq((max_positions(GPT2Config(n_positions=77)), max_positions(BloomConfig(), 5)), (77, 5))
 
 

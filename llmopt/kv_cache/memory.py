@@ -212,7 +212,7 @@ def __reduce_ex__(self:Region, protocol): raise TypeError('KV memory cannot be p
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #f3dc453a
 class DoublingRegion:
-    "Rows of tokens in a `torch.empty` that is replaced when full; for platforms and devices without demand paging."
+    "Rows of tokens in a `torch.zeros` that is replaced when full; for platforms and devices without demand paging."
     def __init__(self, rows:int, tokens:int, width:int, dtype=torch.float32, page_tokens:int=0, populate:bool=True, device='cpu'):
         _check_sizes(rows, tokens, width, page_tokens)
         self.args = rows, tokens, width, dtype, page_tokens, populate, device
@@ -225,7 +225,7 @@ def _allocate(self:DoublingRegion, cap):
     "Move to a buffer of `cap` tokens a row."
     rows, _, width, dtype, *_, device = self.args
     with torch.inference_mode(False), torch.no_grad():
-        new = torch.empty(rows, min(cap, self.tokens), width, dtype=dtype, device=device)
+        new = torch.zeros(rows, min(cap, self.tokens), width, dtype=dtype, device=device)
         if self.n: new[:, :self.n] = self.data[:, :self.n]
     self.data = new
 
