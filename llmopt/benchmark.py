@@ -17,7 +17,7 @@ import llmopt.kv_cache.speed as kv_speed
 from .kv_cache.restore import benchmark_restore
 from . import __version__
 from .adaptivocab import SimpleAdaptiVocab, compare_selection, fold_speed
-from .core import ASSETS, TINY, LlmoptError, environment, kl, load, user
+from .core import ASSETS, TINY, LlmoptError, environment, interleaved, kl, load, user
 from .evaluation import keyword_recall
 from .larosa import default_texts, windows
 from .larosa_ladder import Ladder, passages
@@ -124,7 +124,7 @@ def mean_answers(rows:list)->list: # one dict a rate and scorer
 def pays(rows, lm, scorers=MODEL_FREE, rate:float=.5, words:int=600)->list: # of dicts
     "Milliseconds of compressing a prompt beside the milliseconds of prefill that it saves on this model."
     text = ' '.join(' '.join(r['text'] for r in rows).split()[:words]); ids = lm.tokenizer(text, return_tensors='pt', verbose=False)['input_ids'][:, :lm.context].to(lm.device)
-    with torch.inference_mode(): t = kv_speed.interleaved(dict(prefill=lambda: lm.model(ids, logits_to_keep=1)), 5)['prefill']
+    with torch.inference_mode(): t = interleaved(dict(prefill=lambda: lm.model(ids, logits_to_keep=1)), 5)['prefill']
     speed, res = ids.shape[1]/statistics.median(t), []
     for s in scorers:
         c = min((_short(text, s, math.ceil(rate*ids.shape[1]), lm.tokenizer) for _ in range(3)), key=lambda c: c.seconds)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['TINY', 'ASSETS', 'LlmoptError', 'warn_once', 'model_source', 'pick_device', 'LM', 'load', 'max_positions', 'user',
-           'assistant', 'kv_bytes', 'kl', 'PeakRSS', 'environment']
+           'assistant', 'kv_bytes', 'kl', 'PeakRSS', 'interleaved', 'spread', 'threads', 'reader', 'fill',
+           'environment']
 
 # %% ../nbs/00_core.ipynb #97fa6e7f
-import os, platform, subprocess, sys, threading, time, warnings
+import os, platform, statistics, subprocess, sys, threading, time, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -175,6 +177,43 @@ def _watch(self:PeakRSS):
     "Sample resident memory every 10 ms until told to stop."
     proc = psutil.Process()
     while not self.stop.wait(.01): self.seen = max(self.seen, proc.memory_info().rss)
+
+# %% ../nbs/00_core.ipynb #5d69923f
+def interleaved(arms:dict,  # name -> function of no arguments
+                rounds:int, # timed calls of each, after one that is not timed
+               )->dict:     # name -> seconds
+    "Call the functions in turn and time each call."
+    times = {k: [] for k in arms}
+    for i in range(rounds+1):
+        for k, f in arms.items():
+            t = time.perf_counter(); f(); t = time.perf_counter()-t
+            if i: times[k].append(t)
+    return times
+
+def spread(ts): # seconds
+    "Median, quartiles and minimum in milliseconds."
+    q = statistics.quantiles(ts, n=4, method='inclusive') if len(ts) > 1 else ts*3
+    return dict(median_ms=1000*q[1], q1_ms=1000*q[0], q3_ms=1000*q[2], min_ms=1000*min(ts))
+
+@contextmanager
+def threads(n):
+    "Run with `n` threads."
+    old = torch.get_num_threads(); torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(old)
+
+# %% ../nbs/00_core.ipynb #205bb2fd
+def reader(nbytes=2**28):
+    "A function that reads `nbytes` bytes."
+    x = torch.ones(nbytes//4)
+    return lambda: x.sum()
+
+def fill(cache, config, n, dtype, seed=0):
+    "Put `n` random tokens into every layer of `cache`."
+    gen = torch.Generator().manual_seed(seed)
+    shape = 2, 1, config.num_key_value_heads, n, config.head_dim
+    for i in range(config.num_hidden_layers): cache.update(*torch.randn(shape, generator=gen).to(dtype), i)
+    return cache
 
 # %% ../nbs/00_core.ipynb #5dd99770
 def _cpu_name():

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .kv_cache.speed import fill, interleaved, reader, spread, threads
+from .core import fill, interleaved, reader, spread, threads
 
 # %% ../nbs/03a_sparse_linear.ipynb #12fcd0ab
 def masked_linear(x:torch.Tensor,      # (B, D)

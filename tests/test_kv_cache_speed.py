@@ -4,17 +4,9 @@
 import torch
 from fastcore.test import test_eq
 from transformers import DynamicCache
+from llmopt.core import fill
 from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.speed import *
-
-
-def test_interleaving():
-    """A B C A B C …, so that whatever else the machine does hits all alike. The result for each is the median and
-    the quartiles."""
-    log = []
-    ts = interleaved(dict(a=lambda: log.append('a'), b=lambda: log.append('b')), 3)
-    test_eq(''.join(log), 'ab'*4); test_eq({k: len(v) for k, v in ts.items()}, dict(a=3, b=3))
-    test_eq(spread([.001, .002, .003]), dict(median_ms=2., q1_ms=1.5, q3_ms=2.5, min_ms=1.))
 
 
 def test_benchmark_runs():

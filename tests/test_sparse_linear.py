@@ -10,7 +10,7 @@ from llmopt.sparse_linear import *
 from functools import cache
 from torch import nn
 from transformers import DynamicCache
-from llmopt.kv_cache.speed import fill, threads
+from llmopt.core import fill, threads
 
 
 def test_selection():

@@ -20,7 +20,8 @@ from fastcore.basics import patch
 from transformers import DynamicCache
 
 from .slab import SimpleVAttention, SlabCache
-from .speed import bench_model, interleaved, threads
+from ..core import interleaved, threads
+from .speed import bench_model
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #c5e4296a
 @patch
