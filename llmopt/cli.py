@@ -23,7 +23,7 @@ def _common(p, tokens):
 def _measured(p, output):
     "Options that `compare` and `ask` share."
     _common(p, 64)
-    p.add_argument('--methods', nargs='+', metavar='M', help='method ids, or combinations such as words:n=2 (default: all that are built)')
+    p.add_argument('--methods', nargs='+', metavar='M', help='method ids, or combinations such as words:n=2 (default: all)')
     p.add_argument('--quick', action='store_true', help='30 new tokens and one round')
     p.add_argument('--rounds', type=int, default=5, help='times each cell is timed (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0, help='order of the methods (default: %(default)s)')

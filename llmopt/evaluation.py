@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 import llmopt.results as R
 from .core import ASSETS, LlmoptError, PeakRSS, TINY, environment, kl, load
-from .engine import ComprehensiveChatEngine, EnhancedFusedLLMEngine, Recipe, built_methods
+from .engine import ComprehensiveChatEngine, EnhancedFusedLLMEngine, Recipe, known_methods
 from .results import DEFINITIONS, Query, Results, Run
 
 # %% ../nbs/06_evaluation.ipynb #99d6047a
@@ -109,7 +109,7 @@ class Comparison:
     "Queries x methods x rounds on one model, resumable."
     def __init__(self, queries, methods=None, model=TINY, device='cpu', dtype='auto', rounds=5, max_new_tokens=64, quality_tokens=None,
                  warmup=2, seed=0, memory=True, kind='compare', output=None, resume=False, progress=True):
-        methods = list(dict.fromkeys(methods or built_methods()))
+        methods = list(dict.fromkeys(methods or known_methods()))
         methods = ['baseline'] + [m for m in methods if m != 'baseline']
         for m in methods: Recipe.parse(m)
         self.queries, self.methods, self.output, self.progress = queries, methods, output, progress
@@ -354,7 +354,7 @@ def summarize(res:Results)->Results:
 
 # %% ../nbs/06_evaluation.ipynb #7f2a044e
 def compare(queries=None,            # `Query` objects, texts, or a JSONL file; the five default queries if None
-            methods:list|None=None,  # ids or combinations; all that are built if None; the baseline is always there
+            methods:list|None=None,  # ids or combinations; all of them if None; the baseline is always there
             model:str=TINY,          # name, folder or hub id
             device:str='cpu', dtype:str='auto',
             rounds:int=5,            # of the speed arm

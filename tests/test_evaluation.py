@@ -8,7 +8,7 @@ import llmopt.results as R
 from fastcore.test import test_eq, test_close, expect_fail
 from pathlib import Path
 from llmopt.core import LlmoptError, load
-from llmopt.engine import built_methods
+from llmopt.engine import known_methods
 from llmopt.results import Results, Run
 from llmopt.evaluation import *
 from llmopt.evaluation import _effect
@@ -91,7 +91,7 @@ def test_comparison():
     "Every cell of the plan has its row, and the answers are there in full."
     few = compare(['What is rain?', 'What is snow made of, and why is it white?'], quick=True, memory=False, progress=False)
     df = few.frame
-    test_eq(len(df[df.arm == 'speed']), 2*(len(built_methods())+1)); test_eq(len(df[df.arm == 'quality']), 2*len(built_methods()))
+    test_eq(len(df[df.arm == 'speed']), 2*(len(known_methods())+1)); test_eq(len(df[df.arm == 'quality']), 2*len(known_methods()))
     assert df.error.isna().all() and (df.output_text.str.len() > 0).all()
     assert (df[df.arm == 'speed'].completion_tokens == 30).all()
     base = df[(df.arm == 'quality') & (df.method == 'baseline')]
@@ -117,10 +117,10 @@ def test_resume():
         try:
             with expect_fail(KeyboardInterrupt): compare(qs, output=f, **kw)
         finally: Comparison.speed_block = orig
-        half = R.load(f); assert any('interrupted' in w for w in half.warnings) and len(half.runs) == 2*len(built_methods())
+        half = R.load(f); assert any('interrupted' in w for w in half.warnings) and len(half.runs) == 2*len(known_methods())
         whole = compare(qs, output=f, resume=True, **kw)
         test_eq([r.output_text for r in whole.runs[:len(half.runs)]], [r.output_text for r in half.runs])
-        test_eq(len(whole.runs), 2*(2*len(built_methods())+1)); assert not any('interrupted' in w for w in whole.warnings)
+        test_eq(len(whole.runs), 2*(2*len(known_methods())+1)); assert not any('interrupted' in w for w in whole.warnings)
         test_eq(R.load(f), whole)
         with expect_fail(LlmoptError, 'other queries'): compare(qs[:1], output=f, resume=True, **kw)
         with expect_fail(LlmoptError, 'other methods'): compare(qs, ['word_removal:n=5'], output=f, resume=True, **kw)
@@ -137,4 +137,4 @@ def test_table():
     """What a terminal shows: one line a method, medians over queries and rounds, times with their ratio to the
     baseline and its interval. A ratio in parentheses cannot be told from noise."""
     t = table(compare(['What is rain?'], quick=True, memory=False, progress=False))
-    test_eq(list(t.index), ['baseline', *[m for m in built_methods() if m != 'baseline'], AA]); test_eq(t.loc['baseline', 'same top'], '1.00')
+    test_eq(list(t.index), ['baseline', *[m for m in known_methods() if m != 'baseline'], AA]); test_eq(t.loc['baseline', 'same top'], '1.00')

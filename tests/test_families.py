@@ -2,7 +2,7 @@
 import pytest, torch, transformers as T
 
 from llmopt.core import ASSETS, load
-from llmopt.engine import EnhancedFusedLLMEngine, built_methods
+from llmopt.engine import EnhancedFusedLLMEngine, known_methods
 from llmopt.evaluation import compare
 
 SMALL = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def test_comparison_runs(name, folder):
     res = compare(['Why is the sky blue in the day?', 'What is a river and where does it go?'], model=str(folder(name)), rounds=2, max_new_tokens=6, memory=False, progress=False)
     df = res.frame
-    assert df.error.isna().all() and set(df.method) == {*built_methods(), 'baseline*'}
+    assert df.error.isna().all() and set(df.method) == {*known_methods(), 'baseline*'}
     assert (df[df.arm == 'speed'].completion_tokens == 6).all() and (df.kv_bytes_live > 0).all()
     words = df[(df.method == 'word_removal')]
     assert (words.prompt_tokens < words.prompt_tokens_base).all()
