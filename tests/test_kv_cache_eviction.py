@@ -221,7 +221,7 @@ def test_cake_from_its_equations():
         with packed(model): model(ids, past_key_values=cache)
         model.set_attn_implementation('eager'); A = [a[0].double().numpy()[:, -w:] for a in model(ids, output_attentions=True).attentions]; model.set_attn_implementation('sdpa')
     past = [a[..., :S-w] for a in A]                                                     # (Hq, w, S-w) for each layer
-    P = np.array([-(a*np.log(a)).sum() * a.var(axis=1, ddof=1).sum() for a in past])
+    P = np.array([(-(a*np.log(a)).sum())**(1/3) * a.var(axis=1, ddof=1).sum()**(1/3) for a in past])
     share = P/P.sum()*(B-w)*len(P)                                                       # tokens on top of the window
     for a, p, l in zip(past, share, cache.slab_layers):
         I = a.mean(1)+200*a.var(axis=1, ddof=1)                                          # (Hq, S-w)

@@ -237,8 +237,8 @@ def pool(x, kernel=5): # (B, H, n)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #fe5c2ef8
 def cake_policy(gamma:float=200., # weight of the variance
-                tau1:float=1.,    # temperature of the spatial dispersion
-                tau2:float=1.,    # temperature of the temporal dispersion
+                tau1:float=3.,    # temperature of the spatial dispersion
+                tau2:float=3.,    # temperature of the temporal dispersion
                 name:str='cake')->Policy:
     "CAKE (Qin et al., ICLR 2025)."
     return Policy(name, lambda o: pool(o.mean+gamma*o.var), lambda o: o.entropy.double()**(1/tau1)*o.shift.double()**(1/tau2))
