@@ -1,18 +1,21 @@
 """Make `llmopt-tiny`: gather text, train the tokenizer, train the model, measure it, pack it.
 
     python llmopt_tiny.py data   --sources DIR --work DIR                 # text -> documents, tokenizer, token ids
-    python llmopt_tiny.py train  --work DIR --phase main   --minutes 60   # resumes where it stopped
-    python llmopt_tiny.py train  --work DIR --phase anneal --tokens 8e6   # learning rate to zero, context 1,024
+    python llmopt_tiny.py train  --work DIR --phase main   --tokens 180e6 # resumes where it stopped; --device cuda, or a night on a CPU
+    python llmopt_tiny.py train  --work DIR --phase anneal --tokens 80e6  # learning rate to zero
     python llmopt_tiny.py eval   --sources DIR --work DIR                 # bits per byte beside unigram and 5-gram
     python llmopt_tiny.py pack   --work DIR --to ../../llmopt/assets/llmopt-tiny
 
 `DIR` of `--sources` is a folder with `corpora/` and `wikitext2/` (see the model card for names and licences).
 The notebook `llmopt_tiny.ipynb` explains each step.
 """
-import argparse, collections, hashlib, json, math, random, re, time
+import argparse, hashlib, json, math, random, re, textwrap, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
+
+import reading_tasks
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE.parents[1]/'data'/'corpus'                  # the questions, answers and paragraphs we wrote ourselves
@@ -61,8 +64,9 @@ def first_sentences(text, limit):
     return out
 
 def medquad(root):
-    "Question and the first new sentences of its answer; sentences seen before in another answer are dropped."
-    seen, docs = set(), []
+    """Question and the first new sentences of its answer; sentences seen before in another answer are dropped. What remains of the answers is a
+    second list, of plain text, without the rows whose question and answer are held out."""
+    seen, docs, rest = set(), [], []
     for row in map(json.loads, open(root/'medquad'/'medquad.jsonl')):
         q = re.sub(r'\s+', ' ', row['question']).replace('What is (are)', random.Random(row['question']).choice(['What is', 'What is', 'What are'])).replace(' ?', '?')
         ans = re.sub(r'^Key Points.*?\n', '', clean(row['answer']), flags=re.S)
@@ -72,8 +76,11 @@ def medquad(root):
             if len(k) < 12 or k in seen or not re.match(r'[A-Z0-9]', s) or not s.endswith(('.', '!', '?')): continue
             seen.add(k); fresh.append(s)
         a = first_sentences(' '.join(fresh), 500)
-        if len(a) > 60: docs.append(qa(q, a))
-    return docs
+        if len(a) <= 60: continue
+        docs.append(qa(q, a))
+        more = ' '.join(fresh)[len(a):].strip()
+        if len(more) > 200 and not held_out(docs[-1]): rest += pieces('\n\n'.join(textwrap.wrap(more, 1500, break_long_words=False)))
+    return docs, rest
 
 def instructions(root):
     docs = []
@@ -104,7 +111,7 @@ def wikitext(path):
 def gather(src):
     "Documents by source: `{name: [text]}`."
     root, d = Path(src)/'corpora', {}
-    d['medquad'] = medquad(root)
+    d['medquad'], d['medtext'] = medquad(root)
     d['books'] = [p for r in map(json.loads, open(root/'books'/'tiny_open_domain_books.jsonl')) for p in pieces(unwrap(clean(r['text'])))]
     d['shakespeare'] = pieces(clean((root/'books'/'tinyshakespeare.txt').read_text()))
     d['speeches'] = [p for n in ('inaugural', 'state_union') for p in pieces(clean(re.sub(r'\n ?\n', '\n\n', (root/'speeches'/f'{n}.txt').read_text())))]
@@ -116,9 +123,17 @@ def gather(src):
     d = {k: list(dict.fromkeys(x for x in v if len(x) > 20)) for k, v in d.items()}
     return {k: v for k, v in d.items() if v}
 
-# relative number of times each document is seen in the main phase, and each source's share of the tokens in the annealing phase
-EPOCHS = dict(medquad=2., books=2.5, shakespeare=2.5, speeches=2., web=4., wikipedia=5., wikitext=5., code=3., tasks=4., roleplay=2., own_qa=5., own_text=6.)
-ANNEAL = dict(medquad=.09, books=.06, shakespeare=.04, speeches=.04, web=.09, wikipedia=.11, wikitext=.12, code=.08, tasks=.04, roleplay=.03, own_qa=.25, own_text=.05)
+def reading(train):
+    "Documents of `reading_tasks`, made from the training part alone."
+    texts = [x for k in ('wikipedia', 'web', 'own_text', 'medtext', 'books', 'speeches') for x in train[k]]
+    pairs = [m.groups() for k in ('medquad', 'own_qa', 'tasks') for x in train[k] for m in [re.fullmatch(r'<\|user\|>\n(.*)<\|end\|>\n<\|assistant\|>\n(.*)<\|end\|>\n', x, flags=re.S)] if m and '<|' not in m[1]+m[2]]
+    made = reading_tasks.tasks(texts, pairs)
+    return {k: [''.join(qa(q, a) for q, a in doc) for doc in docs] for k, docs in made.items()}
+
+# how often the main phase goes through each source, relative to the others, and by how much the annealing phase leans towards some
+EPOCHS = dict(medquad=11, medtext=8, books=14, shakespeare=12, speeches=12, web=16, wikipedia=18, wikitext=18, code=14, tasks=14, roleplay=10, own_qa=16, own_text=18,
+              facts=4, recall=3, extract=4, choose=4)
+ANNEAL = dict(own_qa=2, own_text=1.5, tasks=1.5, wikipedia=1.3, wikitext=1.3, extract=1.5, choose=1.5, books=.8, shakespeare=.8, recall=.7)
 
 def train_tokenizer(docs):
     "Byte-level BPE; each source gives at most 3 MB, so that no single one decides the merges."
@@ -143,7 +158,9 @@ def make_data(src, work):
     work = Path(work); work.mkdir(parents=True, exist_ok=True)
     docs = gather(src)
     train = {k: [x for x in v if not held_out(x)] for k, v in docs.items()}
-    if not (work/'tokenizer').exists(): train_tokenizer(train).save_pretrained(work/'tokenizer')    # an existing tokenizer is kept
+    docs |= reading(train)
+    train |= {k: [x for x in v if not held_out(x)] for k, v in docs.items() if k not in train}
+    if not (work/'tokenizer').exists(): train_tokenizer({k: v for k, v in train.items() if k not in ('facts', 'recall', 'extract', 'choose')}).save_pretrained(work/'tokenizer')    # an existing tokenizer is kept
     tok = AutoTokenizer.from_pretrained(work/'tokenizer')
     stats, arrays = {}, {}
     for k, v in docs.items():
@@ -154,7 +171,7 @@ def make_data(src, work):
         json.dump(te, open(work/f'heldout_{k}.json', 'w'))
         stats[k] = dict(documents=len(tr), bytes=sum(len(x.encode()) for x in tr), tokens=len(arrays[k]), held_out=len(te))
         print(k, stats[k], flush=True)
-    np.savez(work/'tokens.npz', **arrays)
+    np.savez_compressed(work/'tokens.npz', **arrays)
     json.dump(stats, open(work/'data.json', 'w'), indent=1)
 
 # ------------------------------------------------------------------------------------------------ training
@@ -166,9 +183,10 @@ class Stream:
         self.tok, self.starts = {k: z[k] for k in self.src}, {k: z[k+'_starts'] for k in self.src}
         mean = {k: len(self.tok[k])/len(self.starts[k]) for k in self.src}
         p = np.array([weights[k]/mean[k] for k in self.src]); self.p = p/p.sum()      # documents drawn so that tokens follow the weights
-        self.order, self.buf = {k: [] for k in self.src}, np.zeros(0, np.uint16)
+        self.order, self.drawn, self.buf = {k: [] for k in self.src}, [], np.zeros(0, np.uint16)
     def doc(self):
-        k = self.src[self.rng.choice(len(self.src), p=self.p)]
+        if not self.drawn: self.drawn = self.rng.choice(len(self.src), 4096, p=self.p).tolist()
+        k = self.src[self.drawn.pop()]
         if not len(self.order[k]): self.order[k] = list(self.rng.permutation(len(self.starts[k])))
         i = self.order[k].pop(); s = self.starts[k]
         return self.tok[k][s[i]: s[i+1] if i+1 < len(s) else None]
@@ -194,14 +212,14 @@ def optimizers(m, lr, lr_emb):
     return [torch.optim.Muon(mats, lr=lr, weight_decay=.05, momentum=.95, adjust_lr_fn='match_rms_adamw'),
             torch.optim.AdamW(rest, lr=lr_emb, betas=(.9, .95), weight_decay=.01)]
 
-def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=None, device='cpu', threads=2, compile=True, every=100, init=None):
+def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=CONTEXT, device='cpu', threads=2, every=100, init=None):
     """Train for `minutes` or `tokens` more and save `work/{phase}.pt`. `main` keeps the learning rate after warm-up; `anneal` starts from
-    `main` (or `init`), takes the rate linearly to zero over its budget, and sees rows of 1,024 tokens. A stopped run resumes from its file."""
+    `main` (or `init`) and takes the rate linearly to zero over its budget. A stopped run resumes from its file."""
     work = Path(work); torch.set_num_threads(threads)
-    stats, main = json.load(open(work/'data.json')), phase == 'main'
-    T = T or (256 if main else CONTEXT); B = B or (32 if main else 8)
-    micro = max(1, 2048//T) if device == 'cpu' else B
-    weights = {k: EPOCHS[k]*stats[k]['tokens'] for k in stats} if main else ANNEAL
+    stats, main, cpu = json.load(open(work/'data.json')), phase == 'main', device == 'cpu'
+    B = B or (8 if cpu else 64)
+    micro = max(1, 2048//T) if cpu else B
+    weights = {k: EPOCHS[k]*stats[k]['tokens']*(1 if main else ANNEAL.get(k, 1)) for k in stats}
     m = new_model().to(device); opts = optimizers(m, lr, lr_emb)
     state, file = dict(step=0, tokens=0, phase_tokens=0, seconds=0., log=[]), work/f'{phase}.pt'
     start = file if file.exists() else Path(init) if init else work/'main.pt'
@@ -217,7 +235,8 @@ def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, 
     def loss_fn(x):
         with torch.autocast(device, torch.bfloat16): logits = m(x[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())
-    step_loss = torch.compile(loss_fn, dynamic=False) if compile else loss_fn
+    step_loss = torch.compile(loss_fn, dynamic=False) if cpu else loss_fn          # on a GPU the compiler would take longer than it saves
+    pool = ThreadPoolExecutor(1); ahead = pool.submit(data.batch, B, T)
     t0, sec0, p0 = time.time(), state['seconds'], state['phase_tokens']
     done = lambda: (time.time()-t0)/60/minutes if minutes else (state['phase_tokens']-p0)/tokens
     last_save = time.time(); m.train(); ema = None
@@ -228,23 +247,23 @@ def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, 
         for o, base in zip(opts, (lr, lr_emb)):
             for g in o.param_groups: g['lr'] = base*scale
         if not stop:
-            x = data.batch(B, T).to(device)
+            x, ahead = ahead.result().to(device), pool.submit(data.batch, B, T)
             loss = 0.
             for part in x.split(micro):                    # small parts: their logits stay in the processor's cache
-                l = step_loss(part)*(len(part)/B); l.backward(); loss += l.item()
+                l = step_loss(part)*(len(part)/B); l.backward(); loss = loss + l.detach()
             torch.nn.utils.clip_grad_norm_(m.parameters(), 1.)
             for o in opts: o.step(); o.zero_grad(set_to_none=True)
             ema = loss if ema is None else .97*ema + .03*loss
             state['step'] += 1; state['tokens'] += B*T; state['phase_tokens'] += B*T
             state['seconds'] = sec0 + time.time()-t0
         if state['step'] % every == 0 or stop:
-            row = dict(step=state['step'], tokens=state['tokens'], seconds=round(state['seconds']), phase=phase, lr=scale*lr, train=round(ema or 0, 4))
+            row = dict(step=state['step'], tokens=state['tokens'], seconds=round(state['seconds']), phase=phase, lr=scale*lr, train=round(float(ema or 0), 4))
             if state['step'] % (5*every) == 0 or stop:
                 m.eval()
                 with torch.no_grad(): row['val'] = {k: round(loss_fn(v.to(device)).item(), 4) for k, v in val.items()}
                 m.train()
             state['log'].append(row); print(json.dumps(row), flush=True)
-        if time.time()-last_save > 240 or stop:
+        if time.time()-last_save > 240 or stop:            # on a fast machine once, at the end
             tmp = file.with_suffix('.tmp'); torch.save(dict(model=m.state_dict(), opts=[o.state_dict() for o in opts], state=state), tmp); tmp.replace(file)
             last_save = time.time()
         if stop: break
@@ -253,7 +272,7 @@ def heldout_rows(work, T, rows=12):
     "A few fixed rows of held-out tokens a source, for the curve during training."
     from transformers import AutoTokenizer
     tok, out = AutoTokenizer.from_pretrained(Path(work)/'tokenizer'), {}
-    for k in ('wikitext', 'wikipedia', 'web', 'books', 'medquad', 'own_qa'):
+    for k in ('wikitext', 'wikipedia', 'web', 'books', 'medquad', 'own_qa', 'facts', 'recall', 'extract', 'choose'):
         docs = json.load(open(Path(work)/f'heldout_{k}.json'))
         ids = [t for d in docs for t in [0] + tok(d, add_special_tokens=False)['input_ids']][:rows*(T+1)]
         n = len(ids)//(T+1)
