@@ -451,47 +451,70 @@ def _step_row(arm, times, read, model, about):
 try:
     import triton, triton.language as tl
     jit = triton.jit
-except ImportError: triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
+except ImportError: triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f=None, **_: f or (lambda g: g)
 
 # %% ../nbs/03a_sparse_linear.ipynb #5d8bf866
 @jit
-def _select_kernel(x, kept, values, D, k, eps, NORM:tl.constexpr, SHIFT:tl.constexpr, BLOCK:tl.constexpr):
-    b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    v = tl.load(x+b*D+i, mask=i < D, other=0.).to(tl.float32)
-    if NORM: v = v*(1/tl.sqrt(tl.sum(v*v, 0)/D+eps))
-    v = v.to(values.dtype.element_ty)                                   # select what will be multiplied
-    bits = tl.where(i < D, tl.abs(v.to(tl.float32)).to(tl.int32, bitcast=True) >> SHIFT, -1)
-    low, high = 0, 0x7fffffff >> SHIFT                                  # at least k are >= low, fewer than k are > high
-    for _ in range(31-SHIFT):
-        mid = low+(high-low+1)//2
-        enough = tl.sum((bits >= mid).to(tl.int32), 0) >= k
-        low, high = tl.where(enough, mid, low), tl.where(enough, high, mid-1)
-    more, tie = bits > low, bits == low
-    room = k-tl.sum(more.to(tl.int32), 0)                               # for so many of those at the threshold, from the first
-    keep = more | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
-    at = b*k+tl.cumsum(keep.to(tl.int32), 0)-1
-    tl.store(kept+at, i.to(kept.dtype.element_ty), mask=keep)
-    tl.store(values+at, v, mask=keep)
+def _read(x, b, i, D, eps, dtype:tl.constexpr, NORM:tl.constexpr, GATED:tl.constexpr):
+    "What is selected from: `x` itself, normalized, or silu(gate)*up of the two halves of `x`; rounded as it will be multiplied."
+    if GATED:
+        gate, up = tl.load(x+2*b*D+i, mask=i < D, other=0.).to(tl.float32), tl.load(x+(2*b+1)*D+i, mask=i < D, other=0.).to(tl.float32)
+        v = (gate/(1+tl.exp(-gate))).to(dtype).to(tl.float32)*up
+    else: v = tl.load(x+b*D+i, mask=i < D, other=0.).to(tl.float32)
+    if NORM: v = v*(1/tl.sqrt(tl.sum(tl.sum(v*v, 1), 0)/D+eps))
+    return v.to(dtype)
+
+@jit(do_not_specialize=['k'])
+def _select_kernel(x, kept, values, D, k, eps, NORM:tl.constexpr, GATED:tl.constexpr, SHIFT:tl.constexpr, BLOCK:tl.constexpr, PDL:tl.constexpr):
+    b, i = tl.program_id(0).to(tl.int64), 8*tl.arange(0, BLOCK//8)[:, None]+tl.arange(0, 8)[None, :]
+    if PDL: tl.extra.cuda.gdc_launch_dependents(); tl.extra.cuda.gdc_wait()
+    v = _read(x, b, i, D, eps, x.dtype.element_ty, NORM, GATED)
+    if kept is None: tl.store(values+b*D+i, v, mask=i < D)
+    else:
+        bits = tl.where(i < D, tl.abs(v.to(tl.float32)).to(tl.int32, bitcast=True) >> SHIFT, -1)
+        low = 0                                                             # at least k are >= low
+        for r in range((33-SHIFT)//3):
+            shift = 3*((33-SHIFT)//3-1-r)
+            step = tl.minimum((bits-low) >> shift, 7)                       # of low + (0 to 7 << shift), the last that is passed
+            flags = tl.where(step < 0, 0, 0x11111111 >> (28-4*tl.maximum(step, 0)))
+            four = (tl.sum(flags, 1)[:, None] >> 4*tl.arange(0, 4)[None, :]) & 0x000f000f
+            n = tl.sum(four, 0)                                             # how many pass 0 to 3, and in the high halves 4 to 7
+            low += (tl.sum(((n & 0xffff) >= k).to(tl.int32)+((n >> 16) >= k).to(tl.int32), 0)-1) << shift
+        more, tie = bits > low, bits == low
+        count = more.to(tl.int32)+(tie.to(tl.int32) << 16)
+        rows = tl.sum(count, 1)
+        before = (tl.cumsum(rows, 0)-rows)[:, None]+tl.cumsum(count, 1)-count
+        room = k-tl.sum(rows & 0xffff, 0)                                   # for so many of those at the threshold, from the first
+        keep = more | (tie & ((before >> 16) < room))
+        at = b*k+(before & 0xffff)+tl.minimum(before >> 16, room)
+        tl.store(kept+at, i, mask=keep)
+        tl.store(values+at, v, mask=keep)
 
 # %% ../nbs/03a_sparse_linear.ipynb #e9378c99
-@jit
-def _product_kernel(rows, kept, values, partial, N, k, stride, SPLIT:tl.constexpr, BLOCK_K:tl.constexpr, BLOCK_N:tl.constexpr):
-    n, s, b = tl.program_id(0)*BLOCK_N+tl.arange(0, BLOCK_N), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    total, each = tl.zeros([BLOCK_N], tl.float32), tl.cdiv(k, BLOCK_K*SPLIT)
-    for j in range(s*each, (s+1)*each):
-        at = j*BLOCK_K+tl.arange(0, BLOCK_K)
-        row = tl.load(kept+b*k+at, mask=at < k, other=0).to(tl.int64)
-        v = tl.load(values+b*k+at, mask=at < k, other=0.).to(tl.float32)
-        w = tl.load(rows+row[:, None]*stride+n[None, :], mask=(at < k)[:, None] & (n < N)[None, :], other=0.).to(tl.float32)
-        total += tl.sum(v[:, None]*w, 0)
-    tl.store(partial+(b*SPLIT+s)*N+n, total, mask=n < N)
-
-@jit
-def _sum_kernel(partial, y, N, SPLIT:tl.constexpr, BLOCK_N:tl.constexpr):
-    n, b = tl.program_id(0)*BLOCK_N+tl.arange(0, BLOCK_N), tl.program_id(1).to(tl.int64)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for s in range(SPLIT): total += tl.load(partial+(b*SPLIT+s)*N+n, mask=n < N, other=0.)
-    tl.store(y+b*N+n, total.to(y.dtype.element_ty), mask=n < N)
+@jit(do_not_specialize=['k', 'split'])
+def _product_kernel(rows, kept, values, residual, partial, counters, y, N, k, stride, split,
+                    UNROLL:tl.constexpr, ROWS:tl.constexpr, BLOCK_N:tl.constexpr, STAGES:tl.constexpr, PDL:tl.constexpr):
+    block, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, i = block*BLOCK_N+tl.arange(0, BLOCK_N), tl.arange(0, ROWS)[:, None]+ROWS*tl.arange(0, UNROLL)[None, :]
+    first, end = s*k//split, (s+1)*k//split                                 # this program's slice of the kept channels
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    if PDL: tl.extra.cuda.gdc_launch_dependents(); tl.extra.cuda.gdc_wait()
+    for j in tl.range(first, end, UNROLL*ROWS, num_stages=STAGES):        # weights of the next turns are under way, through shared memory
+        at, ok = b*k+j+i, j+i < end
+        row = j+i if kept is None else tl.load(kept+at, mask=ok, other=0)
+        v = tl.load(values+at, mask=ok, other=0.).to(tl.float32)
+        w = tl.load(rows+row.to(tl.int64)[:, :, None]*stride+n[None, None, :], mask=ok[:, :, None] & (n < N)[None, None, :], other=0., eviction_policy='evict_first')
+        total += tl.sum(v[:, :, None]*w.to(tl.float32), 1)                     # within a thread
+    mine, counter = partial+b*split*N, counters+b*tl.num_programs(0)+block
+    tl.store(mine+s*N+n, tl.sum(total, 0), mask=n < N)
+    tl.debug_barrier()                                                      # all threads have stored
+    if tl.atomic_add(counter, 1, sem='acq_rel') == split-1:                 # this program is the last at its block
+        out, some = tl.zeros([BLOCK_N], tl.float32), tl.arange(0, 16)
+        for j in range(0, split, 16):
+            out += tl.sum(tl.load(mine+(j+some)[:, None]*N+n[None, :], mask=(j+some < split)[:, None] & (n < N)[None, :], other=0., cache_modifier='.cg'), 0)
+        if residual is not None: out += tl.load(residual+b*N+n, mask=n < N, other=0.).to(tl.float32)
+        tl.store(y+b*N+n, out.to(y.dtype.element_ty), mask=n < N)
+        tl.store(counter, 0)
 
 # %% ../nbs/03a_sparse_linear.ipynb #c6c36f0a
 def _need_triton(dtype):
@@ -499,31 +522,48 @@ def _need_triton(dtype):
     if triton is None: raise ImportError('this needs Triton, which comes with torch for CUDA: pip install triton')
     if dtype not in (torch.bfloat16, torch.float16, torch.float32): raise ValueError(f'the Triton kernels take bfloat16, float16 and float32, not {dtype}')
 
-def triton_select(x:torch.Tensor, # (B, D)
-                  k:int,          # channels to keep
-                  eps=None        # of an RMS norm without gain before the selection; None is no norm
-                 ):               # kept (B, k) int32, ascending; values (B, k), of the normalized x
+def _early(pdl):
+    "Launch options: with `pdl` (from Hopper on), a kernel may start before the one in front ends, and waits for it inside."
+    return dict(PDL=pdl, **(dict(launch_pdl=True) if pdl else {}))
+
+def triton_select(x:torch.Tensor, # (B, D), or (B, 2D) if `gated`
+                  k=None,         # channels to keep; None is all, without their numbers
+                  eps=None,       # of an RMS norm without gain before the selection; None is no norm
+                  gated=False,    # select from silu(first half of x)*second half
+                  dtype=torch.float32, # of the values, which are rounded to the precision of x before
+                  pdl=False       # see `_early`
+                 ):               # kept (B, k) int32, ascending, or None; values (B, k), of the normalized or gated x
     "`select` (same ties) and the values of what was kept in one launch."
     _need_triton(x.dtype)
-    (B, D), x = x.shape, x.contiguous()
-    if not 0 <= k <= D: raise ValueError(f'k must lie between 0 and D={D}, not {k}')
-    kept, values = torch.empty(B, k, dtype=torch.int32, device=x.device), torch.empty(B, k, dtype=x.dtype, device=x.device)
-    shift = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[x.dtype]     # low bits of the float32 that are always 0
-    if k: _select_kernel[(B,)](x, kept, values, D, k, eps or 0., eps is not None, shift, triton.next_power_of_2(D), num_warps=8)
+    B, D, x = len(x), x.shape[1]//(1+gated), x.contiguous()
+    if k is not None and not 0 <= k <= D: raise ValueError(f'k must lie between 0 and D={D}, not {k}')
+    if D >= 2**15: raise ValueError(f'counts are kept in 15 bits, which {D} channels overflow')
+    kept, values = None if k is None else torch.empty(B, k, dtype=torch.int32, device=x.device), torch.empty(B, D if k is None else k, dtype=dtype, device=x.device)
+    shift, block = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[x.dtype], max(8, triton.next_power_of_2(D))     # low bits of the float32 that are always 0
+    if k != 0: _select_kernel[(B,)](x, kept, values, D, k or 0, eps or 0., eps is not None, gated, shift, block, num_warps=min(32, max(4, block//256)), **_early(pdl))
     return kept, values
 
 # %% ../nbs/03a_sparse_linear.ipynb #425bf4f6
+@cache
+def _processors(device): return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 4
+
 def triton_product(rows:torch.Tensor,   # (D, N or more), the last dimension contiguous
-                   kept:torch.Tensor,   # (B, k), not checked
+                   kept,                # (B, k), not checked; None is all channels
                    values:torch.Tensor, # (B, k)
                    N:int,               # outputs
-                   split:int=8,         # slices of the kept channels
-                   block_n:int=128, block_k:int=32 # outputs and channels of one load
+                   residual=None,       # (B, N), added
+                   counters=None,       # int32 zeros, zeros again afterwards, at least B*N/block_n; made here if None
+                   split=None,          # slices of the kept channels; None: `per_sm` programs for each processor
+                   per_sm:int=4, block_n:int=256, unroll:int=4, stages:int=4, num_warps:int=4, # outputs of a program, loads of a thread in a turn, turns under way
+                   pdl=False            # see `_early`
                   )->torch.Tensor:      # (B, N)
-    "Weighted sums of rows: partial sums, then their sum in fixed order."
+    "Weighted sums of rows, plus `residual`, in one launch."
     _need_triton(rows.dtype)
-    (B, k), blocks = kept.shape, triton.cdiv(N, block_n)
+    (B, k), blocks, lanes = values.shape, triton.cdiv(N, block_n), 32*num_warps*8
+    if split is None: split = max(1, per_sm*_processors(rows.device)//(blocks*B))
+    if counters is None: counters = torch.zeros(B*blocks, dtype=torch.int32, device=rows.device)
     partial, y = torch.empty(B, split, N, dtype=torch.float32, device=rows.device), torch.empty(B, N, dtype=rows.dtype, device=rows.device)
-    _product_kernel[(blocks, split, B)](rows, kept.contiguous(), values.contiguous(), partial, N, k, rows.stride(0), split, block_k, block_n)
-    _sum_kernel[(blocks, B)](partial, y, N, split, block_n)
+    kept, values, residual = (t if t is None else t.contiguous() for t in (kept, values, residual))
+    _product_kernel[(blocks, split, B)](rows, kept, values, residual, partial, counters, y, N, k, rows.stride(0), split, unroll, max(1, lanes//block_n), block_n, stages,
+                                        num_warps=num_warps, **_early(pdl))
     return y
