@@ -92,3 +92,28 @@ def test_mixed_layers():
     small = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     c = SlabCache(T.Qwen3Config(**small, sliding_window=8, use_sliding_window=True, max_window_layers=2))
     test_eq([type(l).__name__ for l in c.layers], ['SlabLayer']*2+['DynamicSlidingWindowLayer']*2)
+
+
+def test_installed():
+    """Nothing else changes: not the tokens, not a single logit, in none of the ways to generate; and not the caches
+    that are made before and after."""
+    lm = load('llmopt-tiny', 'cpu'); x = torch.arange(40).view(2, 20)*7+10
+    def run(**kw):
+        torch.manual_seed(3)
+        out = lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=12, min_new_tokens=12, pad_token_id=5, output_logits=True, return_dict_in_generate=True, **kw)
+        return out.past_key_values, torch.stack(out.logits)
+    @torch.no_grad()
+    def forward(): return lm.model(x[:1]).past_key_values
+    kinds = lambda cache: {type(l).__name__ for l in cache.layers}
+    for kw in dict(do_sample=False), dict(num_beams=3), dict(do_sample=True, num_return_sequences=2), dict(prefill_chunk_size=7):
+        stock, want = run(**kw)
+        with installed(max_seq_len=500): ours, got = run(**kw); direct = forward()
+        assert torch.equal(got, want) and torch.equal(ours.layers[1].keys, stock.layers[1].keys)
+        test_eq((kinds(ours), kinds(direct), kinds(stock), kinds(T.DynamicCache(config=lm.model.config))), ({'SlabLayer'}, {'SlabLayer'}, *[{'DynamicLayer'}]*2))
+    install(max_seq_len=25)
+    try:
+        with expect_fail(ValueError, 'max_seq_len'): run()
+    finally: uninstall()
+    test_eq(kinds(run()[0]), {'DynamicLayer'})
+    with expect_fail(ValueError, 'at least 1'): install(max_seq_len=-5)
+    with expect_fail(TypeError, 'page'): install(page=3)

@@ -22,7 +22,9 @@ class Driver:
         self.cu, self.device = driver, torch.device('cuda', index)
         self.synchronize()                              # PyTorch opens the device; a second context would not see its memory
         able = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        if not self('cuDeviceGetAttribute', able, self('cuDeviceGet', index)): raise RuntimeError(f'{self.device} cannot map memory at chosen addresses')
+        device = self('cuDeviceGet', index)
+        if not self('cuDeviceGetAttribute', able, device): raise RuntimeError(f'{self.device} cannot map memory at chosen addresses')
+        self.context = self('cuDevicePrimaryCtxRetain', device)     # the one that PyTorch uses
         self.prop, self.desc = self._descriptions(index)
         self.page = int(self('cuMemGetAllocationGranularity', self.prop, driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM))
     def __call__(self, name, *args):
@@ -68,7 +70,9 @@ def synchronize(self:Driver): torch.cuda.synchronize(self.device)
 
 @patch
 def zero(self:Driver, address, nbytes):
-    with torch.cuda.device(self.device): self('cuMemsetD8Async', address, 0, nbytes, torch.cuda.current_stream().cuda_stream)
+    with torch.cuda.device(self.device):
+        self('cuCtxSetCurrent', self.context)           # a new thread has none yet
+        self('cuMemsetD8Async', address, 0, nbytes, torch.cuda.current_stream().cuda_stream)
 
 @patch
 def tensor(self:Driver, pages): # has `address` and `nbytes`

@@ -124,11 +124,12 @@ def _stock_bytes(layer, k, v):
 
 def _peers(slab, max_seq_len):
     "Resident bytes of the three stock layers with the tokens of `slab`, and zeros for those it has dropped."
-    seen = getattr(slab, 'seen', slab.n)
+    seen, device = getattr(slab, 'seen', slab.n), slab.keys.device
+    free = psutil.virtual_memory().available if device.type == 'cpu' else torch.cuda.mem_get_info(device)[0]
     k, v = (F.pad(t, (0, 0, 0, seen-slab.n)) if seen > slab.n else t for t in (slab.keys, slab.values))
     full = slab.token_bytes*max_seq_len
     return dict(dynamic=_stock_bytes(DynamicLayer(), k, v), static_exact=_stock_bytes(StaticLayer(max_cache_len=seen), k, v),
-                static_longest=_stock_bytes(StaticLayer(max_cache_len=max_seq_len), k, v) if full < psutil.virtual_memory().available/2 else None)
+                static_longest=_stock_bytes(StaticLayer(max_cache_len=max_seq_len), k, v) if full < free/2 else None)
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #7c1498ff
 @patch
