@@ -227,7 +227,7 @@ def nll(model, rows)->torch.Tensor: # (rows, size) nats, zero where nothing is
     "Negative log-likelihood of each next token."
     rows = rows.to(model.device)
     logits = model(rows[:, :-1].clamp(min=0), use_cache=False).logits.float()
-    return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], ignore_index=-100, reduction='none')
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-100, reduction='none').view(len(rows), -1)
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #3cb773b9
 class Step:
