@@ -7,7 +7,7 @@ __all__ = ['composed_rows', 'phrase_windows', 'distill_loss', 'distill', 'frozen
            'answer_bits', 'rise']
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #49f0e55d
-import math, random
+import copy, math, random
 from contextlib import contextmanager
 
 import numpy as np
@@ -32,23 +32,37 @@ def phrase_windows(vocab, seqs, size:int=128)->list: # lists of ids in the token
     return [w for w in cuts if len(w) > 2 and (vocab.fold(w).span[:-1] > 1).any()]
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #d01b05fe
-def _student(reader, emb, ids):
-    "The reading of `ids` with rows from the embedding `emb`, and aligned positions (student, teacher) from the first phrase on."
-    f = reader.vocab.fold(ids)
-    r, at = reader.compose(ids, f), np.flatnonzero(f.span > 1)
-    rows = emb(torch.as_tensor(f.ids[at]-reader.vocab.base, device=emb.weight.device))
-    x = r.embeds.index_put((torch.zeros(len(at), dtype=torch.long), torch.from_numpy(at)), rows.to(r.embeds.dtype))
-    mine = np.arange(at[0], len(f.ids))
-    return r._replace(embeds=x), mine, (f.start+f.span-1)[mine]
+class _Windows:
+    "Windows of plain ids, padded, beside what the student reads of them."
+    def __init__(self, reader, windows):
+        folds, dev, v = [reader.vocab.fold(w) for w in windows], reader.model.device, reader.vocab
+        pad = lambda xs, fill: torch.nn.utils.rnn.pad_sequence([torch.as_tensor(np.asarray(x)) for x in xs], True, fill).to(dev)
+        self.ids, self.read, last = pad(windows, -1), pad([f.ids for f in folds], -1), pad([f.start+f.span-1 for f in folds], 0)
+        contiguous = torch.arange(self.read.shape[1], device=dev).expand_as(self.read)
+        self.last, self.positions = last, last if reader.cfg.positions == 'gapped' else contiguous
+        self.compared = ((self.read >= v.base).cumsum(1) > 0) & (self.read >= 0)
+        self.base = v.base
+    def __len__(self): return len(self.ids)
+    def __getitem__(self, at):
+        "Some of the windows."
+        w = copy.copy(self)
+        for k in ('ids', 'read', 'last', 'positions', 'compared'): setattr(w, k, getattr(self, k)[at])
+        return w
+
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #05506650
 def distill_loss(reader:PhraseReader, emb, windows)->torch.Tensor: # scalar, nats a token
     "Mean divergence of the student from the teacher, from the first phrase of each of `windows` on."
-    with torch.no_grad(): teacher = reader._logits([reader.compose(w, fold_where(w, [])) for w in windows])
-    students, mine, theirs = zip(*[_student(reader, emb, w) for w in windows])
-    p = torch.cat([t[i] for t, i in zip(teacher, theirs)])
-    q = torch.cat([s[i] for s, i in zip(reader._logits(students), mine)])
+    w, table = windows if isinstance(windows, _Windows) else _Windows(reader, windows), reader.model.get_input_embeddings()
+    phrase, where = w.read >= w.base, w.compared.nonzero(as_tuple=True)
+    x = table(w.read.masked_fill(phrase, 0).clamp(min=0))
+    x = x.index_put((phrase,), emb(w.read[phrase]-w.base).to(x.dtype))
+    def logits(embeds, mask, positions): return reader.model(**Reading(embeds, mask.long(), positions, [], reader.numbered).inputs, use_cache=False).logits
+    with torch.no_grad(): teacher = logits(table(w.ids.clamp(min=0)), w.ids >= 0, torch.arange(w.ids.shape[1], device=w.ids.device).expand_as(w.ids))
+    p = teacher[where[0], w.last[where]].float().log_softmax(-1)
+    q = logits(x, w.read >= 0, w.positions)[where].float().log_softmax(-1)
     return kl(p, q).mean()
+
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #629147de
 def distill(reader:PhraseReader,
@@ -61,16 +75,16 @@ def distill(reader:PhraseReader,
             progress:bool=True)->tuple: # rows (phrases, D), and the divergence in each step
     "Train vectors for the phrases of `reader`, its model staying as it is; zero steps give the composed ones."
     emb = torch.nn.Embedding.from_pretrained(composed_rows(reader).float(), freeze=False, sparse=True)
-    windows, rng, losses = phrase_windows(reader.vocab, seqs, size), random.Random(seed), []
+    windows, rng, losses = phrase_windows(reader.vocab, seqs, size) if steps else [], random.Random(seed), []
     if steps and not windows: raise LlmoptError('the texts use none of the phrases, so there is nothing to learn from')
-    opt = torch.optim.SparseAdam(emb.parameters(), lr=lr)
+    windows, opt = _Windows(reader, windows) if steps else windows, torch.optim.SparseAdam(emb.parameters(), lr=lr)
     with frozen(reader.model):
         for i in tqdm(range(steps), disable=not progress, leave=False, desc='rows'):
             opt.param_groups[0]['lr'] = lr*(1-i/steps)
-            loss = distill_loss(reader, emb, rng.choices(windows, k=bs))
+            loss = distill_loss(reader, emb, windows[rng.choices(range(len(windows)), k=bs)])
             opt.zero_grad(); loss.backward(); opt.step()
-            losses.append(loss.item())
-    return emb.weight.detach(), losses
+            losses.append(loss.detach())
+    return emb.weight.detach(), torch.stack(losses).tolist() if losses else []
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #0bc10e4f
 @contextmanager
@@ -160,7 +174,7 @@ def answer_bits(score, # (ids, answer_ids) -> (n, vocabulary) log-probabilities
                 pairs  # (ids, answer_ids) of each text
                )->np.ndarray: # (texts,)
     "Bits that each answer costs; their sum over the number of bytes is bits per byte."
-    nats = [-score(i, a).gather(1, torch.tensor(a)[:, None]).sum().item() for i, a in pairs]
+    nats = [-(lp := score(i, a)).gather(1, torch.tensor(a, device=lp.device)[:, None]).sum().item() for i, a in pairs]
     return np.array(nats)/math.log(2)
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #073adfbb

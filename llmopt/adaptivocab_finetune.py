@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPT2_SPLIT', 'GROUP_SPLIT', 'grouped', 'mine_merges', 'spare_tokens', 'Expansion', 'expand_tokenizer', 'untie',
-           'prior_bias', 'mean_state', 'add_rows', 'rows_needed', 'expand', 'trained_weights', 'packed_rows', 'nll',
-           'finetune', 'document_bits', 'save']
+           'prior_bias', 'mean_state', 'add_rows', 'rows_needed', 'expand', 'trained_weights', 'packed_rows',
+           'marked_ids', 'nll', 'Step', 'schedule', 'finetune', 'document_bits', 'save']
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #21115aae
 import copy, heapq, json, math, tempfile
@@ -176,7 +176,7 @@ def add_rows(model, x:Expansion,
     if size > len(emb): model.resize_token_embeddings(size, mean_resizing=False)
     for weight, old, turn in ((model.get_input_embeddings().weight, emb, lambda w: w), (model.get_output_embeddings().weight, head, lambda w: w.flip(0))):
         for i, p in x.pieces.items(): weight[i] = turn(piece_weights(len(p)).to(old)) @ old[p]
-    if bias is not None: model.get_output_embeddings().weight += (bias[:, None]*state/state.square().sum()).to(head)
+    if bias is not None: model.get_output_embeddings().weight += (bias.to(state)[:, None]*state/state.square().sum()).to(head)
 
 def rows_needed(model, x): return max([model.get_input_embeddings().weight.shape[0], *(i+1 for i in x.pieces)])
 
@@ -186,10 +186,11 @@ def expand(lm:LM,
            n_new:int=1000,     # new tokens; 0 gives the same model, untied
            replace:bool=False, # in place of old ones
            prior:bool=True,    # output rows with the bias of counts
-           sample:int=64       # texts for the mean hidden state
+           sample:int=64,      # texts for the mean hidden state
+           x:Expansion|None=None # what `expand_tokenizer` gave for `corpus`, if that is at hand
           )->LM:
     "The model of `lm` with phrases of `corpus` as tokens, not fine-tuned yet."
-    x, model = expand_tokenizer(lm.tokenizer, corpus, n_new, replace), copy.deepcopy(lm.model)
+    x, model = x or expand_tokenizer(lm.tokenizer, corpus, n_new, replace), copy.deepcopy(lm.model)
     if not prior or not x.pieces: add_rows(model, x)
     else:
         enc = lambda tok, texts: tok(texts, add_special_tokens=False, verbose=False)['input_ids']
@@ -198,15 +199,26 @@ def expand(lm:LM,
     return LM(model, x.tokenizer, f'{lm.name}+{len(x.pieces)}')
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #88d3bbc5
-def trained_weights(model)->list: # parameters
-    "What is trained: embeddings, output, first and last layer."
+def trained_weights(model,
+                    what:str='light' # or `all`
+                   )->list: # parameters
+    "What is trained: embeddings, output, first and last layer; or everything."
+    if what not in ('light', 'all'): raise LlmoptError(f"what is trained is 'light' or 'all', not '{what}'")
+    if what == 'all': return [*model.parameters()]
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     parts = model.get_input_embeddings(), model.get_output_embeddings(), layers[0], layers[-1]
     return [*dict.fromkeys(p for m in parts for p in m.parameters())]
 
 def packed_rows(tokenizer, docs, size:int)->torch.Tensor: # (rows, size+1), -100 where nothing is
     "Documents, each with the mark of a beginning, in rows that overlap by one token."
-    flat = [i for d in tokenizer([*docs], add_special_tokens=False, verbose=False)['input_ids'] for i in [tokenizer.bos_token_id, *d]]
+    return _rows(marked_ids(tokenizer, docs), size)
+
+def marked_ids(tokenizer, docs)->list: # of lists
+    "Each document as ids behind the mark of a beginning."
+    return [[tokenizer.bos_token_id, *d] for d in tokenizer([*docs], add_special_tokens=False, verbose=False)['input_ids']]
+
+def _rows(seqs, size):
+    flat = [i for s in seqs for i in s]
     rows = [flat[i:i+size+1] for i in range(0, max(1, len(flat)-1), size)]
     return torch.tensor([r+[-100]*(size+1-len(r)) for r in rows])
 
@@ -215,37 +227,60 @@ def nll(model, rows)->torch.Tensor: # (rows, size) nats, zero where nothing is
     "Negative log-likelihood of each next token."
     rows = rows.to(model.device)
     logits = model(rows[:, :-1].clamp(min=0), use_cache=False).logits.float()
-    return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], ignore_index=-100, reduction='none')
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-100, reduction='none').view(len(rows), -1)
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #3cb773b9
+class Step:
+    "One step of AdamW on some weights of a model."
+    def __init__(self, model, weights):
+        self.model, self.weights = model, weights
+        self.opt = torch.optim.AdamW(weights, lr=1e-3, betas=(.9, .95), weight_decay=.01)
+    def __call__(self, rows, lr)->torch.Tensor: # nats of all rows, before the step
+        self.opt.param_groups[0]['lr'] = lr
+        loss = nll(self.model, rows).sum()
+        self.opt.zero_grad(set_to_none=True); (loss/(rows[:, 1:] >= 0).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.); self.opt.step()
+        return loss.detach()
+
+def schedule(i, steps, warmup=.1): return min(1, (i+1)/max(1, warmup*steps))*.5*(1+math.cos(math.pi*i/steps))
+
+
+# %% ../nbs/02d_adaptivocab_finetune.ipynb #1830a48e
 def finetune(lm:LM,
              docs,                # list of texts; taken in this order, again and again
              steps:int=300,
              per_step:int=16,     # documents
              size:int=256,        # tokens in a row
-             lr:float=1e-3,       # after a tenth of the steps; then down to zero as a cosine
+             lr:float=1e-3,       # reached after a tenth of the steps; then down to zero as a cosine
+             what:str='light',    # what is trained, as for `trained_weights`
+             step=Step,           # what does a step
              progress:bool=True)->list: # bits per byte of the text of each step
     "Train embeddings, output, first and last layer of `lm` on `docs`, in place."
-    weights, n, log = trained_weights(lm.model), len(docs), []
-    rate = lambda i: min(1, (i+1)/(.1*steps))*.5*(1+math.cos(math.pi*i/steps))
-    opt = torch.optim.AdamW(weights, lr=lr, betas=(.9, .95), weight_decay=.01)
+    weights, seqs, n, log = trained_weights(lm.model, what), marked_ids(lm.tokenizer, docs), len(docs), []
+    sizes = np.array([len(t.encode()) for t in docs])
+    batches = [[j%n for j in range(i*per_step, (i+1)*per_step)] for i in range(steps)]
     with frozen(lm.model):
         for p in weights: p.requires_grad_(True)
-        for i in tqdm(range(steps), disable=not progress, leave=False, desc='fine-tuning'):
-            opt.param_groups[0]['lr'] = lr*rate(i)
-            text = [docs[j%n] for j in range(i*per_step, (i+1)*per_step)]
-            loss = nll(lm.model, rows := packed_rows(lm.tokenizer, text, size))
-            opt.zero_grad(set_to_none=True); (loss.sum()/(rows[:, 1:] >= 0).sum()).backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.); opt.step()
-            log.append(loss.sum().item()/math.log(2)/sum(len(t.encode()) for t in text))
-        opt.zero_grad(set_to_none=True)
-    return log
+        step = step(lm.model, weights)
+        for i, b in enumerate(tqdm(batches, disable=not progress, leave=False, desc='fine-tuning')):
+            log.append(step(_rows([seqs[j] for j in b], size), lr*schedule(i, steps)))
+        for p in weights: p.grad = None
+    nats = torch.stack(log).tolist() if log else []
+    return [x/math.log(2)/sizes[b].sum().item() for x, b in zip(nats, batches)]
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #db9b6ad3
 @torch.inference_mode()
-def document_bits(lm:LM, docs)->np.ndarray: # (documents,)
+def document_bits(lm:LM, docs,
+                  bs:int=1 # documents at a time
+                 )->np.ndarray: # (documents,)
     "Bits that each document costs, read from its beginning."
-    return np.array([nll(lm.model, packed_rows(lm.tokenizer, [d], lm.context-1)).sum().item() for d in docs])/math.log(2)
+    res = np.zeros(len(docs))
+    for at in chunked(np.argsort([len(d) for d in docs], kind='stable'), bs):
+        rows = [packed_rows(lm.tokenizer, [docs[i]], lm.context-1) for i in at]
+        x = torch.full((sum(map(len, rows)), max(used := [int((r >= 0).sum(1).max()) for r in rows])), -100)
+        for r, part, n in zip(rows, x.split([*map(len, rows)]), used): part[:, :n] = r[:, :n]
+        np.add.at(res, np.repeat(at, [*map(len, rows)]), nll(lm.model, x).sum(1).double().cpu().numpy())
+    return res/math.log(2)
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #ef0f95f1
 def save(lm:LM, folder):

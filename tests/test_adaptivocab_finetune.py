@@ -99,6 +99,9 @@ def test_finetune():
     assert sum(log[-3:]) < .7*sum(log[:3])
     moved = {'.'.join(k.split('.')[:3]) for k, p in x.model.named_parameters() if not torch.equal(p, before[k])}
     test_eq(moved, {'model.embed_tokens.weight', 'lm_head.weight', 'model.layers.0', 'model.layers.5'}); assert all(p.requires_grad and p.grad is None for p in x.model.parameters())
+    before = {k: p.clone() for k, p in x.model.named_parameters()}; finetune(x, DOCS, 2, per_step=2, what='all', progress=False)
+    assert not any(torch.equal(p, before[k]) for k, p in x.model.named_parameters())
+    with expect_fail(LlmoptError, "'light' or 'all'"): finetune(x, DOCS, 1, what='some')
 
 
 def test_bits_of_a_document():
@@ -107,6 +110,8 @@ def test_bits_of_a_document():
     lm = load(TINY, 'cpu'); ids = torch.tensor([[lm.tokenizer.bos_token_id, *lm.tokenizer.encode(DOCS[0])]])
     with torch.inference_mode(): lp = lm.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item()
     test_close(document_bits(lm, [DOCS[0]])[0], -lp/math.log(2), 1e-3)
+    many = [' '.join(DOCS*20), *DOCS, 'High.']; assert len(lm.tokenizer.encode(many[0])) > lm.context
+    test_close(document_bits(lm, many, 3), document_bits(lm, many), 1e-2)
     rows = packed_rows(lm.tokenizer, DOCS[:2], 10); flat = [r[1:][r[1:] >= 0] for r in rows]
     test_eq(torch.cat(flat).tolist(), [i for d in DOCS[:2] for i in [lm.tokenizer.bos_token_id, *lm.tokenizer.encode(d)]][1:])
 
