@@ -209,15 +209,15 @@ def optimizers(m, lr, lr_emb):
     "Muon for the matrices of the layers, AdamW for embeddings and gains."
     mats = [p for n, p in m.named_parameters() if p.ndim == 2 and 'embed' not in n and 'lm_head' not in n]
     rest = [p for n, p in m.named_parameters() if not any(p is q for q in mats)]
-    return [torch.optim.Muon(mats, lr=lr, weight_decay=.05, momentum=.95, adjust_lr_fn='match_rms_adamw'),
+    return [torch.optim.Muon(mats, lr=lr, weight_decay=.1, momentum=.95, adjust_lr_fn='match_rms_adamw'),
             torch.optim.AdamW(rest, lr=lr_emb, betas=(.9, .95), weight_decay=.01)]
 
 def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=CONTEXT, device='cpu', threads=2, every=100, init=None):
-    """Train for `minutes` or `tokens` more and save `work/{phase}.pt`. `main` keeps the learning rate after warm-up; `anneal` starts from
+    """Train for `minutes` or `tokens` more, whichever ends first, and save `work/{phase}.pt`. `main` keeps the learning rate after warm-up; `anneal` starts from
     `main` (or `init`) and takes the rate linearly to zero over its budget. A stopped run resumes from its file."""
     work = Path(work); torch.set_num_threads(threads)
     stats, main, cpu = json.load(open(work/'data.json')), phase == 'main', device == 'cpu'
-    B = B or (8 if cpu else 64)
+    B = B or (8 if cpu else 32)
     micro = max(1, 2048//T) if cpu else B
     weights = {k: EPOCHS[k]*stats[k]['tokens']*(1 if main else ANNEAL.get(k, 1)) for k in stats}
     m = new_model().to(device); opts = optimizers(m, lr, lr_emb)
@@ -238,7 +238,7 @@ def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, 
     step_loss = torch.compile(loss_fn, dynamic=False) if cpu else loss_fn          # on a GPU the compiler would take longer than it saves
     pool = ThreadPoolExecutor(1); ahead = pool.submit(data.batch, B, T)
     t0, sec0, p0 = time.time(), state['seconds'], state['phase_tokens']
-    done = lambda: (time.time()-t0)/60/minutes if minutes else (state['phase_tokens']-p0)/tokens
+    done = lambda: max((time.time()-t0)/60/minutes if minutes else 0, (state['phase_tokens']-p0)/tokens if tokens else 0)
     last_save = time.time(); m.train(); ema = None
     while True:
         f = done(); stop = f >= 1
