@@ -92,13 +92,13 @@ def _attend_kernel(qkv, keys, values, cos, sin, y, context, heads, kv_heads, sca
         tl.store(keys+cache+context*HEAD+HEAD//2+i, k2)
         tl.store(values+cache+context*HEAD+d, v)
     q1, q2 = q1.to(tl.float32)*scale, q2.to(tl.float32)*scale
-    top, total, out = tl.sum(q1*k1.to(tl.float32)+q2*k2.to(tl.float32), 0), 1., v.to(tl.float32)
+    top, total, out = tl.sum(q1*k1.to(tl.float32)+q2*k2.to(tl.float32), 0), 1.0, v.to(tl.float32)
     for j in range(0, context, BLOCK):
         p = j+tl.arange(0, BLOCK)
         old, ok = cache+p[:, None]*HEAD, (p < context)[:, None]
-        k1, k2 = tl.load(keys+old+i[None, :], mask=ok, other=0.).to(tl.float32), tl.load(keys+old+HEAD//2+i[None, :], mask=ok, other=0.).to(tl.float32)
+        o1, o2 = tl.load(keys+old+i[None, :], mask=ok, other=0.).to(tl.float32), tl.load(keys+old+HEAD//2+i[None, :], mask=ok, other=0.).to(tl.float32)
         vs = tl.load(values+old+d[None, :], mask=ok, other=0.).to(tl.float32)
-        score = tl.where(p < context, tl.sum(k1*q1[None, :]+k2*q2[None, :], 1), float('-inf'))
+        score = tl.where(p < context, tl.sum(o1*q1[None, :]+o2*q2[None, :], 1), float('-inf'))
         new = tl.maximum(top, tl.max(score, 0))
         less, e = tl.exp(top-new), tl.exp(score-new)
         top, total, out = new, total*less+tl.sum(e, 0), out*less+tl.sum(e[:, None]*vs, 0)
@@ -215,7 +215,7 @@ def error(self:CudaStep, way, level=0.)->float:
     want = self.reference(kept if way == 'sparse' else ())
     return float((y.float()-want).norm()/want.norm())
 
-# %% ../nbs/03c_sparse_cuda.ipynb #6807a8b2
+# %% ../nbs/03c_sparse_cuda.ipynb #0d6db97c
 def recorded(f, device):
     "`f` as a function that replays it from a CUDA graph, and what it returned; on a CPU, `f` itself."
     if device.type != 'cuda': return f, f()
@@ -244,7 +244,7 @@ def clocked(arms:dict,   # name -> function that launches work
             if r: times[k].append(t)
     return times
 
-# %% ../nbs/03c_sparse_cuda.ipynb #bc3d2882
+# %% ../nbs/03c_sparse_cuda.ipynb #00a6730a
 def device_read(device, nbytes:int=2**32, rounds:int=7)->float: # bytes per second
     "The quickest plain read: torch's sum of a large vector, or the dense kernel over a large matrix."
     x = torch.ones(nbytes//4, dtype=torch.float32, device=device)
@@ -252,7 +252,7 @@ def device_read(device, nbytes:int=2**32, rounds:int=7)->float: # bytes per seco
     times = clocked(dict(sum=lambda: x.sum(), rows=lambda: triton_dense(w, v)), rounds, device)
     return nbytes/min(statistics.median(t) for t in times.values())
 
-# %% ../nbs/03c_sparse_cuda.ipynb #00a6730a
+# %% ../nbs/03c_sparse_cuda.ipynb #29da8043
 FORMS = dict(sparse=[dict(block_n=256, per_sm=4), dict(block_n=256, per_sm=6, stages=3), dict(block_n=256, per_sm=3, unroll=8, stages=3), dict(block_n=512, per_sm=4),
                      dict(block_n=128, per_sm=6), dict(block_n=512, per_sm=2, num_warps=8), dict(block_n=256, per_sm=8, unroll=8, stages=1)],
              rows=[dict(rows=4), dict(rows=8, block_d=512, stages=4), dict(rows=2, block_d=2048, stages=2), dict(rows=4, stages=1)])
@@ -280,7 +280,7 @@ def _product_row(step, name, way, level, form, read, rounds, inner):
     nbytes = product_bytes(D, N, round((1-level)*D), m.weight.element_size())
     return row | dict(**spread(ts), bytes=nbytes, gb_per_s=nbytes/statistics.median(ts)/1e9, share_of_read=nbytes/statistics.median(ts)/read)
 
-# %% ../nbs/03c_sparse_cuda.ipynb #ae5e1803
+# %% ../nbs/03c_sparse_cuda.ipynb #3cac08b7
 def best_form(rows, name, *ways):
     "The quickest row of product `name` among `ways`, or None."
     return min((r for r in rows if r['name'] == name and r['arm'] in ways and 'error' not in r), key=lambda r: r['median_ms'], default=None)
@@ -308,7 +308,7 @@ def benchmark_products(step:CudaStep,
     if head := best_form(rows, 'head', 'rows', 'cublas'): step.options['head'] = head['arm']
     return rows
 
-# %% ../nbs/03c_sparse_cuda.ipynb #3cac08b7
+# %% ../nbs/03c_sparse_cuda.ipynb #e8d3aeb1
 def cuda_step(hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, vocab=32000, dtype='bfloat16', context=128, device='cuda'):
     "A step of random weights; by default with the shapes of a Llama of 7B parameters."
     c = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
@@ -326,7 +326,7 @@ def _arm(step, way, level, pdl, limit):
         if not torch.equal(out, plain): raise ValueError(f'{way} at level {level:g}: a replay gives other bits')
     return replay, error
 
-# %% ../nbs/03c_sparse_cuda.ipynb #0b560f05
+# %% ../nbs/03c_sparse_cuda.ipynb #36e51109
 def benchmark_cuda(levels=(.25, .4, .5, .6, .75),
                    rounds:int=11, inner:int=3,     # timed turns, steps in each
                    limit:float=2e-2,               # relative error allowed, or half more than that of cuBLAS, where that is larger

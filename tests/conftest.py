@@ -27,10 +27,11 @@ def no_cuda():
 def pytest_collection_modifyitems(config, items):
     off = {mark: pytest.mark.skip(reason=f'{MARKS[mark]}: run with --{mark}')
            for mark in ('slow', 'hub') if not config.getoption(mark)}
-    if any('gpu' in item.keywords for item in items) and no_cuda():
+    if any(item.get_closest_marker('gpu') for item in items) and no_cuda():
         off['gpu'] = pytest.mark.skip(reason='no CUDA device')
     for item in items:
-        for mark in off.keys() & item.keywords: item.add_marker(off[mark])
+        for mark in off:                               # not item.keywords, which hold the names of folders, too
+            if item.get_closest_marker(mark): item.add_marker(off[mark])
 
 
 def pytest_pycollect_makeitem(collector, name, obj):
