@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.test import test_eq, test_close, expect_fail
 from llmopt.kv_cache.attention import packed, reference_attention, packed_attention
-from llmopt.kv_cache.memory import PAGE
+from llmopt.kv_cache.memory import PAGE, anonymous_bytes
 from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.eviction import *
 
@@ -115,11 +115,13 @@ def test_configuration():
     what is always kept; then that is what stays. A budget in bytes that holds less than that cannot be met, and
     is refused."""
     e = Eviction('25%')
-    test_eq(e.row_limit(1000, 0, 16), 256); test_eq(e.row_limit(1001, 0, 1), 251); test_eq(e.row_limit(20, 0, 16), 48)
-    test_eq(Eviction('1MiB').row_limit(9999, 2048, 1), 512); test_eq(Eviction(100).row_limit(9999, 0, 32), 128)
+    test_eq(e.row_limit(1000, 0, 16), (256, 288)); test_eq(e.row_limit(1001, 0, 1), (251, 282)); test_eq(e.row_limit(20, 0, 16), (48, 54)); test_eq(Eviction(2000).row_limit(1, 0, 1), (2000, 2064))
+    test_eq(Eviction('1MiB', slack=12).row_limit(9999, 2048, 1), (500, 512)); test_eq(Eviction('1MiB').row_limit(9999, 2048, 30), (420, 510)); test_eq(Eviction(100, slack=7).row_limit(9999, 0, 32), (128, 135))
+    test_eq(Eviction('128KiB').row_limit(9999, 2048, 16), (48, 64)); test_eq(Eviction('96KiB').row_limit(9999, 2048, 16), (48, 48))
     for kw, text in (dict(budget=35), 'always kept'), (dict(budget=0), 'more than nothing'), (dict(budget='25%', policy='lru'), 'known: cake'), (dict(budget=99, window=0), 'window must be'), (dict(budget=99, slack=-1), 'slack must be'):
         with expect_fail(ValueError, text): Eviction(**kw)
     with expect_fail(ValueError, 'always kept'): Eviction('1KiB').row_limit(9999, 512, 1)
+    with expect_fail(ValueError, '98,304'): Eviction('95KiB').row_limit(9999, 2048, 16)
 
 
 MODELS = {}
@@ -192,6 +194,22 @@ def test_a_budget_that_is_large_enough_is_exact():
             cache = EvictingCache(model.config, Eviction(budget, window=8)); got = model.generate(ids, past_key_values=cache, **kw)
             assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), budget
             test_eq((cache.evictions, cache.kv_bytes().live), ([], 2*2*219*2*16*4*3))
+
+
+def test_bytes_are_a_ceiling():
+    """A budget in bytes is kept at every token: live bytes (positions included) and the pages behind keys and
+    values, with and without padding, for several sequences, and for prompts that fit, that just do not fit, and
+    that are far too long. A prompt that fits is left alone."""
+    model, token = tiny(), 3*2*(2*16*4+4)
+    for budget, batch, n, pads in ('200KiB', 1, 700, 0), ('200KiB', 1, 100, 0), ('700KiB', 1, 700, 0), ('600KiB', 2, 300, 120), ('300KiB', 1, 300, 0), ('330KiB', 1, 390, 0):
+        ids = torch.randint(4, 256, (batch, n+80), generator=torch.Generator().manual_seed(n)); mask = torch.ones_like(ids); mask[-1, :pads] = 0
+        cache = EvictingCache(model.config, Eviction(budget, window=8), populate=False); limit, live = cache.evictor.budget.amount, []
+        for a, b in (0, n), *((i, i+1) for i in range(n, n+80)):
+            with torch.no_grad(), packed(model): model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache)
+            live.append(cache.kv_bytes().live)
+            if b%10 == 0: assert cache.slabs[0].k.backend == 'doubling' or anonymous_bytes([r.address for s in cache.slabs for r in (s.k, s.v)]) <= limit
+        fits = n+80 <= limit//(batch*token)//64*64         # pages of 64 tokens
+        assert max(live) <= limit and (not cache.evictions) == fits and (fits or max(live) > limit/2), (budget, n, max(live), limit)
 
 
 def test_cascade_equals_one_shot():

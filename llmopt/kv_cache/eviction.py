@@ -266,8 +266,8 @@ class Eviction:
     policy:str = 'cake'    # a name in `POLICIES`
     window:int = 32        # latest tokens, always kept; their queries judge the others
     first:int = 4          # first tokens, always kept
-    slack:int = 64         # tokens a row may grow past the budget while decoding
-    unit:int = 0           # tokens that budgets are rounded up to; 0 is a page of the slab
+    slack:int|None = None  # tokens a row may grow past what it is cut to while decoding; None is an eighth of that, at most 64
+    unit:int = 0           # tokens that budgets are rounded to; 0 is a page of the slab
     cascade:bool = True    # cut earlier layers while later ones are still to come
     @functools.cached_property
     def parsed(self): return parse_budget(self.budget)
@@ -275,23 +275,30 @@ class Eviction:
         b = self.parsed
         if self.policy not in POLICIES: raise ValueError(f'unknown policy {self.policy!r}; known: {", ".join(POLICIES)}')
         for k, low in dict(window=1, first=0, slack=0, unit=0).items():
+            if k == 'slack' and self.slack is None: continue
             if type(v := getattr(self, k)) is not int or v < low: raise ValueError(f'{k} must be a whole number of at least {low}, not {v!r}')
         if b.kind == 'tokens' and b.amount < self.first+self.window:
             raise ValueError(f'budget of {b.amount} tokens is less than the {self.first} first and {self.window} latest ones that are always kept; raise it or lower window')
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #e1ccbd1d
 @patch
+def spare(self:Eviction, limit:int)->int: return min(64, limit//8) if self.slack is None else self.slack
+
+@patch
 def row_limit(self:Eviction,
               total:int,        # visible tokens of the sequence
               token_bytes:int,  # bytes of one token in all layers and rows
               unit:int          # tokens of a page
-             )->int:            # tokens, a multiple of `unit`
-    "Tokens that a row may hold on average over the layers."
-    b, least = self.parsed, self.first+self.window
-    n = dict(tokens=lambda: b.amount, share=lambda: math.ceil(b.amount*total), bytes=lambda: b.amount//token_bytes, mass=lambda: total)[b.kind]()
-    if b.kind == 'bytes' and n < min(least, total):
-        raise ValueError(f'budget of {b.amount:,} bytes holds {n} tokens of this model, but {least} are always kept; raise it or lower window')
-    return -(-max(n, least)//unit)*unit
+             )->tuple:          # tokens a row is cut to, a multiple of `unit`, and tokens it may grow to before the next cut; means over the layers
+    "What a row may hold."
+    b, up = self.parsed, lambda n: -(-n//unit)*unit
+    least = up(self.first+self.window)
+    if b.kind == 'bytes':                              # a ceiling: rounded down, and there is no growing past it
+        most = b.amount//token_bytes//unit*unit
+        if most < least: raise ValueError(f'budget of {b.amount:,} bytes holds {most} tokens (pages of {unit}) in each row of this model, but {self.first+self.window} are always kept, which take {least*token_bytes:,}; raise it or lower window')
+        return max(most-up(self.spare(most)), least), most
+    n = up(max(dict(tokens=lambda: b.amount, share=lambda: math.ceil(b.amount*total), mass=lambda: total)[b.kind](), least))
+    return n, n+self.spare(n)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #02153993
 class EvictingLayer(SlabLayer):
@@ -459,8 +466,8 @@ class Evictor:
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #5a8e1cf0
 @patch
-def limits(self:Evictor, visible)->list: # tokens for each sequence
-    "What a row of each sequence may hold on average."
+def limits(self:Evictor, visible)->list: # for each sequence, see `row_limit`
+    "What a row of each sequence is cut to, and may grow to."
     s = self.layers[0].slab
     totals = [s.seen]*s.batch if visible is None else visible.sum(-1).tolist()
     row = len(self.layers)*s.batch*s.num_heads*(sum(r.args[2]*r.args[3].itemsize for r in (s.k, s.v))+4)   # with four bytes for a position
@@ -475,12 +482,12 @@ def unit(self:Evictor):
 @patch
 def due(self:Evictor, q, visible)->bool:
     "Is it time?"
-    slack, first = 0 if q > FEW else self.cfg.slack, self.layers[0].slab
-    if self.budget.kind == 'mass': return self.budget.amount < 1 and first.seen-self.last > slack
-    pads = [0]*first.batch if visible is None or first.p is not None else (~visible).sum(-1).tolist()
-    for b, limit in enumerate(self.limits(visible)):
+    first, strict = self.layers[0].slab, self.budget.kind == 'bytes'
+    if self.budget.kind == 'mass': return self.budget.amount < 1 and first.seen-self.last > (0 if q > FEW else self.cfg.spare(first.seen))
+    pads = [0]*first.batch if strict or visible is None or first.p is not None else (~visible).sum(-1).tolist()      # bytes are bytes
+    for b, (limit, most) in enumerate(self.limits(visible)):
         held = sum(l.slab.sizes[b]+q*(l is not self.layers[0]) if l.slab else first.sizes[b] for l in self.layers)
-        if held-pads[b]*len(self.layers) > (limit+slack)*len(self.layers): return True
+        if held-pads[b]*len(self.layers) > (most if strict or q <= FEW else limit)*len(self.layers): return True
     return False
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #5874db83
@@ -515,9 +522,9 @@ def shares(self:Evictor)->np.ndarray: # (layers so far, B) tokens
     res = np.empty(real.shape, dtype=np.int64)
     for b in range(real.shape[1]):
         floor, pages = -(-safe[0, b]//self.unit), -(-real[:, b]//self.unit)
-        extra = (self.limit[b]//self.unit-floor)*len(self.layers)
+        extra = (self.limit[b][0]//self.unit-floor)*len(self.layers)
         res[:, b] = (floor+apportion(want[:, b], extra, pages-floor))*self.unit
-    return np.full_like(res, 2**62) if (res >= real).all() else np.minimum(res, real)
+    return np.full_like(res, 2**62) if self.budget.kind != 'bytes' and (res >= real).all() else np.minimum(res, real)
 
 @patch
 def _by_mass(self:Evictor, layer):
