@@ -9,8 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.kv_cache.attention import packed, reference_attention, packed_attention
+from llmopt.kv_cache.attention import reference_attention, packed, packed_attention
 from llmopt.kv_cache.memory import PAGE, anonymous_bytes
+from llmopt.core import load
 from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.eviction import *
 
@@ -303,3 +304,16 @@ def test_resident_bytes_follow_the_budget():
         test_eq(sum(r.resident() for s in cache.slabs for r in (s.k, s.v)), pages)
         test_eq(pages, 3*2*2*math.ceil(200*64/PAGE)*PAGE)
         assert cache.kv_bytes().resident-pages < .15*pages
+
+
+def test_quality():
+    """The yardstick itself: with a budget that is large enough the divergence is zero, and with nearly nothing it is
+    not."""
+    lm = load('llmopt-tiny', 'cpu')
+    ids = lm.tokenizer(' '.join(f'The {thing} of Tom is not the {thing} of Anna.' for thing in ('hat', 'car', 'house', 'dog', 'boat', 'cup', 'door'))*3, return_tensors='pt').input_ids
+    r = judge(lm.model, ids, ids.shape[1]-10, ('100%', '25%'), ('cake', 'random'))
+    assert all(x['kl'] == 0 and x['top1'] == 1 and x['nll'] == x['nll_full'] for x in r if x['budget'] == '100%') and all(x['kl'] > .001 for x in r if x['budget'] == '25%')
+    test_eq((r[2]['live'], r[2]['peak']), (r[3]['live'], r[3]['peak']))
+    rows = quality('llmopt-tiny', dict(a=[(ids, ids.shape[1]-4)], b=[(ids, ids.shape[1]-3), (ids, ids.shape[1]-2)]), ('25%',), ('cake', 'scores alone'), workers=2)
+    test_eq([(x['task'], x['text'], x['tokens']-ids.shape[1], x['policy']) for x in rows], [(t, i, n, p) for t, i, n in (('a', 0, -4), ('b', 0, -3), ('b', 1, -2)) for p in ('cake', 'scores alone')])
+    assert 'scores alone' not in POLICIES
