@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAIVE', 'SUITES', 'read_texts', 'survive', 'budgets', 'answers', 'mean_answers', 'pays', 'benchmark_words',
-           'benchmark_vocab', 'benchmark_kv', 'benchmark_larosa', 'run', 'show']
+           'benchmark_vocab', 'kv_bars', 'benchmark_kv', 'benchmark_larosa', 'run', 'show']
 
 # %% ../nbs/10_benchmark.ipynb #65e3b7cc
 import json, math, random, statistics, time
@@ -155,9 +155,33 @@ def benchmark_vocab(texts=None,    # see `read_texts`
              for m, r in compare_selection(train, test, n, v.forbidden()).items()]
     return dict(saved=saved, speed=[fold_speed(v.fit(docs[::2], n_new=1000), docs[1::2], 1 if quick else 5)])
 
+# %% ../nbs/10_benchmark.ipynb #c07d4c88
+def kv_bars(t # tables of `benchmark_kv`
+           )->list: # rows: what was measured, the bar, and whether it is met
+    "Measured ratios beside what was asked for."
+    rows = []
+    def bar(what, value, at_least=None, at_most=None):
+        met = value is not None and (value >= at_least if at_most is None else value <= at_most)
+        rows.append(dict(what=what, measured=value, at_least=at_least, at_most=at_most, met=None if value is None else met))
+    for r in t['decode']:
+        if r['cache'] != 'slab_packed': continue
+        bar(f"decode at {r['context']}, {r['dtype']}: times faster than DynamicCache", r['slab_vs_dynamic'], at_least=2.5)
+        bar(f"decode at {r['context']}, {r['dtype']}: time against an exactly sized StaticCache", r['slab_time_vs_static'], at_most=1.05)
+    ms = {(r['cache'], r['context']): r['median_ms'] for r in t['append']}; first, last = (f(n for _, n in ms) for f in (min, max))
+    bar(f'append at {last} against {first} tokens: time', ms['slab', last]/ms['slab', first], at_most=1.5)
+    for r in t['evict']:
+        if r['arm'] != 'evicted': continue
+        bar(f"decode after eviction of {r['context']} to {r['held']}, {r['dtype']}: times faster than DynamicCache", r['faster'], at_least=6.)
+        bar(f"eviction of {r['context']} to {r['held']}, {r['dtype']}: share of the predicted bytes returned", r['returned'], at_least=.95)
+    bar('prefill under a budget (cake): overhead', next(r['overhead'] for r in t['prefill'] if r['arm'] == 'cake'), at_most=.10)
+    bar('restore, worst speed: time against the better of computing and loading', max(r['time_vs_better'] for r in t['restore']), at_most=1.1)
+    for r in t['restore']:
+        if r['speed'] == 1: bar('restore at equal speeds: times faster than either', min(r['speedup_vs_compute'], r['speedup_vs_load']), at_least=1.6)
+    return rows
+
 # %% ../nbs/10_benchmark.ipynb #3bc24e4f
 def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows
-    "KV cache: decoding beside stock caches and the byte bound; appends; after an eviction; restoring a prefix."
+    "KV cache: decoding beside stock caches and the byte bound; appends; after an eviction; restoring a prefix; and the bar of each."
     decode = []
     for dtype in ('float32', 'bfloat16'):
         r = kv_speed.benchmark_decode(512 if quick else 8192, dtype, 2 if quick else 15)
@@ -165,10 +189,12 @@ def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows
         decode += [dict(cache=k, **r['config'], **a, **whole) for k, a in r['arms'].items()]
     append = kv_speed.benchmark_append((256, 512) if quick else (1024, 4096, 16384, 32768))
     evict = [r for dtype in ('float32', 'bfloat16') for r in kv_speed.benchmark_eviction(512 if quick else 8192, dtype=dtype, rounds=2 if quick else 9)]
-    prefill = kv_speed.benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 5)
-    restore = benchmark_restore(256, 64, (1,), 1) if quick else benchmark_restore()
-    return dict(decode=decode, append=[dict(cache=k, context=n, **s) for k, d in append.items() for n, s in d.items()], evict=evict, prefill=prefill,
-                restore=[{k: v for k, v in r.items() if k != 'trace'} for r in restore])
+    prefill = kv_speed.benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 7)
+    restore = benchmark_restore(256, 64, (1,), 1) if quick else benchmark_restore(rounds=5)
+    res = dict(decode=decode, append=[dict(cache=k, context=n, **s) for k, d in append.items() for n, s in d.items()], evict=evict, prefill=prefill,
+               restore=[{k: v for k, v in r.items() if k != 'trace'} for r in restore],
+               fronts=[dict(speed=r['speed'], front=f, chunk=i, begin=b, end=e) for r in restore for f, i, b, e in r['trace']])
+    return dict(bars=kv_bars(res), **res)
 
 # %% ../nbs/10_benchmark.ipynb #3435b915
 def benchmark_larosa(texts=None, # see `read_texts`: what the ladder is tested on

@@ -43,14 +43,22 @@ def test_answers():
 
 
 def test_benchmark_kv():
-    """One token of decoding at 8,192 tokens of context, the append alone at growing contexts, and the same after an
-    eviction, each beside stock caches, and what scoring adds to the reading of a prompt: [the notebook on
-    speed](04_kv_cache/04_speed.ipynb) explains them. Then [restoring](04_kv_cache/02b_restore.ipynb) a known
-    prefix from loaders of several speeds."""
+    """What is expected of each, and what came out. A row that is not met says so: the bar is a number set
+    beforehand, and stays where it is."""
     r = benchmark_kv(quick=True)
     test_eq({(x['cache'], x['dtype']) for x in r['decode']}, {(c, d) for c in ('dynamic_sdpa', 'static_sdpa', 'slab_packed') for d in ('float32', 'bfloat16')})
     assert all(x['median_ms'] > 0 and x['bytes_per_step'] > 0 for x in r['decode']) and len(r['append']) == 4
+    test_eq((len(r['bars']), {x['met'] for x in r['bars']} <= {True, False, None}, len(r['fronts'])), (12, True, 4))
     assert {x['arm'] for x in r['evict']} >= {'dynamic_sdpa', 'evicted'} and all(x['overhead'] > -1 for x in r['prefill']) and r['restore'][0]['chunks'] == 4
+
+
+def test_bars_of_the_kv_cache():
+    """What is expected of each, and what came out. A row that is not met says so: the bar is a number set
+    beforehand, and stays where it is."""
+    t = dict(decode=[dict(cache='slab_packed', context=8, dtype='float32', slab_vs_dynamic=2.4, slab_time_vs_static=1.04)], evict=[dict(arm='evicted', context=8, held=1, dtype='float32', faster=6., returned=None)],
+             append=[dict(cache='slab', context=n, median_ms=m) for n, m in ((1, 2.), (9, 3.1))], prefill=[dict(arm='cake', overhead=.1)],
+             restore=[dict(speed=s, time_vs_better=x, speedup_vs_compute=c, speedup_vs_load=1.7) for s, x, c in ((1, .6, 1.5), (2, 1.11, 1.))])
+    test_eq([r['met'] for r in kv_bars(t)], [False, True, False, True, None, True, False, False])
 
 
 def test_benchmark_larosa():

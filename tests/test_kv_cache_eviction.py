@@ -9,8 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.kv_cache.attention import packed, reference_attention, packed_attention
-from llmopt.kv_cache.memory import PAGE
+from llmopt.kv_cache.attention import reference_attention, packed, packed_attention
+from llmopt.kv_cache.memory import PAGE, anonymous_bytes
+from llmopt.core import load
 from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.eviction import *
 
@@ -115,11 +116,13 @@ def test_configuration():
     what is always kept; then that is what stays. A budget in bytes that holds less than that cannot be met, and
     is refused."""
     e = Eviction('25%')
-    test_eq(e.row_limit(1000, 0, 16), 256); test_eq(e.row_limit(1001, 0, 1), 251); test_eq(e.row_limit(20, 0, 16), 48)
-    test_eq(Eviction('1MiB').row_limit(9999, 2048, 1), 512); test_eq(Eviction(100).row_limit(9999, 0, 32), 128)
+    test_eq(e.row_limit(1000, 0, 16), (256, 288)); test_eq(e.row_limit(1001, 0, 1), (251, 282)); test_eq(e.row_limit(20, 0, 16), (48, 54)); test_eq(Eviction(2000).row_limit(1, 0, 1), (2000, 2064))
+    test_eq(Eviction('1MiB', slack=12).row_limit(9999, 2048, 1), (500, 512)); test_eq(Eviction('1MiB').row_limit(9999, 2048, 30), (420, 510)); test_eq(Eviction(100, slack=7).row_limit(9999, 0, 32), (128, 135))
+    test_eq(Eviction('128KiB').row_limit(9999, 2048, 16), (48, 64)); test_eq(Eviction('96KiB').row_limit(9999, 2048, 16), (48, 48))
     for kw, text in (dict(budget=35), 'always kept'), (dict(budget=0), 'more than nothing'), (dict(budget='25%', policy='lru'), 'known: cake'), (dict(budget=99, window=0), 'window must be'), (dict(budget=99, slack=-1), 'slack must be'):
         with expect_fail(ValueError, text): Eviction(**kw)
     with expect_fail(ValueError, 'always kept'): Eviction('1KiB').row_limit(9999, 512, 1)
+    with expect_fail(ValueError, '98,304'): Eviction('95KiB').row_limit(9999, 2048, 16)
 
 
 MODELS = {}
@@ -192,6 +195,22 @@ def test_a_budget_that_is_large_enough_is_exact():
             cache = EvictingCache(model.config, Eviction(budget, window=8)); got = model.generate(ids, past_key_values=cache, **kw)
             assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), budget
             test_eq((cache.evictions, cache.kv_bytes().live), ([], 2*2*219*2*16*4*3))
+
+
+def test_bytes_are_a_ceiling():
+    """A budget in bytes is kept at every token: live bytes (positions included) and the pages behind keys and
+    values, with and without padding, for several sequences, and for prompts that fit, that just do not fit, and
+    that are far too long. A prompt that fits is left alone."""
+    model, token = tiny(), 3*2*(2*16*4+4)
+    for budget, batch, n, pads in ('200KiB', 1, 700, 0), ('200KiB', 1, 100, 0), ('700KiB', 1, 700, 0), ('600KiB', 2, 300, 120), ('300KiB', 1, 300, 0), ('330KiB', 1, 390, 0):
+        ids = torch.randint(4, 256, (batch, n+80), generator=torch.Generator().manual_seed(n)); mask = torch.ones_like(ids); mask[-1, :pads] = 0
+        cache = EvictingCache(model.config, Eviction(budget, window=8), populate=False); limit, live = cache.evictor.budget.amount, []
+        for a, b in (0, n), *((i, i+1) for i in range(n, n+80)):
+            with torch.no_grad(), packed(model): model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache)
+            live.append(cache.kv_bytes().live)
+            if b%10 == 0: assert cache.slabs[0].k.backend == 'doubling' or anonymous_bytes([r.address for s in cache.slabs for r in (s.k, s.v)]) <= limit
+        fits = n+80 <= limit//(batch*token)//64*64         # pages of 64 tokens
+        assert max(live) <= limit and (not cache.evictions) == fits and (fits or max(live) > limit/2), (budget, n, max(live), limit)
 
 
 def test_cascade_equals_one_shot():
@@ -285,3 +304,16 @@ def test_resident_bytes_follow_the_budget():
         test_eq(sum(r.resident() for s in cache.slabs for r in (s.k, s.v)), pages)
         test_eq(pages, 3*2*2*math.ceil(200*64/PAGE)*PAGE)
         assert cache.kv_bytes().resident-pages < .15*pages
+
+
+def test_quality():
+    """The yardstick itself: with a budget that is large enough the divergence is zero, and with nearly nothing it is
+    not."""
+    lm = load('llmopt-tiny', 'cpu')
+    ids = lm.tokenizer(' '.join(f'The {thing} of Tom is not the {thing} of Anna.' for thing in ('hat', 'car', 'house', 'dog', 'boat', 'cup', 'door'))*3, return_tensors='pt').input_ids
+    r = judge(lm.model, ids, ids.shape[1]-10, ('100%', '25%'), ('cake', 'random'))
+    assert all(x['kl'] == 0 and x['top1'] == 1 and x['nll'] == x['nll_full'] for x in r if x['budget'] == '100%') and all(x['kl'] > .001 for x in r if x['budget'] == '25%')
+    test_eq((r[2]['live'], r[2]['peak']), (r[3]['live'], r[3]['peak']))
+    rows = quality('llmopt-tiny', dict(a=[(ids, ids.shape[1]-4)], b=[(ids, ids.shape[1]-3), (ids, ids.shape[1]-2)]), ('25%',), ('cake', 'scores alone'), workers=2)
+    test_eq([(x['task'], x['text'], x['tokens']-ids.shape[1], x['policy']) for x in rows], [(t, i, n, p) for t, i, n in (('a', 0, -4), ('b', 0, -3), ('b', 1, -2)) for p in ('cake', 'scores alone')])
+    assert 'scores alone' not in POLICIES

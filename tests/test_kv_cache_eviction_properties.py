@@ -74,7 +74,7 @@ def model():
 
 @costly
 @given(policy=st.sampled_from([*POLICIES]), budget=st.sampled_from([16, 30, '20%', '50%', '8KiB', 'mass=0.6', 'mass=0.95']), window=st.integers(1, 10), first=st.integers(0, 5),
-       slack=st.integers(0, 12), unit=st.sampled_from([0, 1, 7]), pieces=st.lists(st.sampled_from([1, 1, 2, 5, 17, 40]), min_size=1, max_size=12), pad=st.integers(0, 30))
+       slack=st.one_of(st.none(), st.integers(0, 12)), unit=st.sampled_from([0, 1, 7]), pieces=st.lists(st.sampled_from([1, 1, 2, 5, 17, 40]), min_size=1, max_size=12), pad=st.integers(0, 30))
 def test_any_history_keeps_what_must_stay(model, policy, budget, window, first, slack, unit, pieces, pad):
     "The first tokens and the window are there, positions increase, no row holds padding once it was cut, and all layers together hold what the budget says."
     cache, n = EvictingCache(model.config, Eviction(budget, policy, window, first, slack, unit)), sum(pieces)
@@ -82,8 +82,13 @@ def test_any_history_keeps_what_must_stay(model, policy, budget, window, first, 
     mask[1, :min(pad, pieces[0]-1)] = 0
     ids = torch.randint(0, 64, (2, n), generator=torch.Generator().manual_seed(n))
     for q in pieces:
-        with torch.no_grad(), packed(model): model(ids[:, at:at+q], attention_mask=mask[:, :at+q], past_key_values=cache)
+        try:
+            with torch.no_grad(), packed(model): model(ids[:, at:at+q], attention_mask=mask[:, :at+q], past_key_values=cache)
+        except ValueError as e:       # 18 tokens fit in 8 KiB
+            assert budget == '8KiB' and 'always kept' in str(e) and (unit == 0 or -(-(first+window)//unit)*unit > 18)
+            return
         at += q
+        assert budget != '8KiB' or cache.kv_bytes().live <= 8192
         if cache.evictor.rounds > rounds: _check_budget(cache, mask[:, :at].bool())
         rounds = cache.evictor.rounds
         for layer in cache.slab_layers: _check_rows(layer.slab, mask[:, :at].bool(), first, window)
@@ -105,6 +110,6 @@ def _check_budget(cache, visible):
     e = cache.evictor
     if parse_budget(e.cfg.budget).kind == 'mass': return
     limits = e.limits(visible)
-    for b, limit in enumerate(limits):
+    for b, (limit, _) in enumerate(limits):
         held = sum(s.sizes[b] for s in cache.slabs)
         if cache.slabs[0].p is not None: assert held <= limit*len(cache.slabs), (held, limit)
