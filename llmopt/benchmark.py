@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['NAIVE', 'SUITES', 'read_texts', 'survive', 'budgets', 'answers', 'mean_answers', 'pays', 'benchmark_words',
-           'benchmark_vocab', 'kv_bars', 'benchmark_kv', 'benchmark_larosa', 'run', 'show']
+           'benchmark_vocab', 'kv_bars', 'benchmark_kv', 'sparse_answers', 'benchmark_larosa', 'run', 'show']
 
 # %% ../nbs/10_benchmark.ipynb #65e3b7cc
-import json, math, random, statistics, time
+import json, math, os, random, statistics, time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd, torch
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 import llmopt.kv_cache.speed as kv_speed
 from .kv_cache.restore import benchmark_restore
@@ -196,19 +198,59 @@ def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows
                fronts=[dict(speed=r['speed'], front=f, chunk=i, begin=b, end=e) for r in restore for f, i, b, e in r['trace']])
     return dict(bars=kv_bars(res), **res)
 
+# %% ../nbs/10_benchmark.ipynb #777b53db
+@torch.inference_mode()
+def _step_by_step(model, prompt, answer):
+    "Log-probabilities before each token of `answer`: the prompt in one pass, then token by token. # (n, V)"
+    cache, out = DynamicCache(config=model.config), []
+    for ids in (prompt, *([t] for t in answer[:-1])): out.append(model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1])
+    return torch.stack(out).float().log_softmax(-1)
+
+def _written(ladder, arm, p, lm, asked, n):
+    "One row: keywords in the answers of one arm, and KL along the dense answers, of which `asked` holds ids and log-probabilities."
+    cols, recall = [], []
+    with ladder.arm(arm, p, 'decode') as (model, shares):
+        for prompt, keywords, ids, lp in asked:
+            recall.append(keyword_recall(lm.tokenizer.decode(_answer(replace(lm, model=model), prompt, n), skip_special_tokens=True), keywords))
+            cols.append(kl(lp, _step_by_step(model, prompt, ids)))
+    at = lambda lo, hi: torch.cat([c[lo:hi] for c in cols]).mean().item()
+    parts = {f'kl_{lo+1}_{lo+n//4}': at(lo, lo+n//4) for lo in range(0, n, n//4) if any(len(c) > lo for c in cols)}
+    return dict(arm=arm, p=p, net=shares()[1], answers=len(asked), keyword_recall=statistics.fmean(recall), kl=at(0, n), kl_p99=torch.cat(cols).quantile(.99).item(), **parts)
+
+
+# %% ../nbs/10_benchmark.ipynb #3961b5ce
+def sparse_answers(lm, ladder:Ladder, rows:list, # what `read_texts` returned; those with questions that have keywords count
+                   shares=(.25, .4, .5, .6), arms=('top-k', 'published', 'values rotated'),
+                   n:int=32,                     # tokens of an answer, divisible by 4
+                   processes:int=1)->list:       # one dict an arm and share; the first is the dense model
+    "Questions about passages, answered with dense prompts and sparse new tokens."
+    asked = []
+    for r, q in [(r, q) for r in rows for q in r.get('questions', []) if q.get('keywords')]:
+        prompt = _prompt(lm, r['text'], q['question']); ids = _answer(lm, prompt, n)
+        asked.append((prompt, q['keywords'], ids, _step_by_step(lm.model, prompt, ids)))
+    if not asked: return []
+    found = statistics.fmean(keyword_recall(lm.tokenizer.decode(ids, skip_special_tokens=True), k) for _, k, ids, _ in asked)
+    jobs = [(a, p, replace(lm, model=None), asked, n) for p in shares for a in arms]
+    return [dict(arm='dense', p=0., net=0., answers=len(asked), keyword_recall=found, kl=0., kl_p99=0.), *ladder.each(_written, jobs, processes)]
+
+
 # %% ../nbs/10_benchmark.ipynb #3435b915
-def benchmark_larosa(texts=None, # see `read_texts`: what the ladder is tested on
-                     model=TINY, quick:bool=False)->dict: # table -> rows
-    "LaRoSA: products and whole steps beside dense ones and the byte bound; the loss of each part of the method at equal bytes."
-    lm = load(model, 'cpu', dtype='float32')
+def benchmark_larosa(texts=None, # see `read_texts`: what the ladder is tested on, and asked about
+                     model=TINY, quick:bool=False, processes:int|None=None # for ladder and answers; None is one a core, but one for models that do not ship with the package
+                    )->dict:     # table -> rows
+    "LaRoSA: products and whole steps beside dense ones and the byte bound; the loss of each part of the method at equal bytes, and what answers lose."
+    rows, lm = read_texts(texts), load(model, 'cpu', dtype='float32')
+    processes = processes or (os.cpu_count() if model == TINY and not quick else 1)
     width, most = (64, 4) if quick else (256, 64)
-    test = windows(passages() if texts is None else [r['text'] for r in read_texts(texts)], lm.tokenizer, width, 4 if quick else 24)
+    test = windows([r['text'] for r in rows], lm.tokenizer, width, 4 if quick else 24)
     if not len(test): raise LlmoptError(f'the ladder needs at least {width} tokens of text')
-    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, most*(width//16 if quick else 1)), test)
     kernel = benchmark_kernel(((256, 512),), (.5,), rounds=2, nbytes=2**20) if quick else benchmark_kernel()
     small = dict(hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=128) if quick else {}
     step = [r for n in (1, 2) for r in benchmark_step(n_threads=n, **(dict(sparsities=(.5,), rounds=2, context=16) if quick else {}), **small)]
-    return dict(kernel=kernel, step=step, ladder=ladder.climb((.5,), ('threshold', 'top-k', 'published', 'values rotated')) if quick else ladder.climb())
+    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, most*(width//16 if quick else 1)), test)
+    climbed = ladder.climb((.5,), ('threshold', 'top-k', 'published', 'values rotated')) if quick else ladder.climb(processes=processes)
+    return dict(kernel=kernel, step=step, ladder=climbed, answers=sparse_answers(lm, ladder, rows[:2], (.5,), n=8) if quick else sparse_answers(lm, ladder, rows, processes=processes))
+
 
 # %% ../nbs/10_benchmark.ipynb #146b3236
 SUITES = dict(words=benchmark_words, vocab=benchmark_vocab, kv=benchmark_kv, larosa=benchmark_larosa)

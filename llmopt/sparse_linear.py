@@ -120,15 +120,17 @@ def _axpy_pairs(rows, kept, values, y, lo, hi): # (D, N/2) pairs, (B, k), (B, k)
     B, k = kept.shape
     for b in range(B):
         c, v, even, odd = kept[b], values[b], y[b, 0, lo:hi], y[b, 1, lo:hi]
-        for i in range(0, k-3, 4):
+        for i in range(0, k-7, 8):
             r0, r1, r2, r3 = rows[c[i], lo:hi], rows[c[i+1], lo:hi], rows[c[i+2], lo:hi], rows[c[i+3], lo:hi]
-            v0, v1, v2, v3 = v[i], v[i+1], v[i+2], v[i+3]
+            r4, r5, r6, r7 = rows[c[i+4], lo:hi], rows[c[i+5], lo:hi], rows[c[i+6], lo:hi], rows[c[i+7], lo:hi]
+            v0, v1, v2, v3, v4, v5, v6, v7 = v[i], v[i+1], v[i+2], v[i+3], v[i+4], v[i+5], v[i+6], v[i+7]
             for j in range(hi-lo):
-                even[j] += v0*_low(r0[j])+v1*_low(r1[j])+v2*_low(r2[j])+v3*_low(r3[j])
-                odd[j] += v0*_high(r0[j])+v1*_high(r1[j])+v2*_high(r2[j])+v3*_high(r3[j])
-        for i in range(k//4*4, k):
+                even[j] += v0*_low(r0[j])+v1*_low(r1[j])+v2*_low(r2[j])+v3*_low(r3[j])+(v4*_low(r4[j])+v5*_low(r5[j])+v6*_low(r6[j])+v7*_low(r7[j]))
+                odd[j] += v0*_high(r0[j])+v1*_high(r1[j])+v2*_high(r2[j])+v3*_high(r3[j])+(v4*_high(r4[j])+v5*_high(r5[j])+v6*_high(r6[j])+v7*_high(r7[j]))
+        for i in range(k//8*8, k):
             r0, v0 = rows[c[i], lo:hi], v[i]
             for j in range(hi-lo): even[j] += v0*_low(r0[j]); odd[j] += v0*_high(r0[j])
+
 
 # %% ../nbs/03a_sparse_linear.ipynb #032e8bd9
 def axpy_product(rows:torch.Tensor,   # (D, N), contiguous, N even
@@ -197,9 +199,15 @@ def forward(self:SparseLinear,
             x:torch.Tensor       # (…, D)
            )->torch.Tensor:      # (…, N)
     "The dense product."
-    if x.dtype == torch.bfloat16 and x.device.type == 'cpu' and x.numel() == self.in_features and not torch.is_grad_enabled():
-        return self.sparse(x, torch.arange(self.in_features))
+    if self._own_dense(x): return self.sparse(x, torch.arange(self.in_features))
     return F.linear(x, self.weight, self.bias)
+
+@patch
+def _own_dense(self:SparseLinear, x):
+    "Is the product of all rows quicker than torch's?"
+    if x.device.type != 'cpu' or x.numel() != self.in_features or x.dtype != self.rows.dtype or torch.is_grad_enabled(): return False
+    return x.dtype == torch.bfloat16 or x.dtype == torch.float32 and self.kernel == 'axpy' and self.rows.nbytes > 2**20
+
 
 # %% ../nbs/03a_sparse_linear.ipynb #5950ebe8
 @patch

@@ -4,8 +4,10 @@
 import tempfile
 import json
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.core import load, LlmoptError
+from llmopt.core import load, TINY, LlmoptError
 from pathlib import Path
+from llmopt.larosa import default_texts, windows
+from llmopt.larosa_ladder import Ladder, passages
 from llmopt.benchmark import *
 
 
@@ -61,21 +63,36 @@ def test_bars_of_the_kv_cache():
     test_eq([r['met'] for r in kv_bars(t)], [False, True, False, True, None, True, False, False])
 
 
+def test_sparse_answers():
+    """A loss that is averaged over a text hides what happens when a model *writes*: there each token is one that the
+    sparse model chose. So it also answers the questions about the passages, prompts dense and every new token
+    sparse, as a chat would. Counted are the keywords that its answers hold, and the divergence from the dense
+    model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
+    the package, of which no passage is part."""
+    lm = load(TINY, 'cpu', dtype='float32'); rows = read_texts()[:2]
+    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16), windows(passages(), lm.tokenizer, 64, 4))
+    dense, none, half, cut = sparse_answers(lm, ladder, rows, (0., .8), ('values rotated', 'top-k'), 8)[:1]+sparse_answers(lm, ladder, rows, (0.,), ('values rotated',), 8)[1:]+sparse_answers(lm, ladder, rows, (.5, .9), ('values rotated',), 8)[1:]
+    test_eq(dense['keyword_recall'], none['keyword_recall']); assert none['kl'] < 1e-5 < half['kl'] < cut['kl'] and half['kl_1_2'] < half['kl']    # the first token follows a dense prompt
+    test_eq(dense['answers'], sum(len(r['questions']) for r in rows)); test_eq(sparse_answers(lm, ladder, [dict(text='No questions.')]), [])
+
+
 def test_benchmark_larosa():
-    """Products with one vector, and whole decode steps of a model with the shapes of a 1B Llama, sparse beside the
-    best dense way there is on this machine and beside what stock transformers does
-    ([kernels](03a_sparse_linear.ipynb)); and what each part of LaRoSA buys in quality at equal bytes
-    ([ladder](03b_larosa_ladder.ipynb)), on your texts if you give some."""
+    """A loss that is averaged over a text hides what happens when a model *writes*: there each token is one that the
+    sparse model chose. So it also answers the questions about the passages, prompts dense and every new token
+    sparse, as a chat would. Counted are the keywords that its answers hold, and the divergence from the dense
+    model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
+    the package, of which no passage is part."""
     r = benchmark_larosa(quick=True)
-    test_eq([x['arm'] for x in r['ladder']], ['threshold', 'top-k', 'published', 'values rotated'])
+    test_eq([x['arm'] for x in r['answers']], ['dense', 'top-k', 'published', 'values rotated']); test_eq([x['arm'] for x in r['ladder']], ['threshold', 'top-k', 'published', 'values rotated'])
     assert all(x['median_ms'] > 0 for x in r['kernel']+r['step']) and {x['sparsity'] for x in r['step']} == {None, 0., .5} and all(x['kl'] > 0 for x in r['ladder'])
 
 
 def test_run():
-    """Products with one vector, and whole decode steps of a model with the shapes of a 1B Llama, sparse beside the
-    best dense way there is on this machine and beside what stock transformers does
-    ([kernels](03a_sparse_linear.ipynb)); and what each part of LaRoSA buys in quality at equal bytes
-    ([ladder](03b_larosa_ladder.ipynb)), on your texts if you give some."""
+    """A loss that is averaged over a text hides what happens when a model *writes*: there each token is one that the
+    sparse model chose. So it also answers the questions about the passages, prompts dense and every new token
+    sparse, as a chat would. Counted are the keywords that its answers hold, and the divergence from the dense
+    model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
+    the package, of which no passage is part."""
     with tempfile.TemporaryDirectory() as d:
         with expect_fail(LlmoptError, 'known: words'): run('wrds', d)
         p = run('vocab', d, quick=True)
