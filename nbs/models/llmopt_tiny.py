@@ -131,9 +131,9 @@ def reading(train):
     return {k: [''.join(qa(q, a) for q, a in doc) for doc in docs] for k, docs in made.items()}
 
 # how often the main phase goes through each source, relative to the others, and by how much the annealing phase leans towards some
-EPOCHS = dict(medquad=11, medtext=8, books=14, shakespeare=12, speeches=12, web=16, wikipedia=18, wikitext=18, code=14, tasks=14, roleplay=10, own_qa=16, own_text=18,
-              facts=4, recall=3, extract=4, choose=4)
-ANNEAL = dict(own_qa=2, own_text=1.5, tasks=1.5, wikipedia=1.3, wikitext=1.3, extract=1.5, choose=1.5, books=.8, shakespeare=.8, recall=.7)
+EPOCHS = dict(medquad=8, medtext=8, books=10, shakespeare=14, speeches=8, web=10, wikipedia=8, wikitext=14, code=12, tasks=10, roleplay=10, own_qa=8, own_text=8,
+              facts=3, recall=2, extract=4, choose=3.5)     # what `extract` and `choose` are made of is read there several times more
+ANNEAL = dict(own_qa=2, own_text=1.5, tasks=1.5, wikitext=1.3, recall=.7)
 
 def train_tokenizer(docs):
     "Byte-level BPE; each source gives at most 3 MB, so that no single one decides the merges."
@@ -212,15 +212,19 @@ def optimizers(m, lr, lr_emb):
     return [torch.optim.Muon(mats, lr=lr, weight_decay=.1, momentum=.95, adjust_lr_fn='match_rms_adamw'),
             torch.optim.AdamW(rest, lr=lr_emb, betas=(.9, .95), weight_decay=.01)]
 
-def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=CONTEXT, device='cpu', threads=2, every=100, init=None):
+def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=CONTEXT, device='cpu', threads=2, every=100, init=None, dropout=.1):
     """Train for `minutes` or `tokens` more, whichever ends first, and save `work/{phase}.pt`. `main` keeps the learning rate after warm-up; `anneal` starts from
     `main` (or `init`) and takes the rate linearly to zero over its budget. A stopped run resumes from its file."""
     work = Path(work); torch.set_num_threads(threads)
     stats, main, cpu = json.load(open(work/'data.json')), phase == 'main', device == 'cpu'
-    B = B or (8 if cpu else 32)
+    B = B or (8 if cpu else 64)
     micro = max(1, 2048//T) if cpu else B
     weights = {k: EPOCHS[k]*stats[k]['tokens']*(1 if main else ANNEAL.get(k, 1)) for k in stats}
-    m = new_model().to(device); opts = optimizers(m, lr, lr_emb)
+    m = new_model().to(device)
+    for l in m.model.layers:                               # what is read many times is learned by heart later with dropout
+        l.mlp.register_forward_hook(lambda _, a, y: F.dropout(y, dropout, m.training))
+        l.self_attn.register_forward_hook(lambda _, a, y: (F.dropout(y[0], dropout, m.training), *y[1:]))
+    opts = optimizers(m, lr, lr_emb)
     state, file = dict(step=0, tokens=0, phase_tokens=0, seconds=0., log=[]), work/f'{phase}.pt'
     start = file if file.exists() else Path(init) if init else work/'main.pt'
     if start.exists():

@@ -10,7 +10,7 @@ prompt, in other words or among others like it, and differs from document to doc
 
 Everything is drawn from a seed. `llmopt_tiny.py data` calls `tasks`.
 """
-import random, re
+import itertools, random, re
 
 # ------------------------------------------------------------------------------------------------ invented names and values
 ONSET, NUCLEUS, CODA = 'b br c d dr f g gl h j k l m n p pr r s st t th tr v w z'.split(), 'a e i o u ai ea o u a e'.split(), ['', '', '', 'l', 'n', 'r', 's', 'm', 'x', 'nd', 'rk', 'th']
@@ -139,10 +139,10 @@ SAYS = ['What does the text say about {w}?', 'What is said about {w}?', 'Which s
 GOES_ON = ['How does the sentence go on: "{a}"', 'Complete from the text: "{a}"', 'Finish this sentence of the text: {a}', 'What follows after "{a}"?']
 GAP = ['Which word is missing: "{a}"', 'Fill the gap from the text: "{a}"', 'What stands in place of the gap: "{a}"']
 
-def extract(r, docs):
-    "A run of sentences of a document, with questions about single ones."
+def extract(r, docs, lengths):
+    "A run of sentences of a document, drawn by its length, with questions about single ones."
     for _ in range(50):
-        ss = sentences(r.choice(docs))
+        ss = sentences(r.choices(docs, cum_weights=lengths)[0])
         if len(ss) >= 3: break
     i, n = r.randrange(max(1, len(ss)-2)), r.randint(3, 14)
     ss = ss[i:i+n]; pairs = []
@@ -158,7 +158,7 @@ def extract(r, docs):
             cut = r.randint(3, len(w)-3); pairs.append((r.choice(GOES_ON).format(a=' '.join(w[:cut])), ' '.join(w[cut:])))
         elif len(w) > 6:
             m = r.randrange(1, len(w)-1); pairs.append((r.choice(GAP).format(a=' '.join([*w[:m], '___', *w[m+1:]])), w[m].strip('.,;:!?()"')))
-    return turns(r, r.choice([' ', ' ', '\n']).join(ss), pairs) if pairs else extract(r, docs)
+    return turns(r, r.choice([' ', ' ', '\n']).join(ss), pairs) if pairs else extract(r, docs, lengths)
 
 def choose(r, pairs):
     "The answers to several questions as one text; one or more of the questions are asked."
@@ -171,8 +171,8 @@ def choose(r, pairs):
     text = [' '.join(ss) for _, ss in shorts]; r.shuffle(text)
     return turns(r, r.choice(['\n', '\n\n', ' ']).join(text), [(q, ' '.join(ss[:2])) for q, ss in r.sample(shorts, r.randint(1, len(shorts)))])
 
-def tasks(docs, pairs, n=(14000, 9000, 22000, 14000), seed=0):
+def tasks(docs, pairs, n=(28000, 18000, 44000, 28000), seed=0):
     "`n` documents of `facts`, `recall`, `extract` and `choose`, as lists of (question, answer) turns, from texts and question-answer pairs of the training part."
-    r = random.Random(seed)
+    r, lengths = random.Random(seed), [*itertools.accumulate(map(len, docs))]
     return dict(facts=[facts(r) for _ in range(n[0])], recall=[recall(r) for _ in range(n[1])],
-                extract=[extract(r, docs) for _ in range(n[2])], choose=[choose(r, pairs) for _ in range(n[3])])
+                extract=[extract(r, docs, lengths) for _ in range(n[2])], choose=[choose(r, pairs) for _ in range(n[3])])
