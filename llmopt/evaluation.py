@@ -282,8 +282,10 @@ def ratio_interval(x, seed=0, n=2000): # (ratio, low, high)
     est = math.exp(x.median())
     if len(groups) < 2: groups = [np.array([v]) for v in x.to_numpy()]
     if len(groups) < 2: return est, None, None
-    stat = lambda i: np.median(np.concatenate([groups[int(j)] for j in i]))
-    ci = bootstrap((np.arange(len(groups)),), stat, vectorized=False, n_resamples=n, method='percentile', rng=np.random.default_rng(seed)).confidence_interval
+    rows = np.full((len(groups), max(map(len, groups))), np.nan)       # a failed round leaves a gap
+    for row, g in zip(rows, groups): row[:len(g)] = g
+    stat = lambda i, axis: np.nanmedian(rows[i.astype(int)].reshape(*i.shape[:-1], -1), axis)
+    ci = bootstrap((np.arange(len(groups)),), stat, n_resamples=n, method='percentile', rng=np.random.default_rng(seed)).confidence_interval
     return est, math.exp(ci.low), math.exp(ci.high)
 
 # %% ../nbs/06_evaluation.ipynb #4002fc8f
