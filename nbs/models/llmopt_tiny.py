@@ -233,7 +233,7 @@ def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, 
         if start != file: state['phase_tokens'] = 0
         print('from', start.name, {k: v for k, v in state.items() if k != 'log'}, flush=True)
     total = sum(weights.values())                          # the mixture may change from one run to the next: each is written down
-    state.setdefault('mixtures', []).append(dict(phase=phase, from_tokens=state['tokens'], lr=lr, share={k: round(w/total, 4) for k, w in weights.items()}))
+    state.setdefault('mixtures', []).append(dict(phase=phase, from_tokens=state['tokens'], lr=lr, rows=f'{B} x {T}', device=torch.cuda.get_device_name() if device == 'cuda' else f'{threads} cores', share={k: round(w/total, 4) for k, w in weights.items()}))
     data = Stream(work/'tokens.npz', weights, seed=1000*state['step'] + (0 if main else 1))
     val = {k: torch.tensor(x) for k, x in heldout_rows(work, T).items()}
     def loss_fn(x):
