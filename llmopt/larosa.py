@@ -459,9 +459,12 @@ def learn_basis(model,            # a transformers causal LM
                 q:torch.Tensor,   # (D, D): where to begin
                 price:dict,       # what `prices` returned, in the basis `q`
                 level:float=.5,   # share of bytes skipped
-                steps:int=120, tokens:int=512, lr:float=.25, seed:int=0)->torch.Tensor: # (D, D) float64
+                steps:int=120, tokens:int=512, lr:float=.25, seed:int=0,
+                room:int=2**31    # bytes for inputs; windows that do not fit are left out
+               )->torch.Tensor:   # (D, D) float64
     "One basis for all blocks, in which dropping costs their readers less than in `q`."
-    z, jobs, gen = block_inputs(model, ids), {}, torch.Generator().manual_seed(seed)
+    fits = room//(4*len(q)*ids.shape[1]*model.config.num_hidden_layers*len(family(model).blocks))
+    z, jobs, gen = block_inputs(model, ids[:max(1, fits)]), {}, torch.Generator().manual_seed(seed)
     start = q.float()
     new = sparsify(convert(model, dict.fromkeys(z, q)))
     for key, (k, ws) in _readers(new, price, level).items():
