@@ -220,7 +220,7 @@ def _written(ladder, arm, p, lm, asked, n):
 
 # %% ../nbs/10_benchmark.ipynb #3961b5ce
 def sparse_answers(lm, ladder:Ladder, rows:list, # what `read_texts` returned; those with questions that have keywords count
-                   shares=(.25, .4, .5, .6), arms=('top-k', 'published', 'values rotated'),
+                   shares=(.25, .4, .5, .6), arms=('top-k', 'published', 'basis learned'),
                    n:int=32,                     # tokens of an answer, divisible by 4
                    processes:int=1)->list:       # one dict an arm and share; the first is the dense model
     "Questions about passages, answered with dense prompts and sparse new tokens."
@@ -248,7 +248,7 @@ def benchmark_larosa(texts=None, # see `read_texts`: what the ladder is tested o
     small = dict(hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=128) if quick else {}
     step = [r for n in (1, 2) for r in benchmark_step(n_threads=n, **(dict(sparsities=(.5,), rounds=2, context=16) if quick else {}), **small)]
     ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, most*(width//16 if quick else 1)), test)
-    climbed = ladder.climb((.5,), ('threshold', 'top-k', 'published', 'values rotated')) if quick else ladder.climb(processes=processes)
+    climbed = ladder.climb((.5,), ('threshold', 'top-k', 'published', 'basis learned')) if quick else ladder.climb(processes=processes)
     return dict(kernel=kernel, step=step, ladder=climbed, answers=sparse_answers(lm, ladder, rows[:2], (.5,), n=8) if quick else sparse_answers(lm, ladder, rows, processes=processes))
 
 

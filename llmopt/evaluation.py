@@ -385,11 +385,13 @@ def _cell(s, digits=1, scale=1.):
 
 # %% ../nbs/06_evaluation.ipynb #36b6fc83
 COLUMNS = dict(ttft_ms=('TTFT ms', 1, 1), tpot_ms=('TPOT ms', 2, 1), e2el_ms=('total ms', 0, 1), prompt_tokens=('prompt tokens', 0, 1), kv_bytes_peak=('KV KiB', 0, 2**-10),
-               peak_rss_bytes=('peak MiB', 0, 2**-20), kl_mean=('KL', 3, 1), top1_agree=('same top', 2, 1), bits_per_byte_delta=('bits/byte +', 3, 1), rougeL_vs_base=('ROUGE-L', 2, 1), keyword_recall=('keywords', 2, 1))
+               peak_rss_bytes=('peak MiB', 0, 2**-20), skipped_weight_bytes=('skipped MiB', 1, 2**-20), kl_mean=('KL', 3, 1), top1_agree=('same top', 2, 1), bits_per_byte_delta=('bits/byte +', 3, 1), rougeL_vs_base=('ROUGE-L', 2, 1), keyword_recall=('keywords', 2, 1))
 def table(res:Results):
     "The results as one table: a row a method."
     by = {(s.method, s.metric): s for s in res.summary}
     rows = {m: {name: _cell(by.get((m, k)), d, sc) for k, (name, d, sc) in COLUMNS.items()} for m in dict.fromkeys(s.method for s in res.summary)}
+    for m in res.methods:
+        if 'larosa' in m.params and m.id in rows: rows[m.id]['skipped MiB'] += f" (sparsity {m.params['larosa']['sparsity']:g})"
     return pd.DataFrame(rows).T
 
 # %% ../nbs/06_evaluation.ipynb #dddb3e88

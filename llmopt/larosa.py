@@ -6,8 +6,9 @@
 __all__ = ['FAMILIES', 'ROTATIONS', 'TOKENS', 'SPLITS', 'LEVELS', 'BUNDLED', 'keep_topk', 'Block', 'Family', 'family',
            'gain_free', 'moments', 'eigenbasis', 'bases', 'Turn', 'convert', 'Selection', 'Masked', 'Sparsified',
            'projections', 'sparsify', 'set_levels', 'set_tokens', 'split_levels', 'Traffic', 'traffic', 'log_probs',
-           'energies', 'prices', 'measured_levels', 'value_bases', 'LaRoSA', 'windows', 'default_texts', 'Calibration',
-           'fingerprint', 'calibrate', 'SimpleLaRoSA', 'load_calibration', 'Drafted', 'dense', 'self_draft']
+           'energies', 'prices', 'measured_levels', 'value_bases', 'block_inputs', 'dropped_error', 'learn_basis',
+           'LaRoSA', 'windows', 'default_texts', 'Calibration', 'fingerprint', 'calibrate', 'SimpleLaRoSA',
+           'load_calibration', 'Drafted', 'dense', 'self_draft']
 
 # %% ../nbs/03_larosa.ipynb #5232304c
 import copy, hashlib, json, weakref
@@ -25,7 +26,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from .core import ASSETS, LM, LlmoptError, TINY, kl
+from .core import ASSETS, LM, LlmoptError, TINY, kl, max_positions
 from .sparse_linear import SparseLinear
 
 # %% ../nbs/03_larosa.ipynb #3c7d311b
@@ -68,20 +69,26 @@ FAMILIES = dict.fromkeys(('llama', 'mistral', 'qwen2', 'qwen3'), _llama()) | {
 # %% ../nbs/03_larosa.ipynb #71aad46c
 def family(model)->Family: # `model`: a transformers causal LM
     "The description of `model`; `LlmoptError` with the reason if it cannot be rotated."
-    kind = model.config.model_type
+    kind = getattr(getattr(model, 'config', None), 'model_type', type(model).__name__)
     if kind not in FAMILIES: raise LlmoptError(f"LaRoSA cannot convert '{kind}' models; it knows {', '.join(FAMILIES)}")
     fam, places = FAMILIES[kind], {str(p.device) for p in model.parameters()}
     if len(places) > 1 or 'meta' in places: raise LlmoptError(f"the weights lie on {', '.join(sorted(places))}; LaRoSA needs them all on one device")
+    for path in ('lm_head', *fam.embed): _check(model.get_submodule(path), path)
     for i, layer in enumerate(model.get_submodule(fam.layers)):
         if hasattr(layer, 'crossattention'): raise LlmoptError('LaRoSA cannot convert models with cross-attention')
         for path in {p for b in fam.blocks for p in (*b.read, b.write)}: _check(layer.get_submodule(path), f'layer {i}, {path}')
+    if type(model.get_submodule(fam.norm)) is nn.RMSNorm: raise LlmoptError('the model is already converted; load the plain model')
     return fam
 
-def _check(linear, where):
-    "Refuse what is no plain linear map in floating point."
-    if type(linear) in (nn.Linear, Conv1D) and linear.weight.is_floating_point(): return
-    kind = type(linear).__name__+(f' of {linear.weight.dtype}' if isinstance(getattr(linear, 'weight', None), torch.Tensor) else '')
+_PLAIN = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+def _check(m, where):
+    "Refuse what is no plain linear map or table in floating point."
+    w = getattr(m, 'weight', None)
+    if type(m) in (nn.Linear, Conv1D, nn.Embedding) and w.dtype in _PLAIN: return
+    kind = type(m).__name__+(f' of {w.dtype}' if isinstance(w, torch.Tensor) else '')
     raise LlmoptError(f'{where} is a {kind}: quantized, wrapped or already converted weights cannot be rotated; load the plain model')
+
 
 # %% ../nbs/03_larosa.ipynb #96142108
 def _eps(norm): return norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
@@ -417,6 +424,79 @@ def value_bases(model, ids:torch.Tensor, bs:int=8)->dict: # layer -> (KV heads, 
         for x in ids.to(model.device).split(bs): model(x, use_cache=False)
     return {i: eigenbasis(c) for i, c in sums.items()}
 
+# %% ../nbs/03_larosa.ipynb #fe85a5f0
+@torch.inference_mode()
+def block_inputs(model, ids:torch.Tensor, bs:int=8)->dict: # (layer, block) -> (tokens, D) float32
+    "The gain-free input of every block."
+    fam, seen, hooks = family(model), {}, []
+    def add(norm, args, key): seen.setdefault(key, []).append(gain_free(args[0], norm).flatten(0, -2).float())
+    for i, layer in enumerate(model.get_submodule(fam.layers)):
+        for j, b in enumerate(fam.blocks): hooks.append(layer.get_submodule(b.norm).register_forward_pre_hook(partial(add, key=(i, j))))
+    with _hooks(hooks):
+        for x in ids.to(model.device).split(bs): model(x, use_cache=False)
+    return {k: torch.cat(v) for k, v in seen.items()}
+
+def dropped_error(z, q, g, k):
+    "Mean squared error of products with Gram matrix `g` when all but `k` coordinates of `z` in the basis `q` are dropped; differentiable in `q`."
+    y = z@q
+    e = (y-keep_topk(y, k))@q.T
+    return ((e@g)*e).sum(-1).mean()
+
+
+# %% ../nbs/03_larosa.ipynb #e0820511
+def _readers(model, price, level):
+    "For every block: channels kept, and the Gram matrix of its readers (of `model`, gains folded), each weighted by its price at `level` in nats a unit of squared output."
+    fam, levels, res = FAMILIES[model.config.model_type], measured_levels(model, price, level), {}
+    for i in range(model.config.num_hidden_layers):
+        for j, b in enumerate(fam.blocks):
+            names = [f'{i}.{p}' for p in b.read]; ps = [projections(model)[n] for n in names]
+            mean = sum(levels[n]*m.linear.weight.numel() for n, m in zip(names, ps))/sum(m.linear.weight.numel() for m in ps)
+            res[i, j] = ps[0].width-round(mean*ps[0].width), [(price[n][:round(levels[n]*m.width)].sum(), m.linear.weight.float()) for n, m in zip(names, ps)]
+    return res
+
+def learn_basis(model,            # a transformers causal LM
+                ids:torch.Tensor, # (n, length)
+                q:torch.Tensor,   # (D, D): where to begin
+                price:dict,       # what `prices` returned, in the basis `q`
+                level:float=.5,   # share of bytes skipped
+                steps:int=120, tokens:int=512, lr:float=.25, seed:int=0,
+                room:int=2**31    # bytes for inputs; windows that do not fit are left out
+               )->torch.Tensor:   # (D, D) float64
+    "One basis for all blocks, in which dropping costs their readers less than in `q`."
+    fits = room//(4*len(q)*ids.shape[1]*model.config.num_hidden_layers*len(family(model).blocks))
+    z, jobs, gen = block_inputs(model, ids[:max(1, fits)]), {}, torch.Generator().manual_seed(seed)
+    start = q.float()
+    new = sparsify(convert(model, dict.fromkeys(z, q)))
+    for key, (k, ws) in _readers(new, price, level).items():
+        grams = [(cost, start@(w.T@w)@start.T) for cost, w in ws]                                # back in the model's own basis
+        jobs[key] = k, sum(cost/dropped_error(z[key][:4*tokens], start, g, k).clamp(min=1e-12)*g for cost, g in grams)
+    return _orthogonal(_descend(start, lambda q: _cost(q, z, jobs, tokens, gen), steps, lr))
+
+def _cost(q, z, jobs, tokens, gen):
+    "What dropping costs in the basis `q`, in nats, on tokens chosen at random."
+    some = torch.randint(len(next(iter(z.values()))), (tokens,), generator=gen).to(q.device)
+    return sum(dropped_error(z[key][some], q, g, k) for key, (k, g) in jobs.items())
+
+
+# %% ../nbs/03_larosa.ipynb #7d534fc7
+def _descend(q, cost, steps, lr):
+    "Adam on the orthogonal matrices, from `q`; the rate falls to zero in a straight line."
+    m = v = torch.zeros_like(q)
+    with torch.inference_mode(False), torch.enable_grad():
+        for t in range(1, steps+1):
+            x = q.clone().requires_grad_(); g, = torch.autograd.grad(cost(x), x)
+            g = q.T@g; g = g-g.T                                             # the gradient along rotations
+            m, v = .9*m+.1*g, .99*v+.01*g*g
+            q, r = torch.linalg.qr(q-q@(lr*(1-t/(steps+1))/len(q)**.5*(m/(1-.9**t))/((v/(1-.99**t)).sqrt()+1e-12)))
+            q = q*r.diagonal().sign()
+    return q
+
+def _orthogonal(a):
+    "The orthogonal matrix nearest to `a`, in float64."
+    u, _, v = torch.linalg.svd(a.double())
+    return u@v
+
+
 # %% ../nbs/03_larosa.ipynb #dfe7ec89
 LEVELS = 'measured', *SPLITS
 BUNDLED = ASSETS/'llmopt-tiny-larosa' # the calibration of the bundled model
@@ -426,13 +506,13 @@ class LaRoSA:
     "How activations are dropped; `LaRoSA()` is the method `larosa`."
     sparsity:float = .4       # share of the projections' weight bytes that is skipped (with levels `published`: the paper's p)
     levels:str = 'measured'   # `measured`, `neutral`, `published` or `uniform`
-    rotation:str = 'model'    # one of `ROTATIONS`
+    rotation:str = 'learned'  # `learned`, or one of `ROTATIONS`
     heads:bool = True         # rotate values within each KV head
     tokens:str = 'decode'     # which passes are sparse: `decode`, `all` or `none`
     first:int = 0             # tokens at the beginning that stay dense, with `all`
     artifact:str|None = None  # folder that `SimpleLaRoSA.save` wrote, in place of a calibration
     def __post_init__(self):
-        for name, known in (('levels', LEVELS), ('rotation', ROTATIONS), ('tokens', TOKENS)):
+        for name, known in (('levels', LEVELS), ('rotation', ('learned', *ROTATIONS)), ('tokens', TOKENS)):
             if getattr(self, name) not in known: raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1: raise ValueError(f'sparsity is a number in [0, 1), not {self.sparsity!r}')
         if type(self.first) is not int or self.first < 0: raise ValueError(f'first is a whole number of at least 0, not {self.first!r}')
@@ -467,13 +547,22 @@ def _token_ids(model, calibration, tokenizer, length):
     "Token ids (n, length) for whatever was given as `calibration`; `LlmoptError` if there are too few."
     if not isinstance(calibration, torch.Tensor):
         if tokenizer is None: raise LlmoptError('calibration by texts needs the tokenizer: apply(model, texts, tokenizer)')
-        calibration = windows(default_texts(tokenizer) if calibration is None else [calibration] if isinstance(calibration, str) else calibration, tokenizer, length)
+        calibration = windows(_texts(calibration, tokenizer), tokenizer, min(length, max_positions(model.config)))
     ids, need = calibration, 2*model.config.hidden_size
-    if ids.ndim != 2 or ids.is_floating_point(): raise LlmoptError(f'calibration ids are whole numbers of shape (windows, length), not {ids.dtype} of shape {tuple(ids.shape)}')
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32): raise LlmoptError(f'calibration ids are whole numbers of shape (windows, length), not {ids.dtype} of shape {tuple(ids.shape)}')
     if ids.numel() < need: raise LlmoptError(f'{ids.numel():,} tokens of calibration text are too few for a stream of width {need//2:,}: give at least {need:,}')
+    if ids.shape[1] > (most := max_positions(model.config)): raise LlmoptError(f'windows of {ids.shape[1]:,} tokens are longer than the context of {most:,}: cut them shorter')
     rows = model.get_input_embeddings().weight.shape[0]
     if ids.max() >= rows or ids.min() < 0: raise LlmoptError(f'calibration ids must be below {rows:,}, the rows of the embedding; was another tokenizer used?')
     return ids
+
+def _texts(calibration, tokenizer):
+    "A list of texts for whatever was given."
+    if calibration is None: return default_texts(tokenizer)
+    texts = [calibration] if isinstance(calibration, str) else [*calibration]
+    if bad := next((t for t in texts if not isinstance(t, str)), None): raise LlmoptError(f'calibration is texts, or a tensor of token ids (windows, length), not a {type(bad).__name__}')
+    return texts
+
 
 # %% ../nbs/03_larosa.ipynb #aa9d7bd5
 class Calibration(NamedTuple):
@@ -484,11 +573,11 @@ class Calibration(NamedTuple):
     info:dict  # where it is from
 
 def fingerprint(model)->str:
-    "A hash of up to 4,096 entries of each weight of `model`, in bfloat16, so that it does not depend on the type a model was loaded in."
+    "A hash of the weights of `model`, in bfloat16, so that it does not depend on the type it was loaded in: of each, the sum of all bit patterns, and up to 4,096 entries."
     h = hashlib.sha256(model.config.model_type.encode())
     for name, p in sorted(model.named_parameters()):
-        some = p.detach().flatten()[::max(1, p.numel()//4096)].to(torch.bfloat16).view(torch.int16)
-        h.update(f'{name} {tuple(p.shape)}'.encode()+some.cpu().numpy().tobytes())
+        bits = p.detach().flatten().to(torch.bfloat16).view(torch.int16)
+        h.update(f'{name} {tuple(p.shape)} {bits.sum(dtype=torch.int64)}'.encode()+bits[::max(1, bits.numel()//4096)].cpu().numpy().tobytes())
     return h.hexdigest()
 
 # %% ../nbs/03_larosa.ipynb #338652cf
@@ -498,9 +587,13 @@ def calibrate(model,                # a transformers causal LM of a known family
               test_windows:int=4    # windows for the prices
              )->Calibration:
     "Moments, bases and prices of `model` on `ids`."
-    q = bases(moments(model, ids), cfg.rotation)
-    r = value_bases(model, ids) if cfg.heads else None
-    price = prices(sparsify(convert(model, q, r)), ids[:test_windows]) if cfg.levels == 'measured' else {}
+    if model.training: model = copy.deepcopy(model).eval()    # without dropout
+    learned, r = cfg.rotation == 'learned', value_bases(model, ids) if cfg.heads else None
+    q = bases(moments(model, ids), 'model' if learned else cfg.rotation)
+    price = prices(sparsify(convert(model, q, r)), ids[:test_windows]) if learned or cfg.levels == 'measured' else {}
+    if learned:
+        q = dict.fromkeys(q, learn_basis(model, ids, q[0, 0], price))
+        price = prices(sparsify(convert(model, q, r)), ids[:test_windows]) if cfg.levels == 'measured' else {}
     text = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
     name = model.config._name_or_path
     return Calibration(q, r, price, dict(model=Path(name).name if Path(name).is_dir() else name, fingerprint=fingerprint(model), text_sha256=text, tokens=ids.numel(), rotation=cfg.rotation, heads=cfg.heads))
@@ -562,7 +655,7 @@ def save(self:SimpleLaRoSA, folder)->Path:
     "Write the calibration of the last model made to `folder`: `larosa.safetensors` and `larosa.json`."
     if (c := self.calibration) is None: raise LlmoptError('nothing was calibrated yet: call apply(model, calibration) first')
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    kinds = [list(c.q.values())[0]] if c.info['rotation'] in ('none', 'model') else None
+    kinds = [list(c.q.values())[0]] if c.info['rotation'] in ('none', 'model', 'learned') else None
     q = {'q': kinds[0]} if kinds else {f'q.{i}.{j}': v.clone() for (i, j), v in c.q.items()}
     r = {f'r.{i}': v for i, v in (c.r or {}).items()}
     save_file({k: v.float().cpu().contiguous() for k, v in (q | r | {f'price.{k}': v for k, v in c.price.items()}).items()}, folder/'larosa.safetensors')
@@ -571,11 +664,6 @@ def save(self:SimpleLaRoSA, folder)->Path:
     return folder
 
 # %% ../nbs/03_larosa.ipynb #f0309c0e
-def _orthogonal(a):
-    "The orthogonal matrix nearest to `a`, in float64."
-    u, _, v = torch.linalg.svd(a.double())
-    return u@v
-
 def load_calibration(folder)->Calibration:
     "The calibration that `SimpleLaRoSA.save` wrote to `folder`."
     try:

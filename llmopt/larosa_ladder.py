@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from .core import ASSETS, LlmoptError, kl
-from .larosa import (FAMILIES, bases, convert, eigenbasis, family, keep_topk, log_probs, measured_levels, moments, prices, projections, set_levels, set_tokens, sparsify, split_levels,
+from .larosa import (FAMILIES, bases, convert, eigenbasis, family, keep_topk, learn_basis, log_probs, measured_levels, moments, prices, projections, set_levels, set_tokens, sparsify, split_levels,
                            traffic, value_bases)
 
 
@@ -58,7 +58,7 @@ def thresholds(model, ids:torch.Tensor, # (n, length)
 @torch.no_grad()
 def refit(model,              # sparse, of `Masked` maps, tokens `all`; changed in place
           ids:torch.Tensor,   # (n, length)
-          ridge:float=.01,    # of the mean second moment
+          ridge:float=.5,     # of the mean second moment
           bs:int=8):
     "Fit the weights of every projection to what the dense model writes, group by group."
     fam, dense = FAMILIES[model.config.model_type], copy.deepcopy(model)
@@ -101,9 +101,10 @@ def _refit_group(model, dense, names, ids, ridge, bs):
         lins[n].weight.data += torch.linalg.solve(a, c).T.to(lins[n].weight.dtype)
 
 # %% ../nbs/03b_larosa_ladder.ipynb #ba2f9bc6
-OURS = dict(rotation='model', split='measured', heads=True)
+OURS = dict(rotation='learned', split='measured', heads=True)
 ARMS = {'threshold': None, 'top-k': None, 'random rotation': dict(rotation='random'), 'published': dict(split='published'), 'published, adapters free': dict(split='published', net=False),
-        'neutral levels': {}, 'basis for each block': dict(rotation='block'), 'one basis': dict(rotation='model'), 'measured levels': OURS | dict(heads=False), 'values rotated': OURS,
+        'neutral levels': {}, 'basis for each block': dict(rotation='block'), 'one basis': dict(rotation='model'), 'measured levels': OURS | dict(rotation='model', heads=False),
+        'values rotated': OURS | dict(rotation='model'), 'basis learned': OURS,
         '+ first 4 tokens dense': OURS | dict(first=4), '+ weights refitted': OURS | dict(fit=True)}
 
 class Ladder:
@@ -113,14 +114,19 @@ class Ladder:
                  test:torch.Tensor): # (n, length)
         self.model, self.ids, self.test, self.c, self.ref = model, ids, test, moments(model, ids), log_probs(model, test)
         self.heads = {False: None, True: value_bases(model, ids)}
-        self.price = {h: prices(sparsify(convert(model, bases(self.c, 'model'), r)), ids[:4]) for h, r in self.heads.items()}
+        self.price = {('model', h): self._prices(bases(self.c, 'model'), h) for h in self.heads}
+        self.learned = dict.fromkeys(self.c, learn_basis(model, ids, bases(self.c, 'model')[0, 0], self.price['model', True]))
+        self.price['learned', True] = self._prices(self.learned, True)
+
+    def _prices(self, q, heads): return prices(sparsify(convert(self.model, q, self.heads[heads])), self.ids[:4])
 
 # %% ../nbs/03b_larosa_ladder.ipynb #54c91bda
 @patch
 def sparse(self:Ladder, p:float, rotation='layer', split='neutral', net=True, heads=False, first=0, fit=False):
     "The model of one arm, at the share `p` of skipped bytes, from which adapters are taken off if `net`."
-    new = sparsify(convert(self.model, bases(self.c, rotation), self.heads[heads]), 'all', first)
-    set_levels(new, measured_levels(new, self.price[heads], p) if split == 'measured' else _levels_at(new, split, p, net))
+    q = self.learned if rotation == 'learned' else bases(self.c, rotation)
+    new = sparsify(convert(self.model, q, self.heads[heads]), 'all', first)
+    set_levels(new, measured_levels(new, self.price[rotation, heads], p) if split == 'measured' else _levels_at(new, split, p, net))
     return refit(new, self.ids) if fit else new
 
 def _levels_at(new, split, p, net):
@@ -190,7 +196,7 @@ def passages()->list: # of texts
     with open(ASSETS/'reading.jsonl', encoding='utf-8') as f: return [json.loads(l)['text'] for l in f]
 
 # %% ../nbs/03b_larosa_ladder.ipynb #a6ca6362
-SHORT = 'top-k', 'published', 'published, adapters free', 'values rotated'
+SHORT = 'top-k', 'published', 'published, adapters free', 'basis learned'
 
 def climb_domains(model,
                   texts:dict,      # name -> (n, length) token ids; the first two are used

@@ -138,3 +138,4 @@ def test_table():
     baseline and its interval. A ratio in parentheses cannot be told from noise."""
     t = table(compare(['What is rain?'], quick=True, memory=False, progress=False))
     test_eq(list(t.index), ['baseline', *[m for m in known_methods() if m != 'baseline'], AA]); test_eq(t.loc['baseline', 'same top'], '1.00')
+    assert t.loc['larosa', 'skipped MiB'].endswith(' (sparsity 0.4)') and float(t.loc['larosa', 'skipped MiB'].split()[0]) > 0 and t.loc['baseline', 'skipped MiB'] == '-'

@@ -10,7 +10,8 @@ SMALL = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_l
 GPT2 = dict(vocab_size=4096, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=3)
 FAMILIES = {
     'llama': lambda: T.LlamaConfig(**SMALL), 'smollm': lambda: T.LlamaConfig(**SMALL, tie_word_embeddings=True), 'mistral': lambda: T.MistralConfig(**SMALL, sliding_window=16, head_dim=8),
-    'qwen2': lambda: T.Qwen2Config(**SMALL), 'qwen3': lambda: T.Qwen3Config(**SMALL, head_dim=8), 'gpt2': lambda: T.GPT2Config(**GPT2), 'dialogpt': lambda: T.GPT2Config(**GPT2),
+    'qwen2': lambda: T.Qwen2Config(**SMALL), 'qwen3': lambda: T.Qwen3Config(**SMALL, head_dim=8),
+    'phi3': lambda: T.Phi3Config(**SMALL), 'gpt2': lambda: T.GPT2Config(**GPT2), 'dialogpt': lambda: T.GPT2Config(**GPT2),
     'phi2': lambda: T.PhiConfig(**{**SMALL, 'num_key_value_heads': 4})}
 
 @pytest.fixture(scope='module')

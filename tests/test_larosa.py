@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 from llmopt.larosa import *
-from llmopt.larosa import _hooks
+from llmopt.larosa import _hooks, _readers
 
 
 def test_keeps_the_largest():
@@ -117,6 +117,15 @@ def test_refused_models():
     q = copy.deepcopy(m); q.model.layers[0].mlp.up_proj = Linear4bit(32, 56)
     with expect_fail(LlmoptError, 'layer 0, mlp.up_proj is a Linear4bit'): family(q)
     with expect_fail(LlmoptError, 'already converted'): family(sparsify(convert(m, bases(moments(m, ids)))))
+    with expect_fail(LlmoptError, 'the model is already converted'): family(convert(m, bases(moments(m, ids))))
+    with expect_fail(LlmoptError, "'str' models"): family('llmopt-tiny')
+    for path in ('lm_head', 'model.embed_tokens', 'model.layers.2.self_attn.o_proj'):
+        for dt in (torch.int8, torch.float8_e4m3fn):
+            low = copy.deepcopy(m); low.get_submodule(path).weight = nn.Parameter(torch.zeros(96, 32).to(dt), requires_grad=False)
+            with expect_fail(LlmoptError, f'of {dt}'): family(low)
+    more = dict(vocab_size=96, hidden_size=32, num_hidden_layers=1)
+    for cfg in (T.GemmaConfig(**SMALL, head_dim=8), T.MixtralConfig(**SMALL, num_local_experts=2), T.MambaConfig(**more), T.OPTConfig(**more, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32)):
+        with expect_fail(LlmoptError, f"cannot convert '{cfg.model_type}'"): family(T.AutoModelForCausalLM.from_config(cfg))
     m.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(56, 32, dtype=torch.int8), requires_grad=False)
     with expect_fail(LlmoptError, 'layer 1, mlp.up_proj is a Linear of torch.int8'): family(m)
     with expect_fail(LlmoptError, 'rotation is one of'): bases({(0, 0): torch.eye(2)}, 'pca')
@@ -257,6 +266,21 @@ def test_value_bases():
         assert (c-c.diagonal().diag()).abs().max() < 1e-9*c.max() and (c.diagonal().diff() <= 0).all()
 
 
+def test_learned_basis():
+    """The basis is orthogonal, the model in it exactly the same, and the error that was to fall has fallen, here in
+    random models where there is little structure to find."""
+    for name in ('qwen2', 'phi2', 'gpt2'):
+        model, ids = tiny(name); c = moments(model, ids); q = bases(c, 'model')
+        price = prices(sparsify(convert(model, q)), ids); got = learn_basis(model, ids, q[0, 0], price, steps=40, tokens=64)
+        assert (got.T@got-torch.eye(32)).abs().max() < 1e-12 and (got-q[0, 0]).abs().max() > .05
+        new = convert(model, dict.fromkeys(q, got)); assert (logits(new, ids)-logits(model, ids)).abs().max() < 1e-9
+        z = block_inputs(model, ids)
+        for key, cov in c.items(): test_close(z[key].T@z[key]/len(z[key]), cov.float(), 1e-3)
+        err = lambda b: sum(dropped_error(z[i, j], b.float(), w.T@w, k).item()*(p/dropped_error(z[i, j], q[0, 0].float(), w.T@w, k)).item()
+                            for (i, j), (k, ws) in _readers(sparsify(convert(model, q)), price, .5).items() for p, x in ws for w in [x@q[0, 0].float().T])
+        assert err(got) < .97*err(q[0, 0]), name
+
+
 def test_configuration():
     """`LaRoSA` is the configuration that a recipe holds. Its defaults are what the [comparison
     below](#What-each-part-buys) found best; `LaRoSA.published(p)` is the paper."""
@@ -285,6 +309,9 @@ def test_bad_calibration():
     with expect_fail(LlmoptError, 'at least 512'): larosa.apply(lm.model, ['Too short.'], lm.tokenizer)
     with expect_fail(LlmoptError, 'needs the tokenizer'): larosa.apply(lm.model, ['A text.'])
     with expect_fail(LlmoptError, 'of shape (windows, length)'): larosa.apply(lm.model, torch.zeros(600, dtype=torch.long))
+    with expect_fail(LlmoptError, 'of shape (windows, length)'): larosa.apply(lm.model, torch.zeros(4, 256, dtype=torch.bool))
+    with expect_fail(LlmoptError, 'not a list'): larosa.apply(lm.model, [[1, 2, 3]], lm.tokenizer)
+    with expect_fail(LlmoptError, 'longer than the context'): larosa.apply(lm.model, torch.zeros(1, lm.context+1, dtype=torch.long))
     with expect_fail(LlmoptError, 'below 4,096'): larosa.apply(lm.model, torch.full((4, 256), 5000))
     with expect_fail(LlmoptError, 'sparsity is a number in [0, 1)'): SimpleLaRoSA(1.)
     with expect_fail(LlmoptError, 'unexpected keyword'): SimpleLaRoSA(.5, level='measured')
@@ -299,7 +326,7 @@ def test_artifact():
     sparsity 0; so it is made so again when it is read, by the nearest orthogonal matrix (Higham 1986)."""
     model, ids = tiny('llama')
     with tempfile.TemporaryDirectory() as d:
-        for rot in ('model', 'layer'):
+        for rot in ('learned', 'model', 'layer'):
             larosa = SimpleLaRoSA(.5, rotation=rot, tokens='all'); got = logits(larosa.apply(model, ids), ids); larosa.save(f'{d}/a')
             again = SimpleLaRoSA(.5, rotation=rot, tokens='all', artifact=f'{d}/a'); new = again.apply(model)
             test_eq(again.calibration.info, larosa.calibration.info); test_eq(again.traffic, larosa.traffic)
@@ -308,7 +335,9 @@ def test_artifact():
             half = copy.deepcopy(model).bfloat16(); test_eq(fingerprint(half), fingerprint(model)); again.apply(half)
         other, _ = tiny('smollm')
         with expect_fail(LlmoptError, 'made for another model'): again.apply(other)
-        with expect_fail(LlmoptError, "asks for 'model'"): SimpleLaRoSA(.5, artifact=f'{d}/a').apply(model)
+        changed = copy.deepcopy(model); changed.model.layers[1].mlp.up_proj.weight.data[7, 1] += 1.
+        with expect_fail(LlmoptError, 'made for another model'): again.apply(changed)
+        with expect_fail(LlmoptError, "asks for 'learned'"): SimpleLaRoSA(.5, artifact=f'{d}/a').apply(model)
         plain = SimpleLaRoSA(.5, levels='neutral'); plain.apply(model, ids); plain.save(f'{d}/b')
         with expect_fail(LlmoptError, 'holds no prices'): SimpleLaRoSA(.5, artifact=f'{d}/b').apply(model)
         (Path(d)/'a'/'larosa.safetensors').write_bytes(b'x')

@@ -47,11 +47,11 @@ def test_ladder():
     for a in ARMS:
         r = small.rung(a, .5)
         assert r['kl'] > 1e-3 and abs((r['skipped'] if 'free' in a else r['net'])-.5) < (.05 if a == 'threshold' else .01), r
-    for a in ('threshold', 'top-k', 'one basis', 'values rotated'): assert small.rung(a, 0.)['kl'] < 1e-5
+    for a in ('threshold', 'top-k', 'one basis', 'values rotated', 'basis learned'): assert small.rung(a, 0.)['kl'] < 1e-5
     assert small.rung('neutral levels', 0.)['skipped'] > 0   # its adapters are not free
     with expect_fail(LlmoptError, 'unknown arm'): small.rung('magic', .5)
     one = log_probs(model, ids[8:, :1])
-    for a in ('top-k', 'values rotated'):
+    for a in ('top-k', 'basis learned'):
         with small.arm(a, .5, 'decode') as (m, _):    # a prompt is dense, a single token is not
             test_close(log_probs(m, ids[8:]), small.ref, 1e-4); assert kl(one, log_probs(m, ids[8:, :1])).mean() > 1e-3
 
@@ -60,7 +60,7 @@ def test_several_processes():
     """Text: the questions and answers that ship for calibration, and the sixty passages, which the model has never
     seen. The first is of another kind than the second, so what is shown is what is left when the text is not the
     one that was calibrated on."""
-    model, ids = random_model(); small = Ladder(model, ids[:8], ids[8:]); arms = ('threshold', 'values rotated')
+    model, ids = random_model(); small = Ladder(model, ids[:8], ids[8:]); arms = ('threshold', 'basis learned')
     for a, b in zip(small.climb((.4,), arms, processes=2), small.climb((.4,), arms), strict=True):
         test_eq([a['arm'], a['p']], [b['arm'], b['p']]); test_close([a[k] for k in ('skipped', 'net', 'kl', 'rise')], [b[k] for k in ('skipped', 'net', 'kl', 'rise')], 1e-4)
 
