@@ -612,5 +612,6 @@ def quality(name,            # of a model, or its folder
             workers:int=1    # processes of one thread
            )->list:          # one row for each text, budget and policy
     "Loss under each budget by each policy."
+    import llmopt.kv_cache.eviction as here        # where a new process finds the functions, also if a notebook asks
     jobs = [(task, i, ids.tolist(), split, budgets, policies) for task, pairs in texts.items() for i, (ids, split) in enumerate(pairs)]
-    with ProcessPoolExecutor(workers, get_context('spawn'), _start, (name,)) as pool: return [r for rows in pool.map(_work, *zip(*jobs)) for r in rows]
+    with ProcessPoolExecutor(workers, get_context('spawn'), here._start, (name,)) as pool: return [r for rows in pool.map(here._work, *zip(*jobs)) for r in rows]
