@@ -61,10 +61,11 @@ def _pieces(text, s, e):
 def split_words(text:str # any text
                )->list:  # of `Word`, in order
     "The words of `text`; all that lies between them is white space."
-    res = []
+    res, simple, new = [], text.isascii(), tuple.__new__ # a plain word is made without a call of Python
     for m in _RUN.finditer(text):
         s, e = m.span()
-        if not text.isascii() and _CJK.search(text, s, e): res += _pieces(text, s, e)
+        if simple and text[s].isalnum() and text[e-1].isalnum(): res.append(new(Word, (s, e, 0, 0, False)))
+        elif not simple and _CJK.search(text, s, e): res += _pieces(text, s, e)
         else: res.append(_word(text, s, e))
     return res
 
@@ -98,6 +99,7 @@ class Passage:
                  seed:int=0,        # for what is random
                  tokenizer=None):   # what counts tokens; None counts words
         self.text, self.rate, self.question, self.seed = text, rate, question or '', seed
+        self.fixed = frozenset()  # indices of words that stay in any case
         self.statistics, self.model_score, self.tokenizer, self.words = statistics, model_score, tokenizer, split_words(text)
         cuts = [0, *(i for w in self.words for i in (w.start, w.end)), len(text)]
         self.gaps = [text[a:b] for a, b in zip(cuts[::2], cuts[1::2])]
@@ -310,8 +312,9 @@ def _key(core):
 def _keys(p):
     "Each word as it is compared: '' for punctuation, the mark itself for an emoji."
     def symbol(s): return s if any(unicodedata.category(c) == 'So' for c in s) else ''
-    cores = (p.text[w.start+w.lead:w.end-w.tail] for w in p.words)
-    return [symbol(s) if w.mark else _key(s) for w, s in zip(p.words, cores)]
+    cores = [p.text[s+lead:e-tail] for s, e, lead, tail, _ in p.words]
+    key = {s: _key(s) for s in set(cores)}
+    return [symbol(s) if w[4] else key[s] for w, s in zip(p.words, cores)]
 
 @_lazy
 def _content(p):
@@ -449,12 +452,14 @@ def _cost(p):
     if p.tokenizer is None: return [1]*len(words)
     of = dict.fromkeys(words)
     of = dict(zip(of, _count_each(p.tokenizer, [' '+w for w in of])))
-    return [of[w] for w in words]
+    return [max(of[w], 1) for w in words]
 
 @_scorer
 def _coverage(p):
-    seen, res = Counter(), []
-    for k, c in zip(p.keys, p.cost): seen[k] += 1; res.append(p.weight[k]/seen[k]/max(c, 1)**.5)
+    seen, res, cost, weight = Counter(p.keys[i] for i in p.fixed), [0.]*len(p), p.cost, p.weight
+    for i in sorted(range(len(p)), key=cost.__getitem__):
+        if i in p.fixed: continue
+        k = p.keys[i]; seen[k] += 1; res[i] = weight[k]/seen[k]**2/cost[i]**.5
     return res
 
 # %% ../nbs/01_word_removal.ipynb #a8b8cfa2
@@ -776,7 +781,7 @@ def compress(text:str,                   # any text
     target = target_tokens if rate is None else math.ceil(rate*before - 1e-9)
     p.rate, kw = min(target/max(before, 1), 1.), dict(target=target, protected=spans)
     if target >= before: return _result(p, text, range(len(p)), text, before, before, name, start, **kw)
-    fixed, gaps = _fixed(p, spans)
+    fixed, gaps = _fixed(p, spans); p.fixed = fixed
     kept, short, after = _choose(p, _ranked(_scores(p, scorer), fixed), fixed, _squeezed(p, gaps), target, count)
     return _result(p, text, kept, short, before, after, name, start, **kw)
 

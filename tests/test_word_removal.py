@@ -5,7 +5,7 @@ import json
 import math
 import re
 import torch
-from fastcore.test import test_eq, expect_fail
+from fastcore.test import test_eq, test_close, expect_fail
 from llmopt.word_removal import recall_table
 from itertools import pairwise
 from tokenizers import ByteLevelBPETokenizer
@@ -142,7 +142,18 @@ def test_scorers():
         test_eq(f(p), f(Passage(p.text, rate=.5))); test_eq(f(Passage('')), [])
     test_eq(SCORERS['every_nth'](Passage('a b c d e f', rate=.5)), [0, 1]*3)
     c = dict(zip(p.keys[::-1], SCORERS['coverage'](p)[::-1]))
-    assert c[''] == 0 < c['the'] < c['air']; assert SCORERS['coverage'](p)[1] == 2*SCORERS['coverage'](p)[14]
+    assert c[''] == 0 < c['the'] < c['air']; test_close(SCORERS['coverage'](p)[1], 4*SCORERS['coverage'](p)[14])
+
+
+def test_coverage_counts_what_is_protected():
+    "With a question, the sentence that has its words comes first."
+    text = 'In York, Anna Weber saw rain and snow. Then Weber went home with a map, and the map was wet.'
+    p = Passage(text); weber = [i for i, k in enumerate(p.keys) if k == 'weber']; free = SCORERS['coverage'](p)
+    p = Passage(text); p.fixed = frozenset(weber[:1]); fixed = SCORERS['coverage'](p)
+    test_close(fixed[weber[1]], p.weight['weber']/4); test_close(free[weber[1]], p.weight['weber']/4); test_close(free[weber[0]], p.weight['weber'])
+    p.fixed = frozenset(weber); test_eq([SCORERS['coverage'](p)[i] for i in weber], [0., 0.])
+    p = Passage('map maps map', tokenizer=tiny_tokenizer()); p.cost[:] = [4, 1, 1]
+    test_close(SCORERS['coverage'](p), [p.weight['map']/4/2, p.weight['maps'], p.weight['map']])   # the shorter one is the first
 
 
 def tiny_tokenizer():
