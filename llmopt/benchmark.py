@@ -19,11 +19,14 @@ from transformers import DynamicCache
 import llmopt.kv_cache.speed as kv_speed
 from .kv_cache.restore import benchmark_restore
 from . import __version__
-from .adaptivocab import SimpleAdaptiVocab, compare_selection, fold_speed
+from .adaptivocab import PhraseTable, SimpleAdaptiVocab, compare_selection, fold_speed
+from .adaptivocab_distill import measure_reading
+from .adaptivocab_finetune import measure_tuning
 from .core import ASSETS, TINY, LlmoptError, environment, interleaved, kl, load, user
 from .evaluation import keyword_recall
 from .larosa import default_texts, windows
 from .larosa_ladder import Ladder, passages
+from .phrase_drafts import PhraseDrafts, compare_drafts, extra_cost
 from .results import check_writable, now, write_text
 from .sparse_linear import benchmark_kernel, benchmark_step
 from .word_removal import MODEL_FREE, BudgetError, break_even, compress, model_surprisal, recall_table, time_scorers
@@ -179,15 +182,41 @@ def benchmark_words(texts=None,    # see `read_texts`
                 speed=[dict(scorer=s, ms_per_1000_words=ms) for s, ms in time_scorers(long).items()], pays=pays(rows, lm))
 
 # %% ../nbs/10_benchmark.ipynb #3126d4ed
-def benchmark_vocab(texts=None,    # see `read_texts`
+def _saved(lm, train, test, counts)->list: # a row for each way to mine and number of phrases
+    "Tokens saved on texts not mined, by our mining and the paper's."
+    v = SimpleAdaptiVocab(lm.tokenizer, []); a, b = v.tokens(train), v.tokens(test)
+    return [dict(method=m, asked=n, **{k: x for k, x in r.items() if k != 'table'}) for n in counts for m, r in compare_selection(a, b, n, v.forbidden()).items()]
+
+def _overhead(lm, v, text, rounds:int=5)->dict:
+    "Milliseconds of folding a prompt beside those of its prefill."
+    ids = v.tokens([text])[0][:lm.context]; x = torch.as_tensor(ids, dtype=torch.long, device=lm.device)[None]
+    with torch.inference_mode(): t = interleaved(dict(fold=lambda: v.fold(ids), prefill=lambda: lm.model(x, logits_to_keep=1)), rounds)
+    fold, prefill = (1000*min(t[k]) for k in ('fold', 'prefill'))
+    return dict(tokens=len(ids), fold_ms=fold, prefill_ms=prefill, overhead=fold/prefill)
+
+def _drafts(lm, train, rows, counts, n)->list: # a row for each way
+    "Answers to the questions of `rows`, or to their first sentences, decoded with drafts of phrases of `train`."
+    asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [r['text'].split('. ')[0]])]
+    prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context-n]
+    cost, makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
+    for k in counts:
+        v = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=k); makers[f'{k} phrases'] = PhraseDrafts(v.table, v.tokens(train), cost=cost)
+    makers['nothing matches'] = PhraseDrafts(PhraseTable([], v.base), [], cost=cost)
+    return compare_drafts(lm, prompts, makers, n)
+
+def benchmark_vocab(texts=None,    # see `read_texts`: of one domain
                     model=TINY, quick:bool=False)->dict: # table -> rows
-    "AdaptiVocab: tokens saved on texts not mined, by our mining and the paper's, and the speed of folding."
-    docs, lm = [r['text'] for r in read_texts(texts)], load(model)
-    v = SimpleAdaptiVocab(lm.tokenizer, [])
-    train, test = [v.tokens(docs[i::2]) for i in (0, 1)]
-    saved = [dict(method=m, asked=n, **{k: x for k, x in r.items() if k != 'table'}) for n in ((100,) if quick else (100, 1000, 10_000))
-             for m, r in compare_selection(train, test, n, v.forbidden()).items()]
-    return dict(saved=saved, speed=[fold_speed(v.fit(docs[::2], n_new=1000), docs[1::2], 1 if quick else 5)])
+    "AdaptiVocab: tokens saved; speed; reading phrases (level 2); writing them, tuned (level 3); phrases as drafts. All on texts that nothing was mined from or trained on."
+    rows, lm = read_texts(texts), load(model)
+    (train, test), held = ([r['text'] for r in rows[i::2]] for i in (0, 1)), rows[1::2]
+    few, steps = (test[:3] if quick else test[:200]), (2 if quick else 400)
+    v, text = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=1000), '\n\n'.join(test)
+    read = [measure_reading(lm, train, few, n, steps, progress=False) for n in ((50,) if quick else (200, 1000))]
+    try: tuned = measure_tuning(lm, train, few, *((50, 2) if quick else (1000, 150)), per_step=2 if quick else 16, progress=False)
+    except LlmoptError as e: tuned = [dict(model='none', why=str(e))]     # of this tokenizer's splitting
+    return dict(saved=_saved(lm, train, test, (100,) if quick else (100, 1000, 10_000)), speed=[fold_speed(v, test, 1 if quick else 5)], overhead=[_overhead(lm, v, text)],
+                read=[dict(r, steps=steps) for ways, _ in read for r in ways], tuned=[{k: x for k, x in r.items() if k != 'curve'} for r in tuned],
+                drafts=_drafts(lm, train, held[:2] if quick else held[:40], (50,) if quick else (1000, 10_000), 8 if quick else 96))
 
 # %% ../nbs/10_benchmark.ipynb #3bc24e4f
 def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows

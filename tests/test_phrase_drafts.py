@@ -3,6 +3,7 @@
 
 import random
 import transformers as T
+import numpy as np
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
 from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
@@ -144,6 +145,17 @@ def test_extra_cost():
     behind `context` others, over that of a pass over one, as the median of interleaved rounds."""
     lm = load(TINY, 'cpu'); cache = DynamicCache(config=lm.model.config)
     assert 0 <= extra_cost(lm.model, cache, context=16, rounds=3) < 3; test_eq(cache.get_seq_length(), 16)
+
+
+def test_ways_compared():
+    """Ways to decode the same prompts, beside plain decoding: passes counted by a hook, texts compared, times
+    interleaved. `llmopt benchmark vocab` calls this."""
+    lm = load(TINY, 'cpu'); ids = [lm.encode_chat([user(t)]) for t in ('What is machine learning?', 'Why is the sky blue?')]
+    said = lm.model.generate(torch.tensor(ids[:1]), attention_mask=torch.ones(1, len(ids[0])), max_new_tokens=20, do_sample=False)[0].tolist()
+    knows = PhraseDrafts(PhraseTable([tuple(said[i:i+4]) for i in range(len(ids[0])-4, len(said)-4)], len(lm.tokenizer)), [np.array(said)]*3, cost=0)
+    plain, drafted = compare_drafts(lm, ids, dict(knows=knows), 20, lookup=False)
+    test_eq((plain['forwards'], plain['identical'], drafted['identical'], drafted['tokens']), (plain['tokens'], 2, 2, plain['tokens']))
+    assert drafted['forwards'] < plain['forwards'] and drafted['accepted'] > 2; test_eq(sum(len(m._forward_hooks) for m in lm.model.modules()), 0)
 
 
 def test_view_of_drafts():
