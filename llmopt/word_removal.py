@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from html import escape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
 from typing import Callable, NamedTuple
@@ -624,12 +624,12 @@ def token_counter(tokenizer=None # of transformers or tokenizers; None counts wo
     return lambda text: len(_encode(tokenizer, text))
 
 # %% ../nbs/01_word_removal.ipynb #930e98b2
-def _search(f, n, target, f0, fn):
-    "The largest `k` in `0…n` found with `f(k) <= target`, and `f(k)`; `f0` and `fn` are `f(0) <= target` and `f(n)`."
+def _search(f, n, target, f0, fn, about=None):
+    "The largest `k` in `0…n` found with `f(k) <= target`, and `f(k)`; `f0` and `fn` are `f(0) <= target` and `f(n)`; `f` grows about as the list `about`."
     if fn <= target: return n, fn
-    lo, hi, turn = 0, n, 0
+    lo, hi, turn, about = 0, n, 0, about or range(n+1)
     while hi-lo > 1 and f0 < target:
-        k = (lo+hi)//2 if turn%3 == 2 else lo + round((target-f0)/(fn-f0)*(hi-lo))
+        k = (lo+hi)//2 if turn%3 == 2 else bisect_right(about, about[lo]+(target-f0)/(fn-f0)*(about[hi]-about[lo]))-1
         k, turn = min(max(k, lo+1), hi-1), turn+1
         c = f(k)
         if c <= target: lo, f0 = k, c
@@ -637,10 +637,12 @@ def _search(f, n, target, f0, fn):
     return lo, f0
 
 # %% ../nbs/01_word_removal.ipynb #09745c48
-def _top_up(f, kept, rest, total, target):
-    "Add to the words `kept`, of `total` tokens, those of `rest` that fit `target`; the words and their tokens."
+def _top_up(f, kept, rest, total, target, cost, tries=8):
+    "Add to the words `kept`, of `total` tokens, those of `rest` that fit `target` by their `cost` and then indeed; the words and their tokens."
     for i in rest:
-        if total >= target: break
+        if total >= target or not tries: break
+        if cost[i] > target-total: continue
+        tries -= 1
         more = [*kept]
         insort(more, i)
         if (c := f(more)) <= target: kept, total = more, c
@@ -673,6 +675,10 @@ def _squeezed(p, fixed):
 class BudgetError(ValueError):
     "The budget is smaller than what protected words take."
 
+def _about(p, count):
+    "About how many tokens each word takes: counted, if the scorer had that done, and guessed from its length if not."
+    return [1]*len(p) if count is None else p.__dict__.get('cost') or [max(1, (w.end-w.start+3)//5) for w in p.words]
+
 def _choose(p, order, fixed, gaps, target, count):
     "The words to keep, in order, so that the text of them counts at most `target`; that text and its count. If `count` is None, words count."
     rank = [-1]*len(p)
@@ -683,8 +689,9 @@ def _choose(p, order, fixed, gaps, target, count):
     if low > target:
         raise BudgetError(f"a budget of {target:,} tokens is below the {low:,} that the protected words alone take; "
                           f"raise it to {low:,} or more, or protect less (`protect=('numbers', …)`)")
-    k, total = _search(lambda k: size(best(k)), len(order), target, low, size(best(len(order))))
-    kept, total = _top_up(size, best(k), order[k:k + (24 if len(p) < 20_000 else 4)], total, target)
+    cost = _about(p, count); about = [*accumulate((cost[i] for i in order), initial=0)]
+    k, total = _search(lambda k: size(best(k)), len(order), target, low, size(best(len(order))), about)
+    kept, total = _top_up(size, best(k), order[k:k+64], total, target, cost, 8 if len(p) < 20_000 else 4)
     return kept, p.render(kept, fixed, gaps), total
 
 # %% ../nbs/01_word_removal.ipynb #9aee4806

@@ -145,17 +145,6 @@ def test_scorers():
     assert c[''] == 0 < c['the'] < c['air']; test_close(SCORERS['coverage'](p)[1], 4*SCORERS['coverage'](p)[14])
 
 
-def test_coverage_counts_what_is_protected():
-    "With a question, the sentence that has its words comes first."
-    text = 'In York, Anna Weber saw rain and snow. Then Weber went home with a map, and the map was wet.'
-    p = Passage(text); weber = [i for i, k in enumerate(p.keys) if k == 'weber']; free = SCORERS['coverage'](p)
-    p = Passage(text); p.fixed = frozenset(weber[:1]); fixed = SCORERS['coverage'](p)
-    test_close(fixed[weber[1]], p.weight['weber']/4); test_close(free[weber[1]], p.weight['weber']/4); test_close(free[weber[0]], p.weight['weber'])
-    p.fixed = frozenset(weber); test_eq([SCORERS['coverage'](p)[i] for i in weber], [0., 0.])
-    p = Passage('map maps map', tokenizer=tiny_tokenizer()); p.cost[:] = [4, 1, 1]
-    test_close(SCORERS['coverage'](p), [p.weight['map']/4/2, p.weight['maps'], p.weight['map']])   # the shorter one is the first
-
-
 def tiny_tokenizer():
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(['the cat sat on the mat and the dog ran to the house']*4, vocab_size=320, special_tokens=['<s>', '</s>'], show_progress=False)
@@ -167,9 +156,21 @@ def tiny_llama():
     return LlamaForCausalLM(cfg).eval()
 
 
+def test_coverage_counts_what_is_protected():
+    """Coverage with a tokenizer: what is protected counts as the first occurrence, and of the others the one of
+    fewest tokens comes first."""
+    text = 'In York, Anna Weber saw rain and snow. Then Weber went home with a map, and the map was wet.'
+    p = Passage(text); weber = [i for i, k in enumerate(p.keys) if k == 'weber']; free = SCORERS['coverage'](p)
+    p = Passage(text); p.fixed = frozenset(weber[:1]); fixed = SCORERS['coverage'](p)
+    test_close(fixed[weber[1]], p.weight['weber']/4); test_close(free[weber[1]], p.weight['weber']/4); test_close(free[weber[0]], p.weight['weber'])
+    p.fixed = frozenset(weber); test_eq([SCORERS['coverage'](p)[i] for i in weber], [0., 0.])
+    p = Passage('map maps map', tokenizer=tiny_tokenizer()); p.cost[:] = [4, 1, 1]
+    test_close(SCORERS['coverage'](p), [p.weight['map']/4/2, p.weight['maps'], p.weight['map']])   # the shorter one is the first
+
+
 def test_model_surprisal():
-    """A tiny random model and a tokenizer trained on a sentence are enough to check the arithmetic: the surprisal of
-    a text in one window is its loss, and windows change nothing for texts that fit."""
+    """Coverage with a tokenizer: what is protected counts as the first occurrence, and of the others the one of
+    fewest tokens comes first."""
     tok, model, text = tiny_tokenizer(), tiny_llama(), 'the cat ran — to 我的 house. ' * 3
     x = tok('<s>'+text, return_tensors='pt')['input_ids']
     got = model_surprisal(model, tok)(text)
@@ -181,8 +182,8 @@ def test_model_surprisal():
 
 
 def test_windows():
-    """A tiny random model and a tokenizer trained on a sentence are enough to check the arithmetic: the surprisal of
-    a text in one window is its loss, and windows change nothing for texts that fit."""
+    """Coverage with a tokenizer: what is protected counts as the first occurrence, and of the others the one of
+    fewest tokens comes first."""
     for n in (1, 5, 8, 9, 13, 40):
         read = [t for a, b, first in _windows(n, 8) for t in range(first, b)]
         test_eq(read, [*range(n)]); assert all(b-a <= 8 and (first == a == 0 or first-a >= 4) for a, b, first in _windows(n, 8))
@@ -219,14 +220,17 @@ def test_token_counter():
 def test_search():
     """Tokens do not add up: drop a word, and its neighbours may be cut into other tokens than before. So the count
     is taken of the real text, every time, and the work is in needing few counts. With words ranked, the text of
-    the `k` best grows with `k`, nearly always; `_search` finds the largest `k` that fits, by interpolation,
-    halving where that stalls."""
+    the `k` best grows with `k`, nearly always; `_search` finds the largest `k` that fits, by interpolation
+    between what the words take about, halving where that stalls."""
     calls = []
     def f(k): calls.append(k); return 3*k + k%2
     for t in range(0, 300, 7):
         k, c = _search(f, 100, t, 0, 300)
         test_eq(c, f(k) if k else 0); assert c <= t < c+5
     assert len(calls)/43 < 6
+    calls.clear(); steep = [k*k for k in range(101)]
+    for t in range(0, 9999, 97): k, c = _search(lambda k: calls.append(k) or k*k, 100, t, 0, 10_000, steep); assert c <= t < (k+1)**2
+    assert len(calls)/104 < 3
 
 
 def test_ranks():
@@ -234,7 +238,8 @@ def test_ranks():
     `_spread` orders positions so that any number of the first ones is spread evenly (it reverses the bits of the
     position: 0, 4, 2, 6, 1, 5, 3, 7)."""
     test_eq(_ranked([0.]*8, {}), [0, 4, 2, 6, 1, 5, 3, 7]); test_eq(_ranked([1, 3, 2, 3], {3}), [1, 2, 0])
-    test_eq(_top_up(sum, [5], [9, 3, 2, 1], 5, 11), ([1, 2, 3, 5], 11)); test_eq(_top_up(sum, [], [], 0, 3), ([], 0))
+    test_eq(_top_up(sum, [5], [9, 3, 2, 1], 5, 11, [*range(10)]), ([1, 2, 3, 5], 11)); test_eq(_top_up(sum, [], [], 0, 3, []), ([], 0))
+    asked = []; _top_up(lambda ks: asked.append(1) or 99, [5], [4, 9, 3, 2, 1], 5, 9, [*range(10)], 2); test_eq(len(asked), 2)   # 9 is too long to be tried, and two tries are all
 
 
 def test_white_space():
