@@ -156,21 +156,9 @@ def tiny_llama():
     return LlamaForCausalLM(cfg).eval()
 
 
-def test_coverage_counts_what_is_protected():
-    """Coverage with a tokenizer: what is protected counts as the first occurrence, and of the others the one of
-    fewest tokens comes first."""
-    text = 'In York, Anna Weber saw rain and snow. Then Weber went home with a map, and the map was wet.'
-    p = Passage(text); weber = [i for i, k in enumerate(p.keys) if k == 'weber']; free = SCORERS['coverage'](p)
-    p = Passage(text); p.fixed = frozenset(weber[:1]); fixed = SCORERS['coverage'](p)
-    test_close(fixed[weber[1]], p.weight['weber']/4); test_close(free[weber[1]], p.weight['weber']/4); test_close(free[weber[0]], p.weight['weber'])
-    p.fixed = frozenset(weber); test_eq([SCORERS['coverage'](p)[i] for i in weber], [0., 0.])
-    p = Passage('map maps map', tokenizer=tiny_tokenizer()); p.cost[:] = [4, 1, 1]
-    test_close(SCORERS['coverage'](p), [p.weight['map']/4/2, p.weight['maps'], p.weight['map']])   # the shorter one is the first
-
-
 def test_model_surprisal():
-    """Coverage with a tokenizer: what is protected counts as the first occurrence, and of the others the one of
-    fewest tokens comes first."""
+    """A tiny random model and a tokenizer trained on a sentence are enough to check the arithmetic: the surprisal of
+    a text in one window is its loss, and windows change nothing for texts that fit."""
     tok, model, text = tiny_tokenizer(), tiny_llama(), 'the cat ran — to 我的 house. ' * 3
     x = tok('<s>'+text, return_tensors='pt')['input_ids']
     got = model_surprisal(model, tok)(text)
@@ -182,8 +170,8 @@ def test_model_surprisal():
 
 
 def test_windows():
-    """Coverage with a tokenizer: what is protected counts as the first occurrence, and of the others the one of
-    fewest tokens comes first."""
+    """A tiny random model and a tokenizer trained on a sentence are enough to check the arithmetic: the surprisal of
+    a text in one window is its loss, and windows change nothing for texts that fit."""
     for n in (1, 5, 8, 9, 13, 40):
         read = [t for a, b, first in _windows(n, 8) for t in range(first, b)]
         test_eq(read, [*range(n)]); assert all(b-a <= 8 and (first == a == 0 or first-a >= 4) for a, b, first in _windows(n, 8))
@@ -215,6 +203,18 @@ def test_token_counter():
     test_eq(_count_each(tok, ['the cat', ' a']), _count_each(tok.backend_tokenizer, ['the cat', ' a']))
     for bad in (3, 'gpt2', print):
         with expect_fail(ValueError, 'input_ids'): token_counter(bad)
+
+
+def test_coverage_counts_what_is_protected():
+    """Coverage with a tokenizer: what is protected counts as the first occurrence, and of the others the one of
+    fewest tokens comes first."""
+    text = 'In York, Anna Weber saw rain and snow. Then Weber went home with a map, and the map was wet.'
+    p = Passage(text); weber = [i for i, k in enumerate(p.keys) if k == 'weber']; free = SCORERS['coverage'](p)
+    p = Passage(text); p.fixed = frozenset(weber[:1]); fixed = SCORERS['coverage'](p)
+    test_close(fixed[weber[1]], p.weight['weber']/4); test_close(free[weber[1]], p.weight['weber']/4); test_close(free[weber[0]], p.weight['weber'])
+    p.fixed = frozenset(weber); test_eq([SCORERS['coverage'](p)[i] for i in weber], [0., 0.])
+    p = Passage('map maps map', tokenizer=tiny_tokenizer()); p.cost[:] = [4, 1, 1]
+    test_close(SCORERS['coverage'](p), [p.weight['map']/4/2, p.weight['maps'], p.weight['map']])   # the shorter one is the first
 
 
 def test_search():
