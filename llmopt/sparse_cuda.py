@@ -255,8 +255,8 @@ def device_read(device, nbytes:int=2**32, rounds:int=7)->float: # bytes per seco
     return nbytes/min(statistics.median(t) for t in times.values())
 
 # %% ../nbs/03c_sparse_cuda.ipynb #29da8043
-FORMS = dict(sparse=[dict(block_n=32, split=1, num_warps=16), dict(block_n=64, split=1, num_warps=16), dict(block_n=64, split=1, num_warps=8), dict(block_n=64, per_sm=4), dict(block_n=64, per_sm=4, stages=3, unroll=4),
-                     dict(block_n=128, per_sm=4), dict(block_n=128, per_sm=2, num_warps=8), dict(block_n=128, per_sm=4, stages=3, unroll=4), dict(block_n=256, per_sm=4), dict(block_n=512, per_sm=4)],
+FORMS = dict(sparse=[dict(block_n=32, split=1, num_warps=16), dict(block_n=64, split=1, num_warps=16), dict(block_n=64, split=1, num_warps=8), dict(block_n=64), dict(block_n=128), dict(block_n=128, per_sm=2, num_warps=8),
+                     dict(block_n=128, per_sm=6), dict(block_n=256), dict(block_n=512), dict(block_n=128, per_sm=6, unroll=4), dict(block_n=128, per_sm=6, stages=4, unroll=4), dict(block_n=512, stages=4, unroll=4)],
              rows=[dict(rows=4), dict(rows=8, block_d=512, stages=4), dict(rows=2, block_d=2048, stages=2), dict(rows=4, stages=1)],
              select=[dict(), dict(per_warp=512), dict(rank=True), dict(rank=True, rows=32), dict(rank=True, rows=8)])
 

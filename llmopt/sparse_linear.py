@@ -524,16 +524,32 @@ def _finish(out, residual, y, b, first, N, GATED:tl.constexpr, BLOCK_N:tl.conste
         tl.store(y+b*(N//2)+m, ((gate/(1+tl.exp(-gate))).to(dtype).to(tl.float32)*up).to(dtype), mask=m < N//2)
     else: tl.store(y+b*N+n, out.to(dtype), mask=n < N)
 
+@jit
+def _inputs(x, b, at, D): return tl.load(x+b*D+at, mask=at < D, other=0.)
+
+@jit
+def _weights(rows, v, at, n, N, stride):
+    "Rows of the inputs `v` that are not 0."
+    return tl.load(rows+at.to(tl.int64)[:, :, None]*stride+n[None, None, :], mask=(v != 0)[:, :, None] & (n < N)[None, None, :], other=0., eviction_policy='evict_first')
+
 @jit(do_not_specialize=['split'])
 def _product_kernel(rows, x, residual, partial, counters, y, N, D, stride, split, GATED:tl.constexpr,
                     UNROLL:tl.constexpr, ROWS:tl.constexpr, BLOCK_N:tl.constexpr, STAGES:tl.constexpr, SPLIT:tl.constexpr):
     block, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, i = block*BLOCK_N+tl.arange(0, BLOCK_N), UNROLL*tl.arange(0, ROWS)[:, None]+tl.arange(0, UNROLL)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for j in tl.range(s*UNROLL*ROWS, D, split*UNROLL*ROWS, num_stages=STAGES):
-        v = tl.load(x+b*D+j+i, mask=j+i < D, other=0.)
-        w = tl.load(rows+(j+i).to(tl.int64)[:, :, None]*stride+n[None, None, :], mask=(v != 0)[:, :, None] & (n < N)[None, None, :], other=0., eviction_policy='evict_first')
-        total += tl.sum(v.to(tl.float32)[:, :, None]*w.to(tl.float32), 1)          # within a thread
+    first, step = s*UNROLL*ROWS, split*UNROLL*ROWS
+    if STAGES == 1:                                                                 # weights of one turn are under way while those of another are added, in registers
+        v = _inputs(x, b, first+i, D)
+        w, after = _weights(rows, v, first+i, n, N, stride), _inputs(x, b, first+step+i, D)
+        for j in range(first+step, D+step, step):
+            last, old, v = v, w, after
+            w, after = _weights(rows, v, j+i, n, N, stride), _inputs(x, b, j+step+i, D)
+            total += tl.sum(last.to(tl.float32)[:, :, None]*old.to(tl.float32), 1)      # within a thread
+    else:                                                                           # through shared memory, several turns
+        for j in tl.range(first, D, step, num_stages=STAGES):
+            v = _inputs(x, b, j+i, D)
+            total += tl.sum(v.to(tl.float32)[:, :, None]*_weights(rows, v, j+i, n, N, stride).to(tl.float32), 1)
     if SPLIT == 1: _finish(tl.sum(total, 0), residual, y, b, block*BLOCK_N, N, GATED, BLOCK_N)
     else:
         mine, counter, some = partial+b*split*N, counters+b*tl.num_programs(0)+block, tl.arange(0, SPLIT)[:, None]
