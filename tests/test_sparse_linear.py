@@ -238,8 +238,8 @@ def test_step_benchmark():
 
 def test_triton_is_optional():
     """Where Triton is installed, `TRITON_INTERPRET=1 pytest tests/test_sparse_linear_triton.py` compares these
-    kernels with the CPU's: ties, no channel and all channels, odd sizes, a norm in front, one to four tokens,
-    three precisions."""
+    kernels with the CPU's: ties, no channel and all channels, odd sizes, a norm in front, a gate behind, one to
+    four tokens, three precisions."""
     if find_spec('triton') is None:
         with expect_fail(ImportError, 'pip install triton'): triton_select(torch.randn(1, 4), 2)
     else:
