@@ -253,8 +253,8 @@ def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows
         decode += [dict(cache=k, **r['config'], **a, **whole) for k, a in r['arms'].items()]
     append = kv_speed.benchmark_append((256, 512) if quick else (1024, 4096, 16384, 32768))
     evict = [r for dtype in ('float32', 'bfloat16') for r in kv_speed.benchmark_eviction(512 if quick else 8192, dtype=dtype, rounds=2 if quick else 9)]
-    prefill = kv_speed.benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 5)
-    restore = benchmark_restore(256, 64, (1,), 1) if quick else benchmark_restore()
+    prefill = kv_speed.benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 3)
+    restore = benchmark_restore(256, 64, (1,), 1) if quick else benchmark_restore(1024, 64)
     res = dict(decode=decode, append=[dict(cache=k, context=n, **s) for k, d in append.items() for n, s in d.items()], evict=evict, prefill=prefill,
                restore=[{k: v for k, v in r.items() if k != 'trace'} for r in restore],
                fronts=[dict(speed=r['speed'], front=f, chunk=i, begin=b, end=e) for r in restore for f, i, b, e in r['trace']])

@@ -86,7 +86,7 @@ def test_sparse_answers():
     model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
     the package, of which no passage is part."""
     lm = load(TINY, 'cpu', dtype='float32'); rows = read_texts()[:2]
-    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16), windows(passages(), lm.tokenizer, 64, 4))
+    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16), windows([r['text'] for r in rows], lm.tokenizer, 64, 4))
     dense, none, half, cut = sparse_answers(lm, ladder, rows, (0., .8), ('basis learned', 'top-k'), 8)[:1]+sparse_answers(lm, ladder, rows, (0.,), ('basis learned',), 8)[1:]+sparse_answers(lm, ladder, rows, (.5, .9), ('basis learned',), 8)[1:]
     test_eq(dense['keyword_recall'], none['keyword_recall']); assert none['kl'] < 1e-5 < half['kl'] < cut['kl'] and half['kl_1_2'] < half['kl']    # the first token follows a dense prompt
     test_eq(dense['answers'], sum(len(r['questions']) for r in rows)); test_eq(sparse_answers(lm, ladder, [dict(text='No questions.')]), [])
