@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from types import SimpleNamespace
 
-import torch
+import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -43,7 +43,44 @@ def select_by_sorting(x:torch.Tensor, # (…, D)
     "The `k` channels of largest magnitude by a stable sort: the reference of `select`, and its way on other devices."
     return x.detach().abs().sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
 
+# %% ../nbs/03a_sparse_linear.ipynb #9864fc5d
+try: import numba
+except ImportError: numba = None
+
+def _compiled(f):
+    "`f` compiled by numba, without Python's lock; no reordering of sums, so that NaN and infinity stay what they are."
+    return numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={'contract', 'nsz'})(f) if numba else f
+
+# %% ../nbs/03a_sparse_linear.ipynb #23250713
+@_compiled
+def _select_digits(bits, kept, n_bits): # (B, D) integers of at least 0, (B, k) to be filled, the bits that count
+    count, k = np.empty((2, 256), np.int32), kept.shape[1]   # two tables: neighbours often count in the same place
+    for b in range(len(bits)):
+        x, out, low, room, done = bits[b], kept[b], 0, k, n_bits
+        while done:                                           # `low`: the threshold's upper bits; `room`: how many that begin so are kept
+            w = min(8, done); shift = done-w
+            count[:] = 0
+            for i in range(len(x)):
+                if x[i] >> done == low: count[i & 1, (x[i] >> shift) & (1 << w)-1] += 1
+            d = (1 << w)-1
+            while count[0, d]+count[1, d] < room: room -= count[0, d]+count[1, d]; d -= 1
+            low, done = low << w | d, shift
+        i = n = 0
+        while n < k:
+            tie = (x[i] == low) & (room > 0)
+            out[n] = i
+            n += (x[i] > low) | tie; room -= tie; i += 1
+
+
 # %% ../nbs/03a_sparse_linear.ipynb #50e89583
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+def _select_torch(bits, k):
+    "`k` largest of each row of `bits` (B, D), of equal ones the first, by torch."
+    low = bits.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    more, tie = bits > low, bits == low
+    return (more | tie & (tie.cumsum(-1) <= k-more.sum(-1, keepdim=True))).nonzero()[:, 1].view(len(bits), k)
+
 def select(x:torch.Tensor, # (…, D)
            k:int           # channels to keep, 0 to D
           )->torch.Tensor: # (…, k) int64, ascending
@@ -52,12 +89,11 @@ def select(x:torch.Tensor, # (…, D)
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= D: raise ValueError(f'k must be a whole number from 0 to D={D}, not {k!r}')
     if k in (0, D): return torch.arange(k, device=x.device).expand(*x.shape[:-1], k)
     if x.device.type != 'cpu': return select_by_sorting(x, k)
-    a = x.detach().reshape(-1, D).abs()
-    if a.dtype != torch.float64: a = a.float()
-    passed = a >= a.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    kept = passed.nonzero()[:, 1]
-    if len(kept) != len(a)*k or len(a) > 1 and (passed.sum(-1) != k).any(): return select_by_sorting(x, k)
+    bits = x.detach().abs().contiguous().view(_BITS[x.itemsize]).view(-1, D)
+    if numba is None: kept = _select_torch(bits, k)
+    else: _select_digits(bits.numpy(), (kept := torch.empty(len(bits), k, dtype=torch.int64)).numpy(), 8*x.itemsize-1)
     return kept.view(*x.shape[:-1], k)
+
 
 # %% ../nbs/03a_sparse_linear.ipynb #1db28874
 def bag_product(rows:torch.Tensor,   # (D, N), contiguous
@@ -84,14 +120,6 @@ def n_pieces(N:int,         # outputs, a multiple of 64
     load = lambda p: round(math.ceil(p/n_threads)*n_threads/p, 1)       # of the busiest thread; 1 is even
     return min(fits, key=lambda p: (load(p), abs(math.log(p/want))))
 
-# %% ../nbs/03a_sparse_linear.ipynb #9864fc5d
-try: import numba
-except ImportError: numba = None
-
-def _compiled(f):
-    "`f` compiled by numba, without Python's lock; no reordering of sums, so that NaN and infinity stay what they are."
-    return numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={'contract', 'nsz'})(f) if numba else f
-
 # %% ../nbs/03a_sparse_linear.ipynb #0a411ffb
 @_compiled
 def _axpy(rows, kept, values, y, lo, hi): # (D, N), (B, k), (B, k), (B, N) of zeros; outputs from lo to hi
@@ -110,7 +138,6 @@ def _axpy(rows, kept, values, y, lo, hi): # (D, N), (B, k), (B, k), (B, N) of ze
 def _halves():
     "Functions that take the even (low) and the odd (high) bfloat16 of a pair."
     if not numba: return None, None
-    import numpy as np
     low = numba.njit(lambda u: np.uint32(u << np.uint32(16)).view(np.float32), inline='always')
     return low, numba.njit(lambda u: np.uint32(u & np.uint32(0xffff0000)).view(np.float32), inline='always')
 _low, _high = _halves()
@@ -378,7 +405,7 @@ def attend(self:DecodeStep, i, qkv):
     q, k, v = qkv.view(1, n+2*m, 1, c.head_dim).split([n, m, m], 1)     # (1, heads, 1, head_dim)
     q, k = (t*cos + torch.cat([-t[..., c.head_dim//2:], t[..., :c.head_dim//2]], -1)*sin for t in (q, k))
     self.keys[i, :, :, self.context:], self.values[i, :, :, self.context:] = k, v
-    return F.scaled_dot_product_attention(q, self.keys[i], self.values[i], enable_gqa=n != m).view(1, -1)
+    return F.scaled_dot_product_attention(q.reshape(1, m, n//m, -1), self.keys[i], self.values[i]).view(1, -1)    # heads that share keys, as if they were tokens
 
 @patch
 @torch.no_grad()

@@ -11,6 +11,7 @@ from functools import cache
 from torch import nn
 from transformers import DynamicCache
 from llmopt.core import fill, threads
+from llmopt.sparse_linear import _BITS, _select_torch
 
 
 def test_selection():
@@ -19,13 +20,14 @@ def test_selection():
     torch.manual_seed(0)
     test_eq(select(torch.tensor([1., -3., 2., 3., -2.]), 3).tolist(), [1, 2, 3])
     for dt in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        for x in (torch.randn(3, 67, dtype=dt), torch.randint(-2, 3, (4, 40)).to(dt), torch.zeros(2, 9, dtype=dt), torch.randn(2, 3, 33).to(dt)):
+        for x in (torch.randn(3, 67, dtype=dt), torch.randint(-2, 3, (4, 40)).to(dt), torch.zeros(2, 9, dtype=dt), torch.randn(2, 3, 33).to(dt), torch.randn(300, 2).to(dt).T, torch.tensor([[1., float('nan'), float('-inf'), 6., 6., 1e-40]]).to(dt)):
             D = x.shape[-1]
             for k in (0, 1, D//3, D-1, D):
                 kept = select(x, k)
+                if 0 < k < D: assert torch.equal(kept, _select_torch(x.abs().contiguous().view(_BITS[x.itemsize]).flatten(0, -2), k).view(kept.shape))
                 assert torch.equal(kept, select_by_sorting(x, k)) and kept.shape == (*x.shape[:-1], k) and kept.dtype == torch.int64
                 out = torch.ones_like(x, dtype=torch.bool).scatter(-1, kept, False)
-                if 0 < k < D: assert (x.gather(-1, kept).abs().amin(-1) >= x.abs().masked_fill(~out, 0).amax(-1)).all()
+                if 0 < k < D and not x.isnan().any(): assert (x.gather(-1, kept).abs().amin(-1) >= x.abs().masked_fill(~out, 0).amax(-1)).all()
     assert 1 in select(torch.tensor([[5., float('nan'), 6.], [1., 1., 1.]]), 1)[0]
     for bad in (-1, 6, 2.5, True):
         with expect_fail(ValueError, 'from 0 to D=5'): select(torch.randn(5), bad)
