@@ -8,7 +8,7 @@ __all__ = ['DENSE', 'masked_linear', 'product_bytes', 'select_by_sorting', 'sele
            'decode_bytes', 'fastest_dense', 'benchmark_step', 'triton_select', 'triton_product']
 
 # %% ../nbs/03a_sparse_linear.ipynb #d59b626b
-import math, os, statistics
+import copy, math, os, statistics
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from types import SimpleNamespace
@@ -405,7 +405,8 @@ def attend(self:DecodeStep, i, qkv):
     q, k, v = qkv.view(1, n+2*m, 1, c.head_dim).split([n, m, m], 1)     # (1, heads, 1, head_dim)
     q, k = (t*cos + torch.cat([-t[..., c.head_dim//2:], t[..., :c.head_dim//2]], -1)*sin for t in (q, k))
     self.keys[i, :, :, self.context:], self.values[i, :, :, self.context:] = k, v
-    return F.scaled_dot_product_attention(q.reshape(1, m, n//m, -1), self.keys[i], self.values[i]).view(1, -1)    # heads that share keys, as if they were tokens
+    with threads(1): y = F.scaled_dot_product_attention(q.reshape(1, m, n//m, -1), self.keys[i], self.values[i])    # heads that share keys, as if they were tokens
+    return y.view(1, -1)
 
 @patch
 @torch.no_grad()
@@ -448,14 +449,24 @@ def fastest_dense(weight:torch.Tensor, # (N, D)
 
 # %% ../nbs/03a_sparse_linear.ipynb #27c3261a
 def _step_arms(model, context, sparsities):
-    "`name -> function`: stock transformers, our step over `F.linear`, over the best dense product, and sparse; and which is best."
+    "`name -> function`: stock transformers, our step over `F.linear`, over the best dense product, and sparse, the model that `generate` runs; and which is best."
     best = fastest_dense(torch.cat([model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight]))
     dense = DecodeStep(model, DENSE[best], context)
     steps = dict(linear=DecodeStep(model, _linear, context), best_dense=dense)
     ours, cache = DecodeStep(model, SparseLinear, context, head=dense.head), fill(DynamicCache(config=model.config), model.config, context, model.dtype)
     def at(level): ours.level = level; return ours(7)
     arms = dict(stock=lambda: model(torch.tensor([[7]]), past_key_values=cache).logits)
-    return arms | {k: lambda s=s: s(7) for k, s in steps.items()} | {f'sparse {s:g}': lambda s=s: at(s) for s in (0., *sparsities)}, best
+    arms |= {k: lambda s=s: s(7) for k, s in steps.items()} | {f'sparse {s:g}': lambda s=s: at(s) for s in (0., *sparsities)}
+    return arms | _generate_arms(model, context, sparsities), best
+
+def _generate_arms(model, context, sparsities):
+    "`name -> function`: a step of `model` in transformers, its projections as LaRoSA makes them, at each level."
+    from llmopt.larosa import set_levels, sparsify, split_levels    # which imports this module
+    new = sparsify(copy.deepcopy(model, {id(p): p for p in model.parameters()}), linear=SparseLinear)    # norms and embedding are shared
+    cache = fill(DynamicCache(config=model.config), model.config, context, model.dtype)
+    def at(levels): set_levels(new, levels); return new(torch.tensor([[7]]), past_key_values=cache).logits
+    return {f'generate {s:g}': lambda l=split_levels(new, s, 'uniform'): at(l) for s in (0., *sparsities)}
+
 
 # %% ../nbs/03a_sparse_linear.ipynb #86d72b38
 @torch.inference_mode()

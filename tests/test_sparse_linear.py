@@ -11,7 +11,7 @@ from functools import cache
 from torch import nn
 from transformers import DynamicCache
 from llmopt.core import fill, threads
-from llmopt.sparse_linear import _BITS, _select_torch
+from llmopt.sparse_linear import _BITS, _select_torch, _generate_arms
 
 
 def test_selection():
@@ -233,9 +233,19 @@ def test_step_benchmark():
     "The bound: bytes of all products, the head, and the cache."
     rows = benchmark_step((.5,), 'float32', 1, rounds=2, context=5, hidden=32, layers=1, intermediate=64, heads=4, kv_heads=2, vocab=64)
     table = pd.DataFrame(rows).set_index(['arm', pd.Index([r['sparsity'] for r in rows], name='s')])
-    test_eq([a for a, _ in table.index], ['stock', 'linear', 'best_dense', 'sparse', 'sparse'])
-    assert (table.median_ms > 0).all() and table.loc[('sparse', .5)].bytes < table.loc[('sparse', 0.)].bytes == table.loc['stock'].bytes.iloc[0]
+    test_eq([a for a, _ in table.index], ['stock', 'linear', 'best_dense', 'sparse', 'sparse', 'generate', 'generate'])
+    for arm in ('sparse', 'generate'): assert table.loc[(arm, .5)].bytes < table.loc[(arm, 0.)].bytes == table.loc['stock'].bytes.iloc[0]
+    assert (table.median_ms > 0).all()
     test_eq(table.vs_stock.iloc[0], 1.); test_close(table.bound_ms/table.median_ms, table.share_of_bound, eps=1e-9)
+
+
+def test_generate_arms_equal_sparse_steps():
+    "The `generate` arms compute what our sparse step does."
+    model, _, step = tiny_step()
+    s = step(SparseLinear); s.head = model.lm_head
+    for level in (0., .4):
+        s.level, f = level, _generate_arms(model, 7, (.4,))[f'generate {level:g}']
+        with torch.inference_mode(): assert (f()[:, 0]-s(7)).abs().max() < 1e-6
 
 
 def test_triton_is_optional():
