@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['DENSE', 'masked_linear', 'product_bytes', 'select_by_sorting', 'select', 'bag_product', 'n_pieces', 'axpy_product',
-           'SparseLinear', 'fused', 'panels', 'dense_ways', 'benchmark_kernel', 'DecodeStep', 'step_model',
-           'decode_bytes', 'fastest_dense', 'benchmark_step', 'triton_select', 'triton_product']
+           'product_threads', 'products_alone', 'SparseLinear', 'fused', 'panels', 'dense_ways', 'benchmark_kernel',
+           'DecodeStep', 'step_model', 'decode_bytes', 'fastest_dense', 'benchmark_step', 'triton_select',
+           'triton_product']
 
 # %% ../nbs/03a_sparse_linear.ipynb #d59b626b
 import copy, math, os, statistics
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -186,6 +188,23 @@ def _in_pieces(f, n, pieces):
     f(ends[0], ends[1])
     for r in rest: r.result()
 
+# %% ../nbs/03a_sparse_linear.ipynb #96dd7cbf
+_threads = 0
+
+def product_threads()->int:
+    "Threads that share a large product: torch's, or what torch had when `products_alone` began."
+    return _threads or torch.get_num_threads()
+
+@contextmanager
+def products_alone():
+    "While open, torch works with one thread, and `axpy` products with as many as torch had."
+    global _threads
+    was, _threads = _threads, product_threads()
+    try:
+        with threads(1): yield
+    finally: _threads = was
+
+
 # %% ../nbs/03a_sparse_linear.ipynb #a4fef024
 def _check_weight(weight, bias):
     "A `ValueError` for a weight or bias that has no sparse product."
@@ -261,9 +280,8 @@ def sparse(self:SparseLinear,
     values, N = flat.gather(1, kept), self.out_features
     if x.is_cuda: y = triton_product(self.rows, kept, values, N)
     else:
-        t = torch.get_num_threads()
-        if self.kernel == 'bags': y = bag_product(self.rows, kept, values, n_pieces(self.rows.shape[1], t, len(flat)))[:, :N]
-        else: y = axpy_product(self.rows, kept, values, t if kept.numel()*self.rows[0].nbytes > 2**20 else 1)[:, :N]   # below that, a thread wakes up too late
+        if self.kernel == 'bags': y = bag_product(self.rows, kept, values, n_pieces(self.rows.shape[1], torch.get_num_threads(), len(flat)))[:, :N]
+        else: y = axpy_product(self.rows, kept, values, product_threads() if kept.numel()*self.rows[0].nbytes > 2**20 else 1)[:, :N]   # below that, a thread wakes up too late
     if self.bias is not None: y = y + self.bias
     return y.view(*x.shape[:-1], N)
 

@@ -127,6 +127,18 @@ def test_kernels_agree():
     with expect_fail(ValueError, 'axpy or bags'): SparseLinear(torch.randn(3, 4), kernel='gemv')
 
 
+def test_threads_for_products():
+    "Threads come back, after an error too."
+    with threads(2):
+        with products_alone():
+            test_eq([torch.get_num_threads(), product_threads()], [1, 2])
+            with products_alone(): test_eq([torch.get_num_threads(), product_threads()], [1, 2])
+        test_eq([torch.get_num_threads(), product_threads()], [2, 2])
+        with expect_fail(ZeroDivisionError):
+            with products_alone(): 1/0
+        test_eq([torch.get_num_threads(), product_threads()], [2, 2])
+
+
 def test_fused():
     """Query, key and value read the same input, and so do gate and up. Laid side by side, they are one matrix: one
     selection, one launch, and longer rows."""
