@@ -420,8 +420,8 @@ def attend(self:DecodeStep, i, qkv):
     "Attention of layer `i`: store the key and value, read all of them."
     c, (cos, sin) = self.config, self.rope
     n, m = c.num_attention_heads, c.num_key_value_heads
-    q, k, v = qkv.view(1, n+2*m, 1, c.head_dim).split([n, m, m], 1)     # (1, heads, 1, head_dim)
-    q, k = (t*cos + torch.cat([-t[..., c.head_dim//2:], t[..., :c.head_dim//2]], -1)*sin for t in (q, k))
+    qk, v = qkv.view(1, n+2*m, 1, c.head_dim).split([n+m, m], 1)        # (1, heads, 1, head_dim)
+    q, k = (qk*cos + torch.cat([-qk[..., c.head_dim//2:], qk[..., :c.head_dim//2]], -1)*sin).split([n, m], 1)
     self.keys[i, :, :, self.context:], self.values[i, :, :, self.context:] = k, v
     with threads(1): y = F.scaled_dot_product_attention(q.reshape(1, m, n//m, -1), self.keys[i], self.values[i])    # heads that share keys, as if they were tokens
     return y.view(1, -1)

@@ -10,7 +10,8 @@ import copy
 import json
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.core import load, user, ASSETS, LM, LlmoptError, TINY, kl
+from llmopt.core import load, threads, user, ASSETS, LM, LlmoptError, TINY, kl
+from llmopt.sparse_linear import product_threads, SparseLinear
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_refused_models():
     m.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(56, 32, dtype=torch.int8), requires_grad=False)
     with expect_fail(LlmoptError, 'layer 1, mlp.up_proj is a Linear of torch.int8'): family(m)
     with expect_fail(LlmoptError, 'rotation is one of'): bases({(0, 0): torch.eye(2)}, 'pca')
+
+
+def test_threads_while_decoding():
+    "Threads in a prompt and at a single token; an error gives them back."
+    model, ids = tiny('llama')
+    new, seen = sparsify(convert(model, bases(moments(model, ids), 'model')).bfloat16(), linear=SparseLinear), []
+    projections(new)['0.self_attn.q_proj'].register_forward_pre_hook(lambda m, a: seen.append((torch.get_num_threads(), product_threads())))
+    want = [(2, 2), (1, 2)] if new.lm_head.kernel == 'axpy' else [(2, 2)]*2
+    with threads(2), torch.inference_mode():
+        new(ids[:1, :5]); new(ids[:1, :1]); test_eq(seen, want)
+        with expect_fail(AttributeError): new(ids[:1, :1], past_key_values=3)
+        test_eq((torch.get_num_threads(), product_threads()), (2, 2))
 
 
 def simulate(model, q, r, levels):
