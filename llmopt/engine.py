@@ -192,9 +192,9 @@ class Unsuited(LlmoptError):
     "A method that cannot be applied to this model."
 
 def _sparse(cfg, lm):
-    "`lm` with a converted copy of its model; the original stays as it is."
+    "`lm` with a converted copy of its model; the original stays as it is. An artifact was named by the user, so a bad one is an error and no property of the model."
     try: return cfg.prepare(lm)
-    except LlmoptError as e: raise Unsuited(str(e)) from None
+    except LlmoptError as e: raise (LlmoptError if cfg.artifact else Unsuited)(str(e)) from None
 
 # %% ../nbs/05_engine.ipynb #331ff6d6
 def _reader(vocab, lm):

@@ -12,7 +12,7 @@ __all__ = ['FAMILIES', 'ROTATIONS', 'TOKENS', 'SPLITS', 'LEVELS', 'BUNDLED', 'ke
 
 # %% ../nbs/03_larosa.ipynb #5232304c
 import copy, hashlib, json, weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,15 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from .core import ASSETS, LM, LlmoptError, TINY, kl, max_positions
-from .sparse_linear import SparseLinear
+from .sparse_linear import SparseLinear, products_alone, select
 
 # %% ../nbs/03_larosa.ipynb #3c7d311b
 def keep_topk(x:torch.Tensor, # (…, D)
               k:int           # entries to keep, 0 to D
              )->torch.Tensor: # (…, D)
-    "`x` with all but the `k` largest magnitudes of each vector set to zero."
+    "`x` with all but the `k` largest magnitudes of each vector set to zero; of equal ones the first stay."
     if k == x.shape[-1]: return x
-    kept = x.abs().topk(k, sorted=False).indices
+    kept = select(x, k)
     return torch.zeros_like(x).scatter_(-1, kept, x.gather(-1, kept))
 
 # %% ../nbs/03_larosa.ipynb #a30f8949
@@ -256,7 +256,7 @@ class Selection(nn.Module):
     def on(self, x): return self.tokens == 'all' or self.tokens == 'decode' and x.shape[-2] == 1
     def kept(self, x, k): # (…, D) -> (…, k)
         if self.seen is not x: self.seen, self.by_k = x, {}
-        if k not in self.by_k: self.by_k[k] = x.abs().topk(k, sorted=False).indices
+        if k not in self.by_k: self.by_k[k] = select(x, k)
         return self.by_k[k]
 
 # %% ../nbs/03_larosa.ipynb #9bd68972
@@ -276,6 +276,17 @@ class Sparsified(nn.Module):
         self.level = 0.
     @property
     def k(self)->int: return self.width-round(self.level*self.width) # channels that are kept
+
+# %% ../nbs/03_larosa.ipynb #517fac6e
+class _Alone:
+    "Hooks: `products_alone` around passes of a single token on a CPU."
+    def __init__(self): self.open = []
+    def before(self, model, args, kwargs):
+        ids = args[0] if args else kwargs.get('input_ids')
+        self.open.append(cm := products_alone() if ids is not None and ids.numel() == 1 and model.device.type == 'cpu' and model.lm_head.kernel == 'axpy' else nullcontext())
+        cm.__enter__()
+    def after(self, model, args, out): self.open.pop().__exit__(None, None, None)
+
 
 # %% ../nbs/03_larosa.ipynb #44bbf7c9
 @patch
@@ -306,7 +317,14 @@ def sparsify(model,        # what `convert` returned; changed in place
             old, sel = layer.get_submodule(path), shared.setdefault(source, Selection(tokens))
             _put(layer, path, new := Sparsified(linear(old.weight, old.bias), sel, old.in_features))
             new.first = first
+    if linear is SparseLinear: _decode_quickly(model)
     return model
+
+def _decode_quickly(model):
+    "Let the head take the quick dense product, too, and products have the threads when one token is decoded."
+    model.lm_head, alone = SparseLinear(model.lm_head.weight, model.lm_head.bias), _Alone()
+    model.register_forward_pre_hook(alone.before, with_kwargs=True)
+    model.register_forward_hook(alone.after, always_call=True)
 
 def set_levels(model, levels:dict): # 'layer.path' -> share of channels dropped
     "Set the level of every projection that `levels` names."

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['DENSE', 'masked_linear', 'product_bytes', 'select_by_sorting', 'select', 'bag_product', 'n_pieces', 'axpy_product',
-           'SparseLinear', 'fused', 'panels', 'dense_ways', 'benchmark_kernel', 'DecodeStep', 'step_model',
-           'decode_bytes', 'fastest_dense', 'benchmark_step', 'triton_select', 'triton_product']
+           'product_threads', 'products_alone', 'SparseLinear', 'fused', 'panels', 'dense_ways', 'benchmark_kernel',
+           'DecodeStep', 'step_model', 'decode_bytes', 'fastest_dense', 'benchmark_step', 'triton_select',
+           'triton_product']
 
 # %% ../nbs/03a_sparse_linear.ipynb #d59b626b
-import math, os, statistics
+import copy, math, os, statistics
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
 
-import torch
+import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -43,7 +45,44 @@ def select_by_sorting(x:torch.Tensor, # (…, D)
     "The `k` channels of largest magnitude by a stable sort: the reference of `select`, and its way on other devices."
     return x.detach().abs().sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
 
+# %% ../nbs/03a_sparse_linear.ipynb #9864fc5d
+try: import numba
+except ImportError: numba = None
+
+def _compiled(f):
+    "`f` compiled by numba, without Python's lock; no reordering of sums, so that NaN and infinity stay what they are."
+    return numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={'contract', 'nsz'})(f) if numba else f
+
+# %% ../nbs/03a_sparse_linear.ipynb #23250713
+@_compiled
+def _select_digits(bits, kept, n_bits): # (B, D) integers of at least 0, (B, k) to be filled, the bits that count
+    count, k = np.empty((2, 256), np.int32), kept.shape[1]   # two tables: neighbours often count in the same place
+    for b in range(len(bits)):
+        x, out, low, room, done = bits[b], kept[b], 0, k, n_bits
+        while done:                                           # `low`: the threshold's upper bits; `room`: how many that begin so are kept
+            w = min(8, done); shift = done-w
+            count[:] = 0
+            for i in range(len(x)):
+                if x[i] >> done == low: count[i & 1, (x[i] >> shift) & (1 << w)-1] += 1
+            d = (1 << w)-1
+            while count[0, d]+count[1, d] < room: room -= count[0, d]+count[1, d]; d -= 1
+            low, done = low << w | d, shift
+        i = n = 0
+        while n < k:
+            tie = (x[i] == low) & (room > 0)
+            out[n] = i
+            n += (x[i] > low) | tie; room -= tie; i += 1
+
+
 # %% ../nbs/03a_sparse_linear.ipynb #50e89583
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+def _select_torch(bits, k):
+    "`k` largest of each row of `bits` (B, D), of equal ones the first, by torch."
+    low = bits.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    more, tie = bits > low, bits == low
+    return (more | tie & (tie.cumsum(-1) <= k-more.sum(-1, keepdim=True))).nonzero()[:, 1].view(len(bits), k)
+
 def select(x:torch.Tensor, # (…, D)
            k:int           # channels to keep, 0 to D
           )->torch.Tensor: # (…, k) int64, ascending
@@ -52,12 +91,11 @@ def select(x:torch.Tensor, # (…, D)
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= D: raise ValueError(f'k must be a whole number from 0 to D={D}, not {k!r}')
     if k in (0, D): return torch.arange(k, device=x.device).expand(*x.shape[:-1], k)
     if x.device.type != 'cpu': return select_by_sorting(x, k)
-    a = x.detach().reshape(-1, D).abs()
-    if a.dtype != torch.float64: a = a.float()
-    passed = a >= a.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    kept = passed.nonzero()[:, 1]
-    if len(kept) != len(a)*k or len(a) > 1 and (passed.sum(-1) != k).any(): return select_by_sorting(x, k)
+    bits = x.detach().abs().contiguous().view(_BITS[x.itemsize]).view(-1, D)
+    if numba is None: kept = _select_torch(bits, k)
+    else: _select_digits(bits.numpy(), (kept := torch.empty(len(bits), k, dtype=torch.int64)).numpy(), 8*x.itemsize-1)
     return kept.view(*x.shape[:-1], k)
+
 
 # %% ../nbs/03a_sparse_linear.ipynb #1db28874
 def bag_product(rows:torch.Tensor,   # (D, N), contiguous
@@ -84,14 +122,6 @@ def n_pieces(N:int,         # outputs, a multiple of 64
     load = lambda p: round(math.ceil(p/n_threads)*n_threads/p, 1)       # of the busiest thread; 1 is even
     return min(fits, key=lambda p: (load(p), abs(math.log(p/want))))
 
-# %% ../nbs/03a_sparse_linear.ipynb #9864fc5d
-try: import numba
-except ImportError: numba = None
-
-def _compiled(f):
-    "`f` compiled by numba, without Python's lock; no reordering of sums, so that NaN and infinity stay what they are."
-    return numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={'contract', 'nsz'})(f) if numba else f
-
 # %% ../nbs/03a_sparse_linear.ipynb #0a411ffb
 @_compiled
 def _axpy(rows, kept, values, y, lo, hi): # (D, N), (B, k), (B, k), (B, N) of zeros; outputs from lo to hi
@@ -110,7 +140,6 @@ def _axpy(rows, kept, values, y, lo, hi): # (D, N), (B, k), (B, k), (B, N) of ze
 def _halves():
     "Functions that take the even (low) and the odd (high) bfloat16 of a pair."
     if not numba: return None, None
-    import numpy as np
     low = numba.njit(lambda u: np.uint32(u << np.uint32(16)).view(np.float32), inline='always')
     return low, numba.njit(lambda u: np.uint32(u & np.uint32(0xffff0000)).view(np.float32), inline='always')
 _low, _high = _halves()
@@ -158,6 +187,23 @@ def _in_pieces(f, n, pieces):
     rest = [_pool().submit(f, *e) for e in zip(ends[1:], ends[2:])]
     f(ends[0], ends[1])
     for r in rest: r.result()
+
+# %% ../nbs/03a_sparse_linear.ipynb #96dd7cbf
+_threads = 0
+
+def product_threads()->int:
+    "Threads that share a large product: torch's, or what torch had when `products_alone` began."
+    return _threads or torch.get_num_threads()
+
+@contextmanager
+def products_alone():
+    "While open, torch works with one thread, and `axpy` products with as many as torch had."
+    global _threads
+    was, _threads = _threads, product_threads()
+    try:
+        with threads(1): yield
+    finally: _threads = was
+
 
 # %% ../nbs/03a_sparse_linear.ipynb #a4fef024
 def _check_weight(weight, bias):
@@ -234,9 +280,8 @@ def sparse(self:SparseLinear,
     values, N = flat.gather(1, kept), self.out_features
     if x.is_cuda: y = triton_product(self.rows, torch.zeros_like(flat).scatter_(1, kept, values), N)
     else:
-        t = torch.get_num_threads()
-        if self.kernel == 'bags': y = bag_product(self.rows, kept, values, n_pieces(self.rows.shape[1], t, len(flat)))[:, :N]
-        else: y = axpy_product(self.rows, kept, values, t if kept.numel()*self.rows[0].nbytes > 2**20 else 1)[:, :N]   # below that, a thread wakes up too late
+        if self.kernel == 'bags': y = bag_product(self.rows, kept, values, n_pieces(self.rows.shape[1], torch.get_num_threads(), len(flat)))[:, :N]
+        else: y = axpy_product(self.rows, kept, values, product_threads() if kept.numel()*self.rows[0].nbytes > 2**20 else 1)[:, :N]   # below that, a thread wakes up too late
     if self.bias is not None: y = y + self.bias
     return y.view(*x.shape[:-1], N)
 
@@ -375,10 +420,11 @@ def attend(self:DecodeStep, i, qkv):
     "Attention of layer `i`: store the key and value, read all of them."
     c, (cos, sin) = self.config, self.rope
     n, m = c.num_attention_heads, c.num_key_value_heads
-    q, k, v = qkv.view(1, n+2*m, 1, c.head_dim).split([n, m, m], 1)     # (1, heads, 1, head_dim)
-    q, k = (t*cos + torch.cat([-t[..., c.head_dim//2:], t[..., :c.head_dim//2]], -1)*sin for t in (q, k))
+    qk, v = qkv.view(1, n+2*m, 1, c.head_dim).split([n+m, m], 1)        # (1, heads, 1, head_dim)
+    q, k = (qk*cos + torch.cat([-qk[..., c.head_dim//2:], qk[..., :c.head_dim//2]], -1)*sin).split([n, m], 1)
     self.keys[i, :, :, self.context:], self.values[i, :, :, self.context:] = k, v
-    return F.scaled_dot_product_attention(q, self.keys[i], self.values[i], enable_gqa=n != m).view(1, -1)
+    with threads(1): y = F.scaled_dot_product_attention(q.reshape(1, m, n//m, -1), self.keys[i], self.values[i])    # heads that share keys, as if they were tokens
+    return y.view(1, -1)
 
 @patch
 @torch.no_grad()
@@ -421,14 +467,24 @@ def fastest_dense(weight:torch.Tensor, # (N, D)
 
 # %% ../nbs/03a_sparse_linear.ipynb #27c3261a
 def _step_arms(model, context, sparsities):
-    "`name -> function`: stock transformers, our step over `F.linear`, over the best dense product, and sparse; and which is best."
+    "`name -> function`: stock transformers, our step over `F.linear`, over the best dense product, and sparse, the model that `generate` runs; and which is best."
     best = fastest_dense(torch.cat([model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight]))
     dense = DecodeStep(model, DENSE[best], context)
     steps = dict(linear=DecodeStep(model, _linear, context), best_dense=dense)
     ours, cache = DecodeStep(model, SparseLinear, context, head=dense.head), fill(DynamicCache(config=model.config), model.config, context, model.dtype)
     def at(level): ours.level = level; return ours(7)
     arms = dict(stock=lambda: model(torch.tensor([[7]]), past_key_values=cache).logits)
-    return arms | {k: lambda s=s: s(7) for k, s in steps.items()} | {f'sparse {s:g}': lambda s=s: at(s) for s in (0., *sparsities)}, best
+    arms |= {k: lambda s=s: s(7) for k, s in steps.items()} | {f'sparse {s:g}': lambda s=s: at(s) for s in (0., *sparsities)}
+    return arms | _generate_arms(model, context, sparsities), best
+
+def _generate_arms(model, context, sparsities):
+    "`name -> function`: a step of `model` in transformers, its projections as LaRoSA makes them, at each level."
+    from llmopt.larosa import set_levels, sparsify, split_levels    # which imports this module
+    new = sparsify(copy.deepcopy(model, {id(p): p for p in model.parameters()}), linear=SparseLinear)    # norms and embedding are shared
+    cache = fill(DynamicCache(config=model.config), model.config, context, model.dtype)
+    def at(levels): set_levels(new, levels); return new(torch.tensor([[7]]), past_key_values=cache).logits
+    return {f'generate {s:g}': lambda l=split_levels(new, s, 'uniform'): at(l) for s in (0., *sparsities)}
+
 
 # %% ../nbs/03a_sparse_linear.ipynb #86d72b38
 @torch.inference_mode()

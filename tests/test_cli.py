@@ -21,10 +21,11 @@ def run(*args):
 
 
 def test_one_line_for_each_mistake():
-    """A method that is not there, a model that is not there and a file that is not there are each answered in one
-    line."""
+    """A method that is not there, a model that is not there, a file and an artifact that are not there are each
+    answered in one line."""
     for args, says in ((['compare', '--methods', 'turbo'], 'unknown method'), (['compare', '--model', './none'], 'no model folder'), (['plot', 'none.json'], 'no results file'),
-                       (['benchmark', 'speed'], 'known: words'), (['benchmark', 'words', '--texts', 'none'], 'cannot read texts')):
+                       (['benchmark', 'speed'], 'known: words'), (['benchmark', 'words', '--texts', 'none'], 'cannot read texts'),
+                       (['ask', '--message', 'Why?', '--methods', 'larosa:artifact=none'], 'no LaRoSA artifact'), (['compare', '--quick', '--methods', 'larosa:artifact=none'], 'no LaRoSA artifact')):
         code, out, err = run(*args)
         test_eq(code, 2); test_eq(len(err.strip().splitlines()), 1); assert says in err and err.startswith('llmopt: error:')
 

@@ -10,7 +10,8 @@ import copy
 import json
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.core import load, user, ASSETS, LM, LlmoptError, TINY, kl
+from llmopt.core import load, threads, user, ASSETS, LM, LlmoptError, TINY, kl
+from llmopt.sparse_linear import product_threads, SparseLinear
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,9 @@ def test_keeps_the_largest():
             for k in range(D+1):
                 y = keep_topk(x, k)
                 assert ((y == x) | (y == 0)).all()
-                for a, b in zip(x.tolist(), y.tolist()): test_eq(sorted(map(abs, b)), [0.]*(D-k)+sorted(map(abs, a))[D-k:])
-                kept = x.abs().topk(k).indices
-                assert torch.equal(y, torch.zeros_like(x).scatter_(-1, kept, x.gather(-1, kept)))
+                for a, b in zip(x.tolist(), y.tolist()):
+                    kept = sorted(range(D), key=lambda i: (-abs(a[i]), i))[:k]
+                    test_eq(b, [v if i in kept else 0. for i, v in enumerate(a)])
 
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -129,6 +130,18 @@ def test_refused_models():
     m.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(56, 32, dtype=torch.int8), requires_grad=False)
     with expect_fail(LlmoptError, 'layer 1, mlp.up_proj is a Linear of torch.int8'): family(m)
     with expect_fail(LlmoptError, 'rotation is one of'): bases({(0, 0): torch.eye(2)}, 'pca')
+
+
+def test_threads_while_decoding():
+    "Threads in a prompt and at a single token; an error gives them back."
+    model, ids = tiny('llama')
+    new, seen = sparsify(convert(model, bases(moments(model, ids), 'model')).bfloat16(), linear=SparseLinear), []
+    projections(new)['0.self_attn.q_proj'].register_forward_pre_hook(lambda m, a: seen.append((torch.get_num_threads(), product_threads())))
+    want = [(2, 2), (1, 2)] if new.lm_head.kernel == 'axpy' else [(2, 2)]*2
+    with threads(2), torch.inference_mode():
+        new(ids[:1, :5]); new(ids[:1, :1]); test_eq(seen, want)
+        with expect_fail(AttributeError): new(ids[:1, :1], past_key_values=3)
+        test_eq((torch.get_num_threads(), product_threads()), (2, 2))
 
 
 def simulate(model, q, r, levels):

@@ -11,6 +11,7 @@ from functools import cache
 from torch import nn
 from transformers import DynamicCache
 from llmopt.core import fill, threads
+from llmopt.sparse_linear import _BITS, _select_torch, _generate_arms
 
 
 def test_selection():
@@ -19,13 +20,14 @@ def test_selection():
     torch.manual_seed(0)
     test_eq(select(torch.tensor([1., -3., 2., 3., -2.]), 3).tolist(), [1, 2, 3])
     for dt in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        for x in (torch.randn(3, 67, dtype=dt), torch.randint(-2, 3, (4, 40)).to(dt), torch.zeros(2, 9, dtype=dt), torch.randn(2, 3, 33).to(dt)):
+        for x in (torch.randn(3, 67, dtype=dt), torch.randint(-2, 3, (4, 40)).to(dt), torch.zeros(2, 9, dtype=dt), torch.randn(2, 3, 33).to(dt), torch.randn(300, 2).to(dt).T, torch.tensor([[1., float('nan'), float('-inf'), 6., 6., 1e-40]]).to(dt)):
             D = x.shape[-1]
             for k in (0, 1, D//3, D-1, D):
                 kept = select(x, k)
+                if 0 < k < D: assert torch.equal(kept, _select_torch(x.abs().contiguous().view(_BITS[x.itemsize]).flatten(0, -2), k).view(kept.shape))
                 assert torch.equal(kept, select_by_sorting(x, k)) and kept.shape == (*x.shape[:-1], k) and kept.dtype == torch.int64
                 out = torch.ones_like(x, dtype=torch.bool).scatter(-1, kept, False)
-                if 0 < k < D: assert (x.gather(-1, kept).abs().amin(-1) >= x.abs().masked_fill(~out, 0).amax(-1)).all()
+                if 0 < k < D and not x.isnan().any(): assert (x.gather(-1, kept).abs().amin(-1) >= x.abs().masked_fill(~out, 0).amax(-1)).all()
     assert 1 in select(torch.tensor([[5., float('nan'), 6.], [1., 1., 1.]]), 1)[0]
     for bad in (-1, 6, 2.5, True):
         with expect_fail(ValueError, 'from 0 to D=5'): select(torch.randn(5), bad)
@@ -123,6 +125,18 @@ def test_kernels_agree():
         assert SparseLinear(w).sparse(x, torch.arange(10)).isnan().all()
     test_eq(SparseLinear(torch.randn(3, 4).half()).kernel, 'bags')
     with expect_fail(ValueError, 'axpy or bags'): SparseLinear(torch.randn(3, 4), kernel='gemv')
+
+
+def test_threads_for_products():
+    "Threads come back, after an error too."
+    with threads(2):
+        with products_alone():
+            test_eq([torch.get_num_threads(), product_threads()], [1, 2])
+            with products_alone(): test_eq([torch.get_num_threads(), product_threads()], [1, 2])
+        test_eq([torch.get_num_threads(), product_threads()], [2, 2])
+        with expect_fail(ZeroDivisionError):
+            with products_alone(): 1/0
+        test_eq([torch.get_num_threads(), product_threads()], [2, 2])
 
 
 def test_fused():
@@ -231,9 +245,19 @@ def test_step_benchmark():
     "The bound: bytes of all products, the head, and the cache."
     rows = benchmark_step((.5,), 'float32', 1, rounds=2, context=5, hidden=32, layers=1, intermediate=64, heads=4, kv_heads=2, vocab=64)
     table = pd.DataFrame(rows).set_index(['arm', pd.Index([r['sparsity'] for r in rows], name='s')])
-    test_eq([a for a, _ in table.index], ['stock', 'linear', 'best_dense', 'sparse', 'sparse'])
-    assert (table.median_ms > 0).all() and table.loc[('sparse', .5)].bytes < table.loc[('sparse', 0.)].bytes == table.loc['stock'].bytes.iloc[0]
+    test_eq([a for a, _ in table.index], ['stock', 'linear', 'best_dense', 'sparse', 'sparse', 'generate', 'generate'])
+    for arm in ('sparse', 'generate'): assert table.loc[(arm, .5)].bytes < table.loc[(arm, 0.)].bytes == table.loc['stock'].bytes.iloc[0]
+    assert (table.median_ms > 0).all()
     test_eq(table.vs_stock.iloc[0], 1.); test_close(table.bound_ms/table.median_ms, table.share_of_bound, eps=1e-9)
+
+
+def test_generate_arms_equal_sparse_steps():
+    "The `generate` arms compute what our sparse step does."
+    model, _, step = tiny_step()
+    s = step(SparseLinear); s.head = model.lm_head
+    for level in (0., .4):
+        s.level, f = level, _generate_arms(model, 7, (.4,))[f'generate {level:g}']
+        with torch.inference_mode(): assert (f()[:, 0]-s(7)).abs().max() < 1e-6
 
 
 def test_triton_is_optional():
