@@ -325,15 +325,15 @@ def model_nll(m, ids, context=CONTEXT, stride=512):
         total -= lp[prev-begin-1:].double().sum().item(); prev = end
     return total
 
-def evaluate(src, work, model_dir, out, threads=2):
-    "Bits per byte of the model, a unigram and a 5-gram on WikiText-2 test and on the held-out documents of each training source."
+def evaluate(src, work, model_dir, out, threads=2, most=300):
+    "Bits per byte of the model, a unigram and a 5-gram on WikiText-2 test and on the held-out documents of each training source, `most` at most."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     torch.set_num_threads(threads); work = Path(work)
     tok, m = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     z = np.load(work/'tokens.npz'); kn = KneserNey(np.concatenate([z[k] for k in z.files if not k.endswith('_starts')]))
     enc = lambda d: [0] + tok(d, add_special_tokens=False, verbose=False)['input_ids']
     sets = {'WikiText-2 test': [(Path(src)/'wikitext2'/'test.raw').read_text()]}
-    sets |= {k.stem[len('heldout_'):]: json.load(open(k)) for k in sorted(work.glob('heldout_*.json'))}
+    sets |= {k.stem[len('heldout_'):]: json.load(open(k))[:most] for k in sorted(work.glob('heldout_*.json'))}
     rows = []
     for name, docs in sets.items():
         t0, n_bytes, ids = time.time(), sum(len(d.encode()) for d in docs), [enc(d) for d in docs]
