@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['composed_rows', 'phrase_windows', 'distill_loss', 'distill', 'frozen', 'late_merge', 'LateMerger', 'deletion',
-           'answer_bits', 'rise']
+           'answer_bits', 'rise', 'halves', 'reading_ways', 'measure_reading']
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #49f0e55d
-import copy, math, random
+import copy, math, random, time
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .adaptivocab_model import PhraseReader, Reading, fold_where, kl
+from .adaptivocab import SimpleAdaptiVocab
+from .adaptivocab_model import PhraseReader, Reading, Vocab, fold_where, kl
 from .core import LlmoptError
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #4ba41f55
@@ -183,3 +184,42 @@ def rise(bits, base, rounds:int=1000, seed:int=0)->tuple: # ratio-1, and its 95 
     i = np.random.default_rng(seed).integers(0, len(bits), (rounds, len(bits)))
     boot = bits[i].sum(1)/base[i].sum(1)-1
     return bits.sum()/base.sum()-1, *np.quantile(boot, [.025, .975])
+
+# %% ../nbs/02c_adaptivocab_distill.ipynb #ed70eebd
+def halves(tokenizer, doc):
+    "Prompt and answer ids of a document, cut at the space nearest to its middle, and the bytes of the answer; None if there is no space in it."
+    spaces = [i for i, c in enumerate(doc) if c == ' ' and i]
+    if not spaces: return None
+    cut = min(spaces, key=lambda i: abs(i-len(doc)//2)); start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    a, b = (tokenizer(t, add_special_tokens=False, verbose=False)['input_ids'] for t in (doc[:cut], doc[cut:]))
+    return [*start, *a], b, len(doc[cut:].encode())
+
+def reading_ways(lm, v, rows)->dict: # name -> function of prompt and answer ids
+    "Every way to read a prompt; each reads as many tokens as the phrases of `v` leave, save for the plain one."
+    n = lm.model.config.num_hidden_layers
+    readers = dict(composed=PhraseReader(lm.model, v), distilled=PhraseReader(lm.model, v, rows=rows))
+    fewer = lambda ids: len(ids)-len(v.fold(ids).ids)
+    r = readers['composed']
+    return {'plain': lambda i, a: r.score(i, a, fold=False), **{k: x.score for k, x in readers.items()}, 'last piece': PhraseReader(lm.model, v, Vocab(embed='last')).score,
+            **{f'late merge, layer {l} of {n}': LateMerger(lm.model, v, l).score for l in range(1, n)},
+            **{f'{how} deletion': lambda i, a, how=how: r.led(deletion(r, i, fewer(i), how), a) for how in ('random', 'even')},
+            'no prompt': lambda i, a: r.score(i[:1], a, fold=False)}
+
+
+# %% ../nbs/02c_adaptivocab_distill.ipynb #cfe1c075
+def measure_reading(lm, train, test, # texts; each of `test` is read to its middle, and the rest scored
+                    n_new:int,       # phrases
+                    steps:int,       # of distillation
+                    **kw             # as for `distill`
+                   )->tuple:         # rows of a table, and what the distillation was
+    "Distil rows for phrases mined on `train`, and score `test` in all ways."
+    v = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=n_new)
+    began = time.perf_counter(); rows, losses = distill(PhraseReader(lm.model, v), v.tokens(train), steps=steps, **kw)
+    seconds, texts = time.perf_counter()-began, [h for d in test if (h := halves(lm.tokenizer, d)) and len(h[0])+len(h[1]) <= lm.context]
+    if not texts: raise LlmoptError('no text to score: each needs a space in it, and room in the context of the model')
+    pairs, size = [t[:2] for t in texts], sum(t[2] for t in texts)
+    bits = {k: answer_bits(f, pairs) for k, f in reading_ways(lm, v, rows).items()}
+    saved = 1-sum(len(v.fold(p).ids) for p, _ in pairs)/sum(len(p) for p, _ in pairs)
+    line = lambda k, b: dict(zip(('rise', 'low', 'high'), (round(float(x), 5) for x in rise(b, bits['plain']))), way=k, phrases=n_new, bits_per_byte=round(float(b.sum())/size, 5), saved=0. if k == 'plain' else round(saved, 5))
+    return [line(k, b) for k, b in bits.items()], dict(phrases=n_new, steps=steps, seconds=round(seconds), every=50, loss=[round(float(np.mean(losses[i:i+50])), 4) for i in range(0, steps, 50)])
+

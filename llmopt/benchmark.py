@@ -7,22 +7,27 @@ __all__ = ['NAIVE', 'SUITES', 'read_texts', 'survive', 'budgets', 'answers', 'me
            'benchmark_vocab', 'kv_bars', 'benchmark_kv', 'sparse_answers', 'benchmark_larosa', 'run', 'show']
 
 # %% ../nbs/10_benchmark.ipynb #65e3b7cc
-import json, math, os, random, statistics, time
+import copy, json, math, os, random, statistics, time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd, torch
+from fastcore.basics import chunked
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 import llmopt.kv_cache.speed as kv_speed
 from .kv_cache.restore import benchmark_restore
 from . import __version__
-from .adaptivocab import SimpleAdaptiVocab, compare_selection, fold_speed
+from .adaptivocab import PhraseTable, SimpleAdaptiVocab, compare_selection, fold_speed
+from .adaptivocab_distill import measure_reading
+from .adaptivocab_finetune import measure_tuning
 from .core import ASSETS, TINY, LlmoptError, environment, interleaved, kl, load, user
 from .evaluation import keyword_recall
 from .larosa import default_texts, windows
-from .larosa_ladder import Ladder, passages
+from .larosa_ladder import Ladder
+from .phrase_drafts import PhraseDrafts, compare_drafts, extra_cost
 from .results import check_writable, now, write_text
 from .sparse_linear import benchmark_kernel, benchmark_step
 from .word_removal import MODEL_FREE, BudgetError, break_even, compress, model_surprisal, recall_table, time_scorers
@@ -70,40 +75,71 @@ def _short(text, scorer, k, tokenizer, question=None, **kw):
 
 def _prompt(lm, passage, question): return lm.encode_chat([user(f'{passage}\n\n{question}' if passage else question)])
 
-@torch.inference_mode()
-def _log_probs(lm, prompt, answer):
-    "Log-probabilities before each token of `answer` after `prompt`. # (n, V)"
-    x = torch.tensor([prompt+answer], device=lm.device)
-    return lm.model(x, use_cache=False).logits[0, len(prompt)-1:-1].float().log_softmax(-1)
-
-@torch.inference_mode()
-def _answer(lm, prompt, n):
-    "The greedy answer, its end token included."
-    x = torch.tensor([prompt], device=lm.device)
-    return lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False)[0, len(prompt):].tolist()
 
 # %% ../nbs/10_benchmark.ipynb #8b542efe
-def _loss(lm, prompt, base_ids, base_lp, ref_ids, keywords, n):
-    "What one shortened prompt costs: KL along the model's own answer, nats of the reference answer, keywords found."
-    lp, out = _log_probs(lm, prompt, base_ids), lm.tokenizer.decode(_answer(lm, prompt, n), skip_special_tokens=True)
-    ref = -_log_probs(lm, prompt, ref_ids).gather(1, torch.tensor(ref_ids, device=lm.device)[:, None]).mean().item() if ref_ids else None
-    return dict(kl=kl(base_lp, lp).mean().item(), top1=(base_lp.argmax(-1) == lp.argmax(-1)).float().mean().item(), nll=ref, keyword_recall=keyword_recall(out, keywords))
+class _Read:
+    "Several prompts of a model, read once, side by side: padded on the left, so that their answers begin at the same place."
+    @torch.inference_mode()
+    def __init__(self, lm, prompts):
+        self.lm, n = lm, max(map(len, prompts))
+        self.ids = torch.tensor([[0]*(n-len(p))+p for p in prompts], device=lm.device)
+        self.mask = torch.tensor([[0]*(n-len(p))+[1]*len(p) for p in prompts], device=lm.device)
+        self.cache = DynamicCache(config=lm.model.config)
+        if n > 1: self.forward(self.ids[:, :-1], self.cache, 1)
+    def forward(self, x, cache, keep):
+        "Logits behind the last `keep` of the tokens `x`, which follow what is in `cache`."
+        past, end = cache.get_seq_length(), cache.get_seq_length()+x.shape[1]
+        mask = torch.cat([self.mask, self.mask.new_ones(len(x), max(0, end-self.mask.shape[1]))], 1)[:, :end]
+        positions = (mask.cumsum(1)-1).clamp(min=0)[:, past:]
+        return self.lm.model(x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    @torch.inference_mode()
+    def log_probs(self, answer)->torch.Tensor: # (prompts, n, V)
+        "Log-probabilities before each token of `answer`."
+        rest = torch.tensor(answer[:-1], device=self.ids.device, dtype=torch.long).expand(len(self.ids), -1)
+        return self.forward(torch.cat([self.ids[:, -1:], rest], 1), copy.deepcopy(self.cache), len(answer)).float().log_softmax(-1)
+    @torch.inference_mode()
+    def answers(self, n)->list: # of lists of ids
+        "The greedy answers of up to `n` tokens, their end tokens included."
+        g = self.lm.model.generation_config; ends = {*(g.eos_token_id if isinstance(g.eos_token_id, list) else [g.eos_token_id])}
+        pad = g.pad_token_id if g.pad_token_id is not None else next(iter(ends)) or 0
+        out = self.lm.model.generate(self.ids, attention_mask=self.mask, past_key_values=copy.deepcopy(self.cache), max_new_tokens=n, do_sample=False, pad_token_id=pad)
+        rows = out[:, self.ids.shape[1]:].tolist()
+        return [r[:next((i for i, t in enumerate(r) if t in ends), n)+1] for r in rows]
 
-def answers(rows, lm, rates=(.25, .5, .75), scorers=(*MODEL_FREE, 'self_information'), n:int=32)->list: # one dict a question, rate and scorer
+
+# %% ../nbs/10_benchmark.ipynb #78550206
+def _losses(lm, prompts, base_ids, base_lp, ref_ids, keywords, n):
+    "What each of some shortened prompts costs: KL along the model's own answer, nats of the reference answer, keywords found."
+    r = _Read(lm, prompts); lp, outs = r.log_probs(base_ids), r.answers(n)
+    ref = -r.log_probs(ref_ids).gather(2, torch.tensor(ref_ids, device=lm.device).expand(len(prompts), -1)[..., None]).mean((1, 2)) if ref_ids else None
+    div, same = kl(base_lp, lp).mean(1), (base_lp.argmax(-1) == lp.argmax(-1)).float().mean(1)
+    return [dict(kl=div[i].item(), top1=same[i].item(), nll=ref[i].item() if ref_ids else None, keyword_recall=keyword_recall(lm.tokenizer.decode(o, skip_special_tokens=True), keywords))
+            for i, o in enumerate(outs)]
+
+def _variants(lm, r, q, rates, scorers, score):
+    "(scorer, rate, prompt) for the whole passage, for each shortened one, and for none."
+    yield 'whole passage', 1., _prompt(lm, r['text'], q['question'])
+    yield 'no passage', 0., _prompt(lm, '', q['question'])
+    for rate in rates:
+        k = math.ceil(rate*lm.count(r['text']))
+        try: shorts = {s: _short(r['text'], s, k, lm.tokenizer, q['question'], model_score=score if s == 'self_information' else None).text for s in scorers}
+        except BudgetError: continue
+        for s, text in shorts.items(): yield s, rate, _prompt(lm, text, q['question'])
+
+def answers(rows, lm, rates=(.25, .5, .75), scorers=(*MODEL_FREE, 'self_information'), n:int=32,
+            bs:int=16 # prompts side by side
+           )->list: # one dict a question, rate and scorer
     "Ask each question with the whole passage, with each shortened one, and with none."
-    score, res = model_surprisal(lm.model, lm.tokenizer), []
-    for r, q in tqdm([(r, q) for r in rows for q in r['questions']], desc='answers', leave=False):
-        whole = _prompt(lm, r['text'], q['question']); ids = _answer(lm, whole, n)
-        lp, ref = _log_probs(lm, whole, ids), lm.tokenizer(q.get('answer', ''), add_special_tokens=False)['input_ids']
-        def add(scorer, rate, prompt): res.append(dict(text=r.get('id'), question=q['question'], scorer=scorer, rate=rate, tokens=len(prompt),
-                                                       **_loss(lm, prompt, ids, lp, ref, q.get('keywords', []), n)))
-        add('whole passage', 1., whole); add('no passage', 0., _prompt(lm, '', q['question']))
-        for rate in rates:
-            k = math.ceil(rate*lm.count(r['text']))
-            try: shorts = {s: _short(r['text'], s, k, lm.tokenizer, q['question'], model_score=score if s == 'self_information' else None).text for s in scorers}
-            except BudgetError: continue
-            for s, text in shorts.items(): add(s, rate, _prompt(lm, text, q['question']))
+    score, res = lru_cache(2)(model_surprisal(lm.model, lm.tokenizer)), []
+    for i, (r, q) in enumerate(tqdm([(r, q) for r in rows for q in r['questions']], desc='answers', leave=False)):
+        vs = [*_variants(lm, r, q, rates, scorers, score)]
+        whole = _Read(lm, [vs[0][2]]); ids = whole.answers(n)[0]
+        lp, ref = whole.log_probs(ids), lm.tokenizer(q.get('answer', ''), add_special_tokens=False)['input_ids']
+        different, found = sorted({tuple(v[2]) for v in vs}, key=len), {}
+        for b in chunked(different, bs): found.update(zip(b, _losses(lm, [*map(list, b)], ids, lp, ref, q.get('keywords', []), n)))
+        res += [dict(text=r.get('id'), asked=i, question=q['question'], scorer=s, rate=rate, tokens=len(p), **found[tuple(p)]) for s, rate, p in vs]
     return res
+
 
 # %% ../nbs/10_benchmark.ipynb #53770375
 def _interval(xs, seed=0, rounds=1000):
@@ -114,9 +150,9 @@ def _interval(xs, seed=0, rounds=1000):
 
 def mean_answers(rows:list)->list: # one dict a rate and scorer
     "Means of `answers` over the questions, with an interval for KL; `nll_rise` and `recall_lost` are against the whole passage on the same questions."
-    df = pd.DataFrame(rows); whole, res = df[df.scorer == 'whole passage'].set_index('question'), []
+    df = pd.DataFrame(rows); whole, res = df[df.scorer == 'whole passage'].set_index('asked'), []
     for (rate, s), g in df.groupby(['rate', 'scorer']):
-        w = whole.loc[g.question]; lo, hi = _interval(g.kl.tolist())
+        w = whole.loc[g.asked]; lo, hi = _interval(g.kl.tolist())
         res.append(dict(scorer=s, rate=rate, questions=len(g), tokens=g.tokens.mean(), kl=g.kl.mean(), low=lo, high=hi, top1=g.top1.mean(),
                         nll_rise=(g.nll.to_numpy()-w.nll.to_numpy()).mean(), keyword_recall=g.keyword_recall.mean(),
                         recall_lost=(w.keyword_recall.to_numpy()-g.keyword_recall.to_numpy()).mean()))
@@ -147,15 +183,41 @@ def benchmark_words(texts=None,    # see `read_texts`
                 speed=[dict(scorer=s, ms_per_1000_words=ms) for s, ms in time_scorers(long).items()], pays=pays(rows, lm))
 
 # %% ../nbs/10_benchmark.ipynb #3126d4ed
-def benchmark_vocab(texts=None,    # see `read_texts`
+def _saved(lm, train, test, counts)->list: # a row for each way to mine and number of phrases
+    "Tokens saved on texts not mined, by our mining and the paper's."
+    v = SimpleAdaptiVocab(lm.tokenizer, []); a, b = v.tokens(train), v.tokens(test)
+    return [dict(method=m, asked=n, **{k: x for k, x in r.items() if k != 'table'}) for n in counts for m, r in compare_selection(a, b, n, v.forbidden()).items()]
+
+def _overhead(lm, v, text, rounds:int=5)->dict:
+    "Milliseconds of folding a prompt beside those of its prefill."
+    ids = v.tokens([text])[0][:lm.context]; x = torch.as_tensor(ids, dtype=torch.long, device=lm.device)[None]
+    with torch.inference_mode(): t = interleaved(dict(fold=lambda: v.fold(ids), prefill=lambda: lm.model(x, logits_to_keep=1)), rounds)
+    fold, prefill = (1000*min(t[k]) for k in ('fold', 'prefill'))
+    return dict(tokens=len(ids), fold_ms=fold, prefill_ms=prefill, overhead=fold/prefill)
+
+def _drafts(lm, train, rows, counts, n)->list: # a row for each way
+    "Answers to the questions of `rows`, or to their first sentences, decoded with drafts of phrases of `train`."
+    asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [r['text'].split('. ')[0]])]
+    prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context-n]
+    cost, makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
+    for k in counts:
+        v = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=k); makers[f'{k} phrases'] = PhraseDrafts(v.table, v.tokens(train), cost=cost)
+    makers['nothing matches'] = PhraseDrafts(PhraseTable([], v.base), [], cost=cost)
+    return compare_drafts(lm, prompts, makers, n)
+
+def benchmark_vocab(texts=None,    # see `read_texts`: of one domain
                     model=TINY, quick:bool=False)->dict: # table -> rows
-    "AdaptiVocab: tokens saved on texts not mined, by our mining and the paper's, and the speed of folding."
-    docs, lm = [r['text'] for r in read_texts(texts)], load(model)
-    v = SimpleAdaptiVocab(lm.tokenizer, [])
-    train, test = [v.tokens(docs[i::2]) for i in (0, 1)]
-    saved = [dict(method=m, asked=n, **{k: x for k, x in r.items() if k != 'table'}) for n in ((100,) if quick else (100, 1000, 10_000))
-             for m, r in compare_selection(train, test, n, v.forbidden()).items()]
-    return dict(saved=saved, speed=[fold_speed(v.fit(docs[::2], n_new=1000), docs[1::2], 1 if quick else 5)])
+    "AdaptiVocab: tokens saved; speed; reading phrases (level 2); writing them, tuned (level 3); phrases as drafts. All on texts that nothing was mined from or trained on."
+    rows, lm = read_texts(texts), load(model)
+    (train, test), held = ([r['text'] for r in rows[i::2]] for i in (0, 1)), rows[1::2]
+    few, steps = (test[:3] if quick else test[:200]), (2 if quick else 400)
+    v, text = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=1000), '\n\n'.join(test)
+    read = [measure_reading(lm, train, few, n, steps, progress=False) for n in ((50,) if quick else (200, 1000))]
+    try: tuned = measure_tuning(lm, train, few, *((50, 2) if quick else (1000, 150)), per_step=2 if quick else 16, progress=False)
+    except LlmoptError as e: tuned = [dict(model='none', why=str(e))]     # of this tokenizer's splitting
+    return dict(saved=_saved(lm, train, test, (100,) if quick else (100, 1000, 10_000)), speed=[fold_speed(v, test, 1 if quick else 5)], overhead=[_overhead(lm, v, text)],
+                read=[dict(r, steps=steps) for ways, _ in read for r in ways], tuned=[{k: x for k, x in r.items() if k != 'curve'} for r in tuned],
+                drafts=_drafts(lm, train, held[:2] if quick else held[:40], (50,) if quick else (1000, 10_000), 8 if quick else 96))
 
 # %% ../nbs/10_benchmark.ipynb #c07d4c88
 def kv_bars(t # tables of `benchmark_kv`
@@ -191,8 +253,8 @@ def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows
         decode += [dict(cache=k, **r['config'], **a, **whole) for k, a in r['arms'].items()]
     append = kv_speed.benchmark_append((256, 512) if quick else (1024, 4096, 16384, 32768))
     evict = [r for dtype in ('float32', 'bfloat16') for r in kv_speed.benchmark_eviction(512 if quick else 8192, dtype=dtype, rounds=2 if quick else 9)]
-    prefill = kv_speed.benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 7)
-    restore = benchmark_restore(256, 64, (1,), 1) if quick else benchmark_restore(rounds=5)
+    prefill = kv_speed.benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 3)
+    restore = benchmark_restore(256, 64, (1,), 1) if quick else benchmark_restore(1024, 64)
     res = dict(decode=decode, append=[dict(cache=k, context=n, **s) for k, d in append.items() for n, s in d.items()], evict=evict, prefill=prefill,
                restore=[{k: v for k, v in r.items() if k != 'trace'} for r in restore],
                fronts=[dict(speed=r['speed'], front=f, chunk=i, begin=b, end=e) for r in restore for f, i, b, e in r['trace']])
@@ -205,6 +267,12 @@ def _step_by_step(model, prompt, answer):
     cache, out = DynamicCache(config=model.config), []
     for ids in (prompt, *([t] for t in answer[:-1])): out.append(model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1])
     return torch.stack(out).float().log_softmax(-1)
+
+@torch.inference_mode()
+def _answer(lm, prompt, n):
+    "The greedy answer, its end token included."
+    x = torch.tensor([prompt], device=lm.device)
+    return lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False)[0, len(prompt):].tolist()
 
 def _written(ladder, arm, p, lm, asked, n):
     "One row: keywords in the answers of one arm, and KL along the dense answers, of which `asked` holds ids and log-probabilities."

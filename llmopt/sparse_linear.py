@@ -278,7 +278,7 @@ def sparse(self:SparseLinear,
     flat = x.reshape(-1, self.in_features)
     kept = torch.atleast_2d(kept).flatten(0, -2).expand(len(flat), -1).long()     # (B, k)
     values, N = flat.gather(1, kept), self.out_features
-    if x.is_cuda: y = triton_product(self.rows, kept, values, N)
+    if x.is_cuda: y = triton_product(self.rows, torch.zeros_like(flat).scatter_(1, kept, values), N)
     else:
         if self.kernel == 'bags': y = bag_product(self.rows, kept, values, n_pieces(self.rows.shape[1], torch.get_num_threads(), len(flat)))[:, :N]
         else: y = axpy_product(self.rows, kept, values, product_threads() if kept.numel()*self.rows[0].nbytes > 2**20 else 1)[:, :N]   # below that, a thread wakes up too late
@@ -519,66 +519,110 @@ except ImportError: triton, tl, jit = None, SimpleNamespace(constexpr=None), lam
 
 # %% ../nbs/03a_sparse_linear.ipynb #5d8bf866
 @jit
-def _read(x, b, i, D, eps, dtype:tl.constexpr, NORM:tl.constexpr, GATED:tl.constexpr):
-    "What is selected from: `x` itself, normalized, or silu(gate)*up of the two halves of `x`; rounded as it will be multiplied."
-    if GATED:
-        gate, up = tl.load(x+2*b*D+i, mask=i < D, other=0.).to(tl.float32), tl.load(x+(2*b+1)*D+i, mask=i < D, other=0.).to(tl.float32)
-        v = (gate/(1+tl.exp(-gate))).to(dtype).to(tl.float32)*up
-    else: v = tl.load(x+b*D+i, mask=i < D, other=0.).to(tl.float32)
-    if NORM: v = v*(1/tl.sqrt(tl.sum(tl.sum(v*v, 1), 0)/D+eps))
-    return v.to(dtype)
+def _magnitude(v, BITS:tl.constexpr):
+    "`|v|` as an integer of as many bits, in the same order."
+    if BITS == 15: m = v.to(tl.int16, bitcast=True).to(tl.int32) & 0x7fff
+    else: m = v.to(tl.int32, bitcast=True) & 0x7fffffff
+    return m
+
+@jit
+def _add4(a, b, c, d, e, f, g, h): return a+e, b+f, c+g, d+h
+
+@jit
+def _digit(bits, low, room, SHIFT:tl.constexpr):
+    "The next three bits of the `room`-th largest of those that begin like `low`, and its place among those that have them, too."
+    digit = (bits ^ low) >> SHIFT
+    flags = tl.sum(tl.where(digit < 8, 1 << 4*(digit & 7), 0), 1)              # how many of eight channels have which digit
+    n = tl.reduce((flags & 0xf000f, flags >> 4 & 0xf000f, flags >> 8 & 0xf000f, flags >> 12 & 0xf000f), 0, _add4)
+    found, above, passed = room*0, room*0, room*0
+    for c in tl.static_range(7):                                               # digits 7 to 1
+        passed += n[3-c%4] >> (0 if c > 3 else 16) & 0xffff
+        found += (passed >= room).to(tl.int32)
+        above = tl.where(passed < room, passed, above)
+    return low | found << SHIFT, room-above
 
 @jit(do_not_specialize=['k'])
-def _select_kernel(x, kept, values, D, k, eps, NORM:tl.constexpr, GATED:tl.constexpr, SHIFT:tl.constexpr, BLOCK:tl.constexpr, PDL:tl.constexpr):
+def _select_kernel(x, y, D, k, eps, NORM:tl.constexpr, ALL:tl.constexpr, BITS:tl.constexpr, BLOCK:tl.constexpr):
     b, i = tl.program_id(0).to(tl.int64), 8*tl.arange(0, BLOCK//8)[:, None]+tl.arange(0, 8)[None, :]
-    if PDL: tl.extra.cuda.gdc_launch_dependents(); tl.extra.cuda.gdc_wait()
-    v = _read(x, b, i, D, eps, x.dtype.element_ty, NORM, GATED)
-    if kept is None: tl.store(values+b*D+i, v, mask=i < D)
-    else:
-        bits = tl.where(i < D, tl.abs(v.to(tl.float32)).to(tl.int32, bitcast=True) >> SHIFT, -1)
-        low = 0                                                             # at least k are >= low
-        for r in range((33-SHIFT)//3):
-            shift = 3*((33-SHIFT)//3-1-r)
-            step = tl.minimum((bits-low) >> shift, 7)                       # of low + (0 to 7 << shift), the last that is passed
-            flags = tl.where(step < 0, 0, 0x11111111 >> (28-4*tl.maximum(step, 0)))
-            four = (tl.sum(flags, 1)[:, None] >> 4*tl.arange(0, 4)[None, :]) & 0x000f000f
-            n = tl.sum(four, 0)                                             # how many pass 0 to 3, and in the high halves 4 to 7
-            low += (tl.sum(((n & 0xffff) >= k).to(tl.int32)+((n >> 16) >= k).to(tl.int32), 0)-1) << shift
-        more, tie = bits > low, bits == low
-        count = more.to(tl.int32)+(tie.to(tl.int32) << 16)
-        rows = tl.sum(count, 1)
-        before = (tl.cumsum(rows, 0)-rows)[:, None]+tl.cumsum(count, 1)-count
-        room = k-tl.sum(rows & 0xffff, 0)                                   # for so many of those at the threshold, from the first
-        keep = more | (tie & ((before >> 16) < room))
-        at = b*k+(before & 0xffff)+tl.minimum(before >> 16, room)
-        tl.store(kept+at, i, mask=keep)
-        tl.store(values+at, v, mask=keep)
+    v = tl.load(x+b*D+i, mask=i < D, other=0.)
+    if NORM:
+        f = v.to(tl.float32)
+        v = (f*(1/tl.sqrt(tl.sum(tl.sum(f*f, 1), 0)/D+eps))).to(x.dtype.element_ty)
+    if not ALL:
+        bits, low, room = _magnitude(v, BITS), 0, k                            # what lies behind D is 0, and comes last
+        for r in tl.static_range((BITS+2)//3): low, room = _digit(bits, low, room, 3*((BITS+2)//3-1-r))
+        tie = (bits == low).to(tl.int32)
+        rows = tl.sum(tie, 1)
+        before = (tl.cumsum(rows, 0)-rows)[:, None]+tl.cumsum(tie, 1)-tie
+        v = tl.where((bits > low) | ((tie > 0) & (before < room)), v, 0.)
+    tl.store(y+b*D+i, v.to(y.dtype.element_ty), mask=i < D)
+
+@jit(do_not_specialize=['k'])
+def _rank_kernel(x, y, D, k, eps, NORM:tl.constexpr, BITS:tl.constexpr, ROWS:tl.constexpr, BLOCK:tl.constexpr):
+    i, b, j, scale = tl.program_id(0)*ROWS+tl.arange(0, ROWS), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK), 1.
+    if NORM:
+        squares = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, D, BLOCK):
+            f = tl.load(x+b*D+first+j, mask=first+j < D, other=0.).to(tl.float32)
+            squares += f*f
+        scale = 1/tl.sqrt(tl.sum(squares, 0)/D+eps)
+    v = (tl.load(x+b*D+i, mask=i < D, other=0.).to(tl.float32)*scale).to(x.dtype.element_ty)
+    mine, n = _magnitude(v, BITS)[:, None], tl.zeros([ROWS, BLOCK], tl.int32)
+    for first in range(0, D, BLOCK):
+        w = (tl.load(x+b*D+first+j, mask=first+j < D, other=0.).to(tl.float32)*scale).to(x.dtype.element_ty)
+        other = tl.where(first+j < D, _magnitude(w, BITS), -1)[None, :]
+        if BITS == 15: n += ((other << 15 | 0x7fff-first-j[None, :]) > (mine << 15 | 0x7fff-i[:, None])).to(tl.int32) # of equal ones the first
+        else: n += ((other > mine) | ((other == mine) & (first+j[None, :] < i[:, None]))).to(tl.int32)
+    tl.store(y+b*D+i, tl.where(tl.sum(n, 1) < k, v, 0.).to(y.dtype.element_ty), mask=i < D)
 
 # %% ../nbs/03a_sparse_linear.ipynb #e9378c99
-@jit(do_not_specialize=['k', 'split'])
-def _product_kernel(rows, kept, values, residual, partial, counters, y, N, k, stride, split,
-                    UNROLL:tl.constexpr, ROWS:tl.constexpr, BLOCK_N:tl.constexpr, STAGES:tl.constexpr, PDL:tl.constexpr):
+@jit
+def _finish(out, residual, y, b, first, N, GATED:tl.constexpr, BLOCK_N:tl.constexpr):
+    "Store a block of outputs, with the residual stream added, or as silu(even ones)*odd ones."
+    n = first+tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = y.dtype.element_ty
+    if residual is not None: out += tl.load(residual+b*N+n, mask=n < N, other=0.).to(tl.float32)
+    if GATED:
+        gate, up = tl.split(tl.reshape(out.to(dtype).to(tl.float32), [BLOCK_N//2, 2]))
+        m = first//2+tl.arange(0, BLOCK_N//2)
+        tl.store(y+b*(N//2)+m, ((gate/(1+tl.exp(-gate))).to(dtype).to(tl.float32)*up).to(dtype), mask=m < N//2)
+    else: tl.store(y+b*N+n, out.to(dtype), mask=n < N)
+
+@jit
+def _inputs(x, b, at, D): return tl.load(x+b*D+at, mask=at < D, other=0.)
+
+@jit
+def _weights(rows, v, at, n, N, stride):
+    "Rows of the inputs `v` that are not 0."
+    return tl.load(rows+at.to(tl.int64)[:, :, None]*stride+n[None, None, :], mask=(v != 0)[:, :, None] & (n < N)[None, None, :], other=0., eviction_policy='evict_first')
+
+@jit(do_not_specialize=['split'])
+def _product_kernel(rows, x, residual, partial, counters, y, N, D, stride, split, GATED:tl.constexpr,
+                    UNROLL:tl.constexpr, ROWS:tl.constexpr, BLOCK_N:tl.constexpr, STAGES:tl.constexpr, SPLIT:tl.constexpr):
     block, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, i = block*BLOCK_N+tl.arange(0, BLOCK_N), tl.arange(0, ROWS)[:, None]+ROWS*tl.arange(0, UNROLL)[None, :]
-    first, end = s*k//split, (s+1)*k//split                                 # this program's slice of the kept channels
+    n, i = block*BLOCK_N+tl.arange(0, BLOCK_N), UNROLL*tl.arange(0, ROWS)[:, None]+tl.arange(0, UNROLL)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    if PDL: tl.extra.cuda.gdc_launch_dependents(); tl.extra.cuda.gdc_wait()
-    for j in tl.range(first, end, UNROLL*ROWS, num_stages=STAGES):        # weights of the next turns are under way, through shared memory
-        at, ok = b*k+j+i, j+i < end
-        row = j+i if kept is None else tl.load(kept+at, mask=ok, other=0)
-        v = tl.load(values+at, mask=ok, other=0.).to(tl.float32)
-        w = tl.load(rows+row.to(tl.int64)[:, :, None]*stride+n[None, None, :], mask=ok[:, :, None] & (n < N)[None, None, :], other=0., eviction_policy='evict_first')
-        total += tl.sum(v[:, :, None]*w.to(tl.float32), 1)                     # within a thread
-    mine, counter = partial+b*split*N, counters+b*tl.num_programs(0)+block
-    tl.store(mine+s*N+n, tl.sum(total, 0), mask=n < N)
-    tl.debug_barrier()                                                      # all threads have stored
-    if tl.atomic_add(counter, 1, sem='acq_rel') == split-1:                 # this program is the last at its block
-        out, some = tl.zeros([BLOCK_N], tl.float32), tl.arange(0, 16)
-        for j in range(0, split, 16):
-            out += tl.sum(tl.load(mine+(j+some)[:, None]*N+n[None, :], mask=(j+some < split)[:, None] & (n < N)[None, :], other=0., cache_modifier='.cg'), 0)
-        if residual is not None: out += tl.load(residual+b*N+n, mask=n < N, other=0.).to(tl.float32)
-        tl.store(y+b*N+n, out.to(y.dtype.element_ty), mask=n < N)
-        tl.store(counter, 0)
+    first, step = s*UNROLL*ROWS, split*UNROLL*ROWS
+    if STAGES == 1:                                                                 # weights of one turn are under way while those of another are added, in registers
+        v = _inputs(x, b, first+i, D)
+        w, after = _weights(rows, v, first+i, n, N, stride), _inputs(x, b, first+step+i, D)
+        for j in range(first+step, D+step, step):
+            last, old, v = v, w, after
+            w, after = _weights(rows, v, j+i, n, N, stride), _inputs(x, b, j+step+i, D)
+            total += tl.sum(last.to(tl.float32)[:, :, None]*old.to(tl.float32), 1)      # within a thread
+    else:                                                                           # through shared memory, several turns
+        for j in tl.range(first, D, step, num_stages=STAGES):
+            v = _inputs(x, b, j+i, D)
+            total += tl.sum(v.to(tl.float32)[:, :, None]*_weights(rows, v, j+i, n, N, stride).to(tl.float32), 1)
+    if SPLIT == 1: _finish(tl.sum(total, 0), residual, y, b, block*BLOCK_N, N, GATED, BLOCK_N)
+    else:
+        mine, counter, some = partial+b*split*N, counters+b*tl.num_programs(0)+block, tl.arange(0, SPLIT)[:, None]
+        tl.store(mine+s*N+n, tl.sum(total, 0), mask=n < N)
+        tl.debug_barrier()                                                          # all threads have stored
+        if tl.atomic_add(counter, 1, sem='acq_rel') == split-1:                     # this program is the last at its block
+            out = tl.sum(tl.load(mine+some*N+n[None, :], mask=(some < split) & (n < N)[None, :], other=0., cache_modifier='.cg'), 0)
+            _finish(out, residual, y, b, block*BLOCK_N, N, GATED, BLOCK_N)
+            tl.store(counter, 0)
 
 # %% ../nbs/03a_sparse_linear.ipynb #c6c36f0a
 def _need_triton(dtype):
@@ -586,48 +630,42 @@ def _need_triton(dtype):
     if triton is None: raise ImportError('this needs Triton, which comes with torch for CUDA: pip install triton')
     if dtype not in (torch.bfloat16, torch.float16, torch.float32): raise ValueError(f'the Triton kernels take bfloat16, float16 and float32, not {dtype}')
 
-def _early(pdl):
-    "Launch options: with `pdl` (from Hopper on), a kernel may start before the one in front ends, and waits for it inside."
-    return dict(PDL=pdl, **(dict(launch_pdl=True) if pdl else {}))
-
-def triton_select(x:torch.Tensor, # (B, D), or (B, 2D) if `gated`
-                  k=None,         # channels to keep; None is all, without their numbers
+def triton_select(x:torch.Tensor, # (B, D)
+                  k=None,         # channels to keep; None is all
                   eps=None,       # of an RMS norm without gain before the selection; None is no norm
-                  gated=False,    # select from silu(first half of x)*second half
-                  dtype=torch.float32, # of the values, which are rounded to the precision of x before
-                  pdl=False       # see `_early`
-                 ):               # kept (B, k) int32, ascending, or None; values (B, k), of the normalized or gated x
-    "`select` (same ties) and the values of what was kept in one launch."
+                  rank:bool=False,# many programs, each of which counts what is larger than its channels, instead of one that searches
+                  per_warp:int=256, rows:int=16 # channels of a warp in a search, and of a program that counts
+                 )->torch.Tensor: # (B, D), normalized, and 0 where `select` would not keep it
+    "Norm and selection in one launch, with the ties of `select`."
     _need_triton(x.dtype)
-    B, D, x = len(x), x.shape[1]//(1+gated), x.contiguous()
+    (B, D), x = x.shape, x.contiguous()
     if k is not None and not 0 <= k <= D: raise ValueError(f'k must lie between 0 and D={D}, not {k}')
     if D >= 2**15: raise ValueError(f'counts are kept in 15 bits, which {D} channels overflow')
-    kept, values = None if k is None else torch.empty(B, k, dtype=torch.int32, device=x.device), torch.empty(B, D if k is None else k, dtype=dtype, device=x.device)
-    shift, block = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[x.dtype], max(8, triton.next_power_of_2(D))     # low bits of the float32 that are always 0
-    if k != 0: _select_kernel[(B,)](x, kept, values, D, k or 0, eps or 0., eps is not None, gated, shift, block, num_warps=min(32, max(4, block//256)), **_early(pdl))
-    return kept, values
+    if k == 0: return torch.zeros_like(x)
+    y, bits, block, every, norm = torch.empty_like(x), 8*x.itemsize-1, max(8, triton.next_power_of_2(D)), k in (None, D), eps is not None
+    if rank and not every: _rank_kernel[(triton.cdiv(D, rows), B)](x, y, D, k, eps or 0., norm, bits, rows, min(block, 8192//rows))
+    else: _select_kernel[(B,)](x, y, D, k or 0, eps or 0., norm, every, bits, block, num_warps=min(32, max(4, block//per_warp)))
+    return y
 
 # %% ../nbs/03a_sparse_linear.ipynb #425bf4f6
 @cache
 def _processors(device): return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 4
 
 def triton_product(rows:torch.Tensor,   # (D, N or more), the last dimension contiguous
-                   kept,                # (B, k), not checked; None is all channels
-                   values:torch.Tensor, # (B, k)
+                   x:torch.Tensor,      # (B, D); rows of zeros are not read
                    N:int,               # outputs
                    residual=None,       # (B, N), added
+                   gated:bool=False,    # return silu(even outputs)*odd outputs
                    counters=None,       # int32 zeros, zeros again afterwards, at least B*N/block_n; made here if None
-                   split=None,          # slices of the kept channels; None: `per_sm` programs for each processor
-                   per_sm:int=4, block_n:int=256, unroll:int=4, stages:int=4, num_warps:int=4, # outputs of a program, loads of a thread in a turn, turns under way
-                   pdl=False            # see `_early`
-                  )->torch.Tensor:      # (B, N)
-    "Weighted sums of rows, plus `residual`, in one launch."
+                   split=None,          # programs that share a block of outputs; None: as `per_sm` says
+                   per_sm:int=4, block_n:int=128, unroll:int=8, stages:int=1, num_warps:int=4 # programs of a processor, outputs of one, loads of a thread in a turn, turns under way
+                  )->torch.Tensor:      # (B, N), or (B, N/2)
+    "The product with the rows of the channels that are not 0, plus `residual`, in one launch."
     _need_triton(rows.dtype)
-    (B, k), blocks, lanes = values.shape, triton.cdiv(N, block_n), 32*num_warps*8
-    if split is None: split = max(1, per_sm*_processors(rows.device)//(blocks*B))
+    (B, D), blocks, lanes = x.shape, triton.cdiv(N, block_n), max(1, 32*num_warps*8//block_n)
+    if split is None: split = max(1, min(per_sm*_processors(rows.device)//(blocks*B), 32, triton.cdiv(D, unroll*lanes)))
     if counters is None: counters = torch.zeros(B*blocks, dtype=torch.int32, device=rows.device)
-    partial, y = torch.empty(B, split, N, dtype=torch.float32, device=rows.device), torch.empty(B, N, dtype=rows.dtype, device=rows.device)
-    kept, values, residual = (t if t is None else t.contiguous() for t in (kept, values, residual))
-    _product_kernel[(blocks, split, B)](rows, kept, values, residual, partial, counters, y, N, k, rows.stride(0), split, unroll, max(1, lanes//block_n), block_n, stages,
-                                        num_warps=num_warps, **_early(pdl))
+    partial, y = torch.empty(B, split, N, dtype=torch.float32, device=rows.device), torch.empty(B, N//(1+gated), dtype=rows.dtype, device=rows.device)
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    _product_kernel[(blocks, split, B)](rows, x, residual, partial, counters, y, N, D, rows.stride(0), split, gated, unroll, lanes, block_n, stages, triton.next_power_of_2(split), num_warps=num_warps)
     return y

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from html import escape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
 from typing import Callable, NamedTuple
@@ -61,10 +61,11 @@ def _pieces(text, s, e):
 def split_words(text:str # any text
                )->list:  # of `Word`, in order
     "The words of `text`; all that lies between them is white space."
-    res = []
+    res, simple, new = [], text.isascii(), tuple.__new__ # a plain word is made without a call of Python
     for m in _RUN.finditer(text):
         s, e = m.span()
-        if not text.isascii() and _CJK.search(text, s, e): res += _pieces(text, s, e)
+        if simple and text[s].isalnum() and text[e-1].isalnum(): res.append(new(Word, (s, e, 0, 0, False)))
+        elif not simple and _CJK.search(text, s, e): res += _pieces(text, s, e)
         else: res.append(_word(text, s, e))
     return res
 
@@ -98,6 +99,7 @@ class Passage:
                  seed:int=0,        # for what is random
                  tokenizer=None):   # what counts tokens; None counts words
         self.text, self.rate, self.question, self.seed = text, rate, question or '', seed
+        self.fixed = frozenset()  # indices of words that stay in any case
         self.statistics, self.model_score, self.tokenizer, self.words = statistics, model_score, tokenizer, split_words(text)
         cuts = [0, *(i for w in self.words for i in (w.start, w.end)), len(text)]
         self.gaps = [text[a:b] for a, b in zip(cuts[::2], cuts[1::2])]
@@ -310,8 +312,9 @@ def _key(core):
 def _keys(p):
     "Each word as it is compared: '' for punctuation, the mark itself for an emoji."
     def symbol(s): return s if any(unicodedata.category(c) == 'So' for c in s) else ''
-    cores = (p.text[w.start+w.lead:w.end-w.tail] for w in p.words)
-    return [symbol(s) if w.mark else _key(s) for w, s in zip(p.words, cores)]
+    cores = [p.text[s+lead:e-tail] for s, e, lead, tail, _ in p.words]
+    key = {s: _key(s) for s in set(cores)}
+    return [symbol(s) if w[4] else key[s] for w, s in zip(p.words, cores)]
 
 @_lazy
 def _content(p):
@@ -449,12 +452,14 @@ def _cost(p):
     if p.tokenizer is None: return [1]*len(words)
     of = dict.fromkeys(words)
     of = dict(zip(of, _count_each(p.tokenizer, [' '+w for w in of])))
-    return [of[w] for w in words]
+    return [max(of[w], 1) for w in words]
 
 @_scorer
 def _coverage(p):
-    seen, res = Counter(), []
-    for k, c in zip(p.keys, p.cost): seen[k] += 1; res.append(p.weight[k]/seen[k]/max(c, 1)**.5)
+    seen, res, cost, weight = Counter(p.keys[i] for i in p.fixed), [0.]*len(p), p.cost, p.weight
+    for i in sorted(range(len(p)), key=cost.__getitem__):
+        if i in p.fixed: continue
+        k = p.keys[i]; seen[k] += 1; res[i] = weight[k]/seen[k]**2/cost[i]**.5
     return res
 
 # %% ../nbs/01_word_removal.ipynb #a8b8cfa2
@@ -619,12 +624,12 @@ def token_counter(tokenizer=None # of transformers or tokenizers; None counts wo
     return lambda text: len(_encode(tokenizer, text))
 
 # %% ../nbs/01_word_removal.ipynb #930e98b2
-def _search(f, n, target, f0, fn):
-    "The largest `k` in `0…n` found with `f(k) <= target`, and `f(k)`; `f0` and `fn` are `f(0) <= target` and `f(n)`."
+def _search(f, n, target, f0, fn, about=None):
+    "The largest `k` in `0…n` found with `f(k) <= target`, and `f(k)`; `f0` and `fn` are `f(0) <= target` and `f(n)`; `f` grows about as the list `about`."
     if fn <= target: return n, fn
-    lo, hi, turn = 0, n, 0
+    lo, hi, turn, about = 0, n, 0, about or range(n+1)
     while hi-lo > 1 and f0 < target:
-        k = (lo+hi)//2 if turn%3 == 2 else lo + round((target-f0)/(fn-f0)*(hi-lo))
+        k = (lo+hi)//2 if turn%3 == 2 else bisect_right(about, about[lo]+(target-f0)/(fn-f0)*(about[hi]-about[lo]))-1
         k, turn = min(max(k, lo+1), hi-1), turn+1
         c = f(k)
         if c <= target: lo, f0 = k, c
@@ -632,10 +637,12 @@ def _search(f, n, target, f0, fn):
     return lo, f0
 
 # %% ../nbs/01_word_removal.ipynb #09745c48
-def _top_up(f, kept, rest, total, target):
-    "Add to the words `kept`, of `total` tokens, those of `rest` that fit `target`; the words and their tokens."
+def _top_up(f, kept, rest, total, target, cost, tries=8):
+    "Add to the words `kept`, of `total` tokens, those of `rest` that fit `target` by their `cost` and then indeed; the words and their tokens."
     for i in rest:
-        if total >= target: break
+        if total >= target or not tries: break
+        if cost[i] > target-total: continue
+        tries -= 1
         more = [*kept]
         insort(more, i)
         if (c := f(more)) <= target: kept, total = more, c
@@ -668,6 +675,10 @@ def _squeezed(p, fixed):
 class BudgetError(ValueError):
     "The budget is smaller than what protected words take."
 
+def _about(p, count):
+    "About how many tokens each word takes: counted, if the scorer had that done, and guessed from its length if not."
+    return [1]*len(p) if count is None else p.__dict__.get('cost') or [max(1, (w.end-w.start+3)//5) for w in p.words]
+
 def _choose(p, order, fixed, gaps, target, count):
     "The words to keep, in order, so that the text of them counts at most `target`; that text and its count. If `count` is None, words count."
     rank = [-1]*len(p)
@@ -678,8 +689,9 @@ def _choose(p, order, fixed, gaps, target, count):
     if low > target:
         raise BudgetError(f"a budget of {target:,} tokens is below the {low:,} that the protected words alone take; "
                           f"raise it to {low:,} or more, or protect less (`protect=('numbers', …)`)")
-    k, total = _search(lambda k: size(best(k)), len(order), target, low, size(best(len(order))))
-    kept, total = _top_up(size, best(k), order[k:k + (24 if len(p) < 20_000 else 4)], total, target)
+    cost = _about(p, count); about = [*accumulate((cost[i] for i in order), initial=0)]
+    k, total = _search(lambda k: size(best(k)), len(order), target, low, size(best(len(order))), about)
+    kept, total = _top_up(size, best(k), order[k:k+64], total, target, cost, 8 if len(p) < 20_000 else 4)
     return kept, p.render(kept, fixed, gaps), total
 
 # %% ../nbs/01_word_removal.ipynb #9aee4806
@@ -776,7 +788,7 @@ def compress(text:str,                   # any text
     target = target_tokens if rate is None else math.ceil(rate*before - 1e-9)
     p.rate, kw = min(target/max(before, 1), 1.), dict(target=target, protected=spans)
     if target >= before: return _result(p, text, range(len(p)), text, before, before, name, start, **kw)
-    fixed, gaps = _fixed(p, spans)
+    fixed, gaps = _fixed(p, spans); p.fixed = fixed
     kept, short, after = _choose(p, _ranked(_scores(p, scorer), fixed), fixed, _squeezed(p, gaps), target, count)
     return _result(p, text, kept, short, before, after, name, start, **kw)
 

@@ -89,3 +89,13 @@ def test_bits_and_rise():
     test_close(answer_bits(uniform, [([1], [0, 1]), ([1], [2])]), [4., 2.], 1e-6)
     a = np.array([1., 2., 3.]); test_eq(rise(a, a), (0., 0., 0.)); test_close(rise(1.1*a, a), [.1]*3, 1e-9)
     lo, hi = rise(np.array([2., 1., 3.]), a)[1:]; assert lo < 0 < hi
+
+
+def test_reading_measured():
+    """All ways to read one prompt, and their bits on the same texts. `llmopt benchmark vocab` calls this, and so
+    does the measurement below."""
+    lm = load(TINY, 'cpu'); docs = [f'{a} machine learning {b}' for a, b in zip(('The study of', 'We teach', 'A book on', 'Here is'), ('is a part of the work.', 'with care.', 'came out.', 'for all of you, and more.'))]+['word', 'In the work.']
+    ways, run = measure_reading(lm, docs[:4], docs[2:], 1, 3, bs=2, progress=False); by = {w['way']: w for w in ways}
+    test_eq((by['plain']['rise'], by['plain']['saved'], run['steps'], len(run['loss'])), (0., 0., 3, 1)); assert .05 < by['distilled']['saved'] < .3 and by['no prompt']['rise'] > 0
+    a, b, size = halves(lm.tokenizer, docs[5]); test_eq((lm.tokenizer.decode(a[1:]), lm.tokenizer.decode(b), size, halves(lm.tokenizer, 'word')), ('In the', ' work.', 6, None))
+    with expect_fail(LlmoptError, 'no text to score'): measure_reading(lm, docs, ['word'], 5, 0)

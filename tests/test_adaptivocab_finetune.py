@@ -116,6 +116,18 @@ def test_bits_of_a_document():
     test_eq(torch.cat(flat).tolist(), [i for d in DOCS[:2] for i in [lm.tokenizer.bos_token_id, *lm.tokenizer.encode(d)]][1:])
 
 
+def test_tuning_measured():
+    """Models with new tokens beside the same model without, tuned on the same documents for as long. `llmopt
+    benchmark vocab` calls this."""
+    lm = load(TINY, 'cpu'); rows = {r['model']: r for r in measure_tuning(lm, DOCS*4, DOCS, 20, 2, per_step=2, progress=False)}
+    test_eq([*rows], ['as bundled', *ARMS]); test_eq((rows['no new tokens']['rise'], rows['no new tokens']['saved_in'], rows['replaced']['tokens']), (0., 0., 4096))
+    test_close(rows['as bundled']['bits_per_byte'], document_bits(lm, DOCS).sum()/sum(map(len, DOCS)), 1e-3)
+    assert rows['appended, with prior']['saved_out'] > .2
+    test_eq(question_and_answer('<|user|>\nWhy?<|end|>\n<|assistant|>\nSo.<|end|>\n'), ('Why?', 'So.<|end|>\n')); test_eq(question_and_answer('So.'), ('So.', 'So.'))
+
+    r = rows['replaced']; test_close(r['rise'], r['bits_per_byte']/rows['no new tokens']['bits_per_byte']-1, 1e-3); assert r['low'] < r['rise'] < r['high'] and r['bits_before'] > r['bits_per_byte']
+
+
 def test_saved_folder():
     "What is loaded again, by transformers alone or by `load`, has the same logits and the same tokens, and chats."
     lm = load(TINY, 'cpu')

@@ -3,12 +3,14 @@
 
 import tempfile
 import json
+import torch
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.core import load, TINY, LlmoptError
+from llmopt.core import load, TINY, LlmoptError, user
 from pathlib import Path
 from llmopt.larosa import default_texts, windows
-from llmopt.larosa_ladder import Ladder, passages
+from llmopt.larosa_ladder import Ladder
 from llmopt.benchmark import *
+from llmopt.benchmark import _Read
 
 
 def test_read_texts():
@@ -33,15 +35,29 @@ def test_budgets():
 
 
 def test_answers():
-    """The model answers a question about the whole passage. Then it is led along that same answer with the shortened
-    passage before it, and we compare what it expects at each token. All scorers get the same number of tokens:
-    that of the naive method."""
+    """Hundreds of prompts are asked for each passage. All those of one question are read side by side and only once,
+    for three uses: to be led along the answer, along the reference, and to answer."""
     lm = load('llmopt-tiny', 'cpu')
     a = mean_answers(answers(read_texts()[:2], lm, rates=(.5,), scorers=('every_nth', 'coverage'), n=8))
     by = {r['scorer']: r for r in a}
+    same = [{k: v for k, v in read_texts()[0].items() if k != 'id'}]*2; test_eq(len(mean_answers(answers(same, lm, rates=(.5,), scorers=('random',), n=2))), 3)
     test_eq(set(by), {'whole passage', 'no passage', 'every_nth', 'coverage'})
     test_close(by['whole passage']['kl'], 0, 1e-6); test_eq(by['whole passage']['recall_lost'], 0)
     assert by['no passage']['kl'] > 0 and by['no passage']['tokens'] < by['coverage']['tokens'] < by['whole passage']['tokens']
+
+
+def test_answers_side_by_side():
+    """Side by side or one by one, the numbers are the same, and they are those of a plain forward pass and of
+    `generate`."""
+    lm = load('llmopt-tiny', 'cpu'); rows, kw = read_texts()[1:3], dict(rates=(.25, .75), scorers=('every_nth', 'idf', 'self_information'), n=12)
+    many, one = answers(rows, lm, bs=7, **kw), answers(rows, lm, bs=1, **kw); assert len(many) > 20
+    for a, b in zip(many, one):
+        test_eq({k: v for k, v in a.items() if k not in ('kl', 'nll')}, {k: v for k, v in b.items() if k not in ('kl', 'nll')})
+        test_close(a['kl'], b['kl'], 1e-4); test_close(a['nll'], b['nll'], 1e-4)
+    ps = [lm.encode_chat([user(t)]) for t in ('Tell me about the moon.', 'Why?', rows[0]['text'][:300])]; r = _Read(lm, ps)
+    for p, out, lp in zip(ps, r.answers(9), r.log_probs([40, 50, 60])):
+        x = torch.tensor([p]); test_eq(out, lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=9, do_sample=False)[0, len(p):].tolist())
+        with torch.inference_mode(): test_close(lp, lm.model(torch.tensor([p+[40, 50, 60]])).logits[0, len(p)-1:-1].log_softmax(-1), 1e-3)
 
 
 def test_benchmark_kv():
@@ -70,7 +86,7 @@ def test_sparse_answers():
     model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
     the package, of which no passage is part."""
     lm = load(TINY, 'cpu', dtype='float32'); rows = read_texts()[:2]
-    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16), windows(passages(), lm.tokenizer, 64, 4))
+    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16), windows([r['text'] for r in rows], lm.tokenizer, 64, 4))
     dense, none, half, cut = sparse_answers(lm, ladder, rows, (0., .8), ('basis learned', 'top-k'), 8)[:1]+sparse_answers(lm, ladder, rows, (0.,), ('basis learned',), 8)[1:]+sparse_answers(lm, ladder, rows, (.5, .9), ('basis learned',), 8)[1:]
     test_eq(dense['keyword_recall'], none['keyword_recall']); assert none['kl'] < 1e-5 < half['kl'] < cut['kl'] and half['kl_1_2'] < half['kl']    # the first token follows a dense prompt
     test_eq(dense['answers'], sum(len(r['questions']) for r in rows)); test_eq(sparse_answers(lm, ladder, [dict(text='No questions.')]), [])
@@ -97,5 +113,7 @@ def test_run():
         with expect_fail(LlmoptError, 'known: words'): run('wrds', d)
         p = run('vocab', d, quick=True)
         r = json.loads(p.read_text())
-        test_eq((r['benchmark'], p.name, set(r['tables'])), ('vocab', 'benchmark_vocab.json', {'saved', 'speed'}))
+        test_eq((r['benchmark'], p.name, set(r['tables'])), ('vocab', 'benchmark_vocab.json', {'saved', 'speed', 'overhead', 'read', 'tuned', 'drafts'}))
+        t = r['tables']; test_eq([x['identical'] for x in t['drafts']], [2]*4); assert t['overhead'][0]['fold_ms'] > 0; test_eq({x['way'] for x in t['read']} > {'plain', 'distilled', 'random deletion'}, True)
+        test_eq([x['model'] for x in t['tuned']], ['as bundled', 'no new tokens', 'appended, exponential rows', 'appended, with prior', 'replaced'])
         assert r['environment']['cpu_model'] and r['seconds'] > 0

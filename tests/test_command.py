@@ -4,7 +4,7 @@ import pytest
 
 from llmopt.cli import main
 
-ENV = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '2'}
+ENV = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
 CMD = [sys.executable, '-m', 'llmopt.cli']
 
 def fresh(*args, cwd, **kw):

@@ -1,5 +1,6 @@
 "No budget, no difference: whatever `generate` does, the slab cache gives what `DynamicCache` gives, to the bit with stock attention."
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ CONFIGS = {
     'mistral': lambda: T.MistralConfig(**SMALL, sliding_window=16, head_dim=8),
     'gpt2': lambda: T.GPT2Config(vocab_size=256, n_embd=32, n_layer=3, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=3, pad_token_id=5),
     'phi': lambda: T.PhiConfig(**{**SMALL, 'num_key_value_heads': 4}),
-    'bundled': None}
+    'bundled': None, 'stories260k': None}
 MODES = {
     'greedy': dict(do_sample=False),
     'sampling': dict(do_sample=True, temperature=1.3),
@@ -36,6 +37,10 @@ def model_of(name, dtype=torch.float32):
     if (name, dtype) not in _models:
         torch.manual_seed(0)
         if name == 'bundled': m = load('llmopt-tiny', 'cpu').model
+        elif name == 'stories260k':     # a model that others have trained, where the folder with it is at hand
+            folder = next((p/'shared/data/models'/name for p in Path(__file__).resolve().parents if (p/'shared/data/models'/name).exists()), None)
+            if folder is None: pytest.skip('no folder shared/data/models/stories260k in any folder above this one')
+            m = T.AutoModelForCausalLM.from_pretrained(folder)
         else:
             m = T.AutoModelForCausalLM.from_config(CONFIGS[name]())
             for p in m.parameters(): p.data.add_(.1*torch.randn_like(p))

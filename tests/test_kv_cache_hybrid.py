@@ -5,11 +5,12 @@ import gc
 import json
 import tempfile
 import torch
+import transformers as T
 from fastcore.test import test_eq, expect_fail
 from llmopt.core import load
 from llmopt.kv_cache.restore import PrefixStore
 from dataclasses import asdict
-from llmopt.kv_cache.slab import SlabCache
+from llmopt.kv_cache.slab import SimpleVAttention, SlabCache
 from llmopt.kv_cache.hybrid import *
 
 
@@ -39,6 +40,15 @@ def test_memory_usage_and_savings():
     del cache; gc.collect(); test_eq(opt.get_memory_usage()['caches'], 0)
 
 
+def test_one_slab():
+    "The numbers are those of the caches: they come with tokens and go with them."
+    s = SimpleVAttention(4, 64, 2, 5000, populate=False); test_eq((s.get_memory_usage()['resident'], s.get_memory_savings()['dynamic']), (0, 0))
+    s.append(*torch.ones(2, 2, 4, 1000, 64)); u, v = s.get_memory_usage(), s.get_memory_savings()
+    test_eq((u['live'], u['peak_live'], v['slab']), (2*2*4*1000*256, u['live'], u['resident'])); assert u['live'] <= u['resident'] < u['reserved'] and 0 <= u['fragmentation'] < .05
+    assert abs(v['saved_vs_dynamic']) < .05 and abs(v['saved_vs_static_exact']) < .05 and .7 < v['saved_vs_static_longest'] < .85
+    s.truncate(100); assert s.get_memory_usage()['resident'] < .15*u['resident'] and s.get_memory_usage()['peak_live'] == u['live']
+
+
 def test_optimizer_with_a_budget():
     """With a budget of a quarter the same 500 tokens take about a quarter, the peak lies between that and all of
     them, and the answers of caches without a budget are as before."""
@@ -48,6 +58,7 @@ def test_optimizer_with_a_budget():
     with torch.no_grad(), opt.attach(lm): lm.model(torch.full((2, 500), 9), past_key_values=cache)
     u, s, full = opt.get_memory_usage(), opt.get_memory_savings(), 2*2*500*shape['num_layers']*shape['num_heads']*shape['head_size']*4
     assert .25*full <= u['live'] <= .28*full and u['live'] <= u['resident'] <= .31*full and u['live'] < u['peak_live'] < .5*full
+    assert u['evictions'] == 1 and 0 < u['lost'] < 1 and u['hit_rate'] is None
     assert s['saved_vs_dynamic'] > .65 and s['saved_vs_static_exact'] > .65
     with expect_fail(ValueError, 'with a budget'): HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, policy='cake')
 
@@ -57,6 +68,10 @@ def test_optimizer_refusals():
     lm = load('llmopt-tiny', 'cpu'); shape = cache_shape(lm.model); x = torch.full((2, 20), 9)
     with expect_fail(ValueError, 'does not fit'): HybridKVCacheOptimizer(**{**shape, 'num_heads': 3}, max_batch_size=1, max_seq_len=10).make_cache(lm)
     with expect_fail(ValueError, 'at least 1'): HybridKVCacheOptimizer(**shape, max_batch_size=0, max_seq_len=10)
+    bloom = T.BloomForCausalLM(T.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))      # its attention cannot be replaced
+    for kv, text in (KVCache(), "use attention='stock'"), (KVCache(budget=99), 'cannot have a budget'):
+        with expect_fail(ValueError, text):
+            with kv.attach(bloom): pass
     with torch.no_grad():
         with expect_fail(ValueError, 'max_batch_size=1'): lm.model(x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=100).make_cache(lm))
         with expect_fail(ValueError, 'max_seq_len'): lm.model(x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=10).make_cache(lm))
@@ -72,6 +87,6 @@ def test_optimizer_with_a_store():
         opt = HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=200, store=PrefixStore(d, chunk=16))
         for hits in (0, 4):
             cache, report = opt.prefill(lm, x)
-            test_eq((report.hits, cache.get_seq_length()), (hits, 64))
+            test_eq((report.hits, cache.get_seq_length(), opt.get_memory_usage()['hit_rate']), (hits, 64, hits/8))
             assert torch.equal(write(opt, cache), write(plain, plain.make_cache(lm)))
     with expect_fail(ValueError, 'has no store'): plain.prefill(lm, x)

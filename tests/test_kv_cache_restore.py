@@ -16,6 +16,8 @@ import torch
 from fastcore.test import test_eq, test_close, expect_fail
 from llmopt.core import load
 from llmopt.kv_cache.memory import PAGE, DoublingRegion
+from llmopt.kv_cache.attention import packed
+from llmopt.kv_cache.eviction import Eviction, EvictingCache
 from pathlib import Path
 from llmopt.kv_cache.slab import SimpleVAttention, SlabCache
 from llmopt.kv_cache.restore import *
@@ -298,6 +300,29 @@ def test_prefill_refusals():
         with expect_fail(ValueError, 'has hooks'): s.prefill(m, cache, x)
         with expect_fail(ZeroDivisionError): PrefixStore(d, chunk=16, salt='a hook that fails').prefill(m, cache, x)
         hook.remove(); test_eq(cache.get_seq_length(), 0); s.prefill(m, cache, x); check_same(m, x, 16, cache)
+
+
+def test_restore_under_a_budget():
+    """With a budget the answer is that of full attention under the mask of what is gone, the same at every meeting
+    point to the bit; and what is stored is what a store without budgets holds."""
+    m, ids, C = tiny(), prompt(16*12+9), 16
+    def files(d): return {p.name: p.read_bytes() for p in Path(d).iterdir()}
+    def last_logits(cache, n=3):
+        with torch.no_grad(): rows = [m(ids[:, cache.get_seq_length():], past_key_values=cache).logits[:, -1]]+[m(ids[:, :1], past_key_values=cache).logits[:, -1] for _ in range(n)]
+        return torch.stack(rows)
+    with tempfile.TemporaryDirectory() as d, tempfile.TemporaryDirectory() as plain, packed(m):
+        PrefixStore(plain, chunk=C).prefill(m, SlabCache(m.config), ids)
+        s, res = PrefixStore(d, chunk=C), []
+        for meet in (None, *range(13)):
+            cache = EvictingCache(m.config, Eviction(64, window=20, unit=1)); r = s.prefill(m, cache, ids, meet=meet)
+            test_eq((cache.get_seq_length(), cache.evictor.rounds, r.computed), (192, 0, sum(meet is None or i < meet or i >= 10 for i in range(12))))
+            res.append((last_logits(cache), [x.positions for x in cache.slabs], cache.evictions)); assert cache.evictor.rounds and max(cache.slabs[0].sizes) < 80
+            if meet is None: test_eq(files(d), files(plain))
+        for a, b, e in res[1:]: assert torch.equal(a, res[0][0]) and all(map(torch.equal, b, res[0][1])) and e == res[0][2]
+        test_eq(files(d), files(plain))
+        large = EvictingCache(m.config, Eviction(999)); s.prefill(m, large, ids); whole = SlabCache(m.config); s.prefill(m, whole, ids)
+        a, b = last_logits(large), last_logits(whole); assert torch.equal(a, b) and not torch.equal(a, res[0][0])
+        with expect_fail(ValueError, 'all tokens'): s.prefill(m, EvictingCache(m.config, Eviction(64, 'h2o')), ids)
 
 
 def test_benchmark_of_restoring():

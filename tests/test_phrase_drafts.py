@@ -4,6 +4,7 @@
 import random
 import transformers as T
 import math
+import numpy as np
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
 from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
@@ -149,6 +150,17 @@ def test_extra_cost():
     clock['_pass_seconds'] = lambda model, cache, n: 2+n                            # a pass over one token takes 3, over five 7
     try: test_close(extra_cost(lm.model, DynamicCache(config=lm.model.config), context=16, rounds=3), (7/3-1)/4, 1e-9)
     finally: clock['_pass_seconds'] = real
+
+
+def test_ways_compared():
+    """Ways to decode the same prompts, beside plain decoding: passes counted by a hook, texts compared, times
+    interleaved. `llmopt benchmark vocab` calls this."""
+    lm = load(TINY, 'cpu'); ids = [lm.encode_chat([user(t)]) for t in ('What is machine learning?', 'Why is the sky blue?')]
+    said = lm.model.generate(torch.tensor(ids[:1]), attention_mask=torch.ones(1, len(ids[0])), max_new_tokens=20, do_sample=False)[0].tolist()
+    knows = PhraseDrafts(PhraseTable([tuple(said[i:i+4]) for i in range(len(ids[0])-4, len(said)-4)], len(lm.tokenizer)), [np.array(said)]*3, cost=0)
+    plain, drafted = compare_drafts(lm, ids, dict(knows=knows), 20, lookup=False)
+    test_eq((plain['forwards'], plain['identical'], drafted['identical'], drafted['tokens']), (plain['tokens'], 2, 2, plain['tokens']))
+    assert drafted['forwards'] < plain['forwards'] and drafted['accepted'] > 2; test_eq(sum(len(m._forward_hooks) for m in lm.model.modules()), 0)
 
 
 def test_view_of_drafts():

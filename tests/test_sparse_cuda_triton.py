@@ -14,7 +14,7 @@ from llmopt.sparse_linear import DENSE, DecodeStep, step_model  # noqa: E402
 
 SMALL = dict(hidden=32, layers=2, intermediate=48, heads=4, kv_heads=2, vocab=100, context=7, device=DEVICE)
 LIMIT = dict(float32=1e-5, bfloat16=2e-2)
-FORMS = dict(sparse=[dict(block_n=32, split=2), dict(block_n=33)], rows=[dict(rows=16, block_d=32)])
+FORMS = dict(sparse=[dict(block_n=32, split=2), dict(block_n=33)], rows=[dict(rows=16, block_d=32)], select=[dict(rank=True, rows=8), dict(rank=True, rows=3)])
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
@@ -26,12 +26,14 @@ def test_dense_product_with_norm_and_residual(form, dtype):
     torch.testing.assert_close(triton_dense(weight, x, residual, **form), x@weight.t()+residual, **close)
     normal = torch.nn.functional.rms_norm(x, (50,), eps=1e-5)
     torch.testing.assert_close(triton_dense(weight, x, eps=1e-5, **form), normal@weight.t(), **close)
+    gate, up = (normal@weight[:36].t()).view(2, 18, 2).unbind(-1)
+    torch.testing.assert_close(triton_dense(weight[:36], x, None, 1e-5, True, **form), torch.nn.functional.silu(gate)*up, **close)
 
 
 def test_gate():
     torch.manual_seed(0)
     gate, up = torch.randn(2, 2, 45, device=DEVICE)
-    torch.testing.assert_close(triton_gate(torch.cat([gate, up], 1)), torch.nn.functional.silu(gate)*up)
+    torch.testing.assert_close(triton_gate(torch.stack([gate, up], -1).flatten(1)), torch.nn.functional.silu(gate)*up)
 
 
 @pytest.mark.parametrize('context', [0, 5, 200])
@@ -68,7 +70,7 @@ def test_steps_agree_with_the_reference_on_the_same_channels(dtype):
     for way, level in ('cublas', 0.), ('rows', 0.), ('channels', 0.), ('sparse', 0.), ('sparse', .4), ('sparse', .75): assert step.error(way, level) < LIMIT[dtype], (way, level)
     kept = []
     y = step('sparse', .5, kept)
-    assert [k.shape[1] for k in kept] == 2*[16, 16, 16, 24]
+    assert [int(k.sum()) for k in kept] == 2*[16, 16, 16, 24]
     assert (y.float()-step.reference()).norm() > .05*y.float().norm()      # half of the inputs do matter
 
 
@@ -77,9 +79,10 @@ def test_benchmark_lists_what_failed_and_what_ran():
     rows = benchmark_products(step, 1e9, (.5, .75), rounds=1, inner=1, forms=FORMS, report=seen.append)
     assert rows == seen and {r['name'] for r in rows} == {'qkv', 'o', 'gate_up', 'down', 'head'}
     failed = [r for r in rows if 'error' in r]
-    assert len(failed) == 4 and all(r['form'] == dict(block_n=33) for r in failed)
+    assert len(failed) == 8 and all(r['form'] in (dict(block_n=33), dict(rank=True, rows=3)) for r in failed)
+    assert step.options['down', 'select'] == dict(rank=True, rows=8)
     assert step.options['o', 'sparse'] == FORMS['sparse'][0] and step.options['head'] in ('rows', 'cublas')
-    rows = benchmark_cuda((.5,), rounds=1, inner=1, read=1e9, pdl=(False,), step=step)
+    rows = benchmark_cuda((.5,), rounds=1, inner=1, read=1e9, step=step)
     assert [(r['arm'], r['level']) for r in rows] == [('cublas', 0.), ('rows', 0.), ('channels', 0.), ('sparse', .5)] and not any('error' in r for r in rows)
     assert min(r['vs_best_dense'] for r in rows[:3]) <= 1. and rows[3]['bytes'] < rows[0]['bytes'] and rows[3]['bound_ratio'] > 1
 
@@ -87,5 +90,5 @@ def test_benchmark_lists_what_failed_and_what_ran():
 def test_a_step_that_is_off_is_not_timed():
     step = cuda_step(**SMALL)
     step.layers[0]['down'].rows = -step.layers[0]['down'].rows
-    rows = benchmark_cuda((.5,), rounds=1, inner=1, read=1e9, pdl=(False,), step=step)
+    rows = benchmark_cuda((.5,), rounds=1, inner=1, read=1e9, step=step)
     assert ['off the reference' in r.get('error', '') for r in rows] == [False, False, True, True]

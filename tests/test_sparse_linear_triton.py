@@ -21,42 +21,46 @@ def inputs(kind, batch, dim, dtype):
     return x.to(dtype).to(DEVICE)
 
 
+WAYS = dict(), dict(rank=True, rows=4)
+
+
+def sparse(x, k):
+    "x where `select` on the CPU keeps it, else 0"
+    x = x.cpu()
+    kept = select(x, k)
+    return torch.zeros_like(x).scatter(1, kept, x.gather(1, kept)).to(DEVICE)
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('kind', ['random', 'ties', 'zeros'])
-def test_keeps_what_the_cpu_keeps(kind, dtype):
+@pytest.mark.parametrize('way', WAYS)
+def test_keeps_what_the_cpu_keeps(way, kind, dtype):
     for batch, dim in (1, 1), (3, 37), (2, 128), (1, 300):
         x = inputs(kind, batch, dim, dtype)
-        for k in {0, 1, dim//2, dim-1, dim}:
-            kept, values = triton_select(x, k)
-            assert torch.equal(kept.long().cpu(), select(x.cpu(), k))
-            assert torch.equal(values, x.gather(1, kept.long()).float())
+        for k in {0, 1, dim//2, dim-1, dim}: assert torch.equal(triton_select(x, k, **way), sparse(x, k)), (batch, dim, k)
 
 
-def test_extreme_magnitudes_are_ordered():
+@pytest.mark.parametrize('way', WAYS)
+def test_of_equal_ones_the_first_are_kept(way):
+    for value in 1., -3e38, 1e-45:
+        y = triton_select(torch.full((1, 70), value, device=DEVICE), 33, **way)
+        assert (y[:, :33] == value).all() and not y[:, 33:].any()
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_extreme_magnitudes_are_ordered(way):
     x = torch.tensor([[3e38, 1e-45, 0., -1e-38, float('inf'), -1e-45, float('nan')]], device=DEVICE)
-    for k in range(8): assert torch.equal(triton_select(x, k)[0].long().cpu(), select(x.cpu(), k))
+    for k in range(8): torch.testing.assert_close(triton_select(x, k, **way), sparse(x, k), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_norm_comes_before_selection(dtype):
+@pytest.mark.parametrize('way', WAYS)
+def test_norm_comes_before_selection(way, dtype):
     x = inputs('random', 2, 50, dtype)
     normal = (x.float()*torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True)+1e-6)).to(dtype)
-    kept, values = triton_select(x, 20, eps=1e-6)
-    assert torch.equal(kept.long().cpu(), select(normal.cpu(), 20))
-    torch.testing.assert_close(values.to(dtype), normal.gather(1, kept.long()))     # the interpreter rounds bfloat16 towards zero
-    kept, values = triton_select(x, eps=1e-6, dtype=dtype)
-    assert kept is None
-    torch.testing.assert_close(values, normal)
-
-
-@pytest.mark.parametrize('dtype', DTYPES)
-def test_gate_comes_before_selection(dtype):
-    gate, up = inputs('random', 2, 74, dtype).chunk(2, 1)
-    gated = torch.nn.functional.silu(gate)*up
-    kept, values = triton_select(torch.cat([gate, up], 1), 20, gated=True)
-    assert torch.equal(kept.long().cpu(), select(gated.cpu(), 20))
-    torch.testing.assert_close(values.to(dtype), gated.gather(1, kept.long()))
-    assert triton_select(torch.cat([gate, up], 1), 37, gated=True)[1].shape == (2, 37)
+    y = triton_select(x, 20, eps=1e-6, **way)
+    torch.testing.assert_close(y, sparse(normal, 20))                  # the interpreter rounds bfloat16 towards zero
+    torch.testing.assert_close(triton_select(x, eps=1e-6, **way), normal)
 
 
 def test_what_cannot_be_selected_is_refused():
@@ -72,41 +76,42 @@ def test_product_is_the_masked_dense_product(k, dtype):
     torch.manual_seed(0)
     weight = torch.randn(133, 90, device=DEVICE).to(dtype)
     lin, x = SparseLinear(weight), inputs('random', 3, 90, dtype)
-    kept, values = triton_select(x, k)
-    y = triton_product(lin.rows, kept, values, 133, split=3, block_n=64, unroll=2)
-    want = masked_linear(x.double(), weight.double(), kept.long())
+    kept, form = select(x.cpu(), k).to(DEVICE), dict(split=3, block_n=64, unroll=2)
+    y = triton_product(lin.rows, triton_select(x, k), 133, **form)
+    want = masked_linear(x.double(), weight.double(), kept)
     assert (y.double()-want).abs().max() <= (1e-4 if dtype == torch.float32 else 2*torch.finfo(dtype).eps*max(1, want.abs().max()))
-    assert torch.equal(y, triton_product(lin.rows, kept, values, 133, split=3, block_n=64, unroll=2))
-    torch.testing.assert_close(y, bag_product(lin.rows, kept.long(), values.to(dtype))[:, :133], rtol=2e-2, atol=1e-3)
+    assert torch.equal(y, triton_product(lin.rows, triton_select(x, k), 133, **form))
+    torch.testing.assert_close(y, bag_product(lin.rows, kept, x.gather(1, kept))[:, :133], rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize('form', [dict(split=1), dict(split=5, stages=1), dict(split=40, block_n=128), {}])
-def test_residual_is_added_and_counters_are_zero_again(form):
+@pytest.mark.parametrize('form', [dict(split=1), dict(split=5, stages=2), dict(split=40, block_n=128), {}])
+@pytest.mark.parametrize('gated', [False, True])
+def test_residual_is_added_and_counters_are_zero_again(gated, form):
     torch.manual_seed(0)
     rows, x, residual = torch.randn(90, 144, device=DEVICE), inputs('random', 2, 90, torch.float32), torch.randn(2, 144, device=DEVICE)
     counters = torch.zeros(8, dtype=torch.int32, device=DEVICE)
     for k in 0, 33, 90:
-        kept, values = triton_select(x, k)
+        want = sparse(x, k)@rows+residual
+        if gated: want = torch.nn.functional.silu(want[:, ::2])*want[:, 1::2]
         for _ in '12':
-            y = triton_product(rows, kept, values, 144, residual, counters, **dict(block_n=64) | form)
-            torch.testing.assert_close(y, masked_linear(x, rows.t(), kept.long())+residual, rtol=1e-4, atol=1e-4)
+            y = triton_product(rows, triton_select(x, k), 144, residual, gated, counters, **dict(block_n=64) | form)
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
             assert not counters.any()
-    torch.testing.assert_close(triton_product(rows, None, x, 144, counters=counters, **dict(block_n=64) | form), x@rows, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_that_are_not_kept_are_not_read():
+def test_rows_of_zeros_are_not_read():
+    torch.manual_seed(0)
     rows, x = torch.randn(40, 16, device=DEVICE), torch.ones(1, 40, device=DEVICE)
-    kept = torch.arange(0, 40, 3, dtype=torch.int32, device=DEVICE)[None]
-    want = rows[kept[0].long()].sum(0, keepdim=True)
-    hidden = torch.full_like(rows, float('nan'))
-    hidden[kept[0].long()] = rows[kept[0].long()]
-    torch.testing.assert_close(triton_product(hidden, kept, x[:, :kept.shape[1]], 16, split=2, block_n=16), want, rtol=1e-4, atol=1e-4)
+    kept = torch.arange(0, 40, 3, device=DEVICE)
+    hidden, x = torch.full_like(rows, float('nan')), torch.zeros(1, 40, device=DEVICE).index_fill_(1, kept, 1.)
+    hidden[kept] = rows[kept]
+    for split in 1, 2: torch.testing.assert_close(triton_product(hidden, x, 16, split=split, block_n=16, unroll=2), rows[kept].sum(0, keepdim=True), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE == 'cpu', reason='no CUDA device')
 def test_works_in_a_cuda_graph():
     lin, x = SparseLinear(torch.randn(200, 90, device=DEVICE)), inputs('random', 1, 90, torch.float32)
-    def run(): return triton_product(lin.rows, *triton_select(x, 40, eps=1e-6), 200)
+    def run(): return triton_product(lin.rows, triton_select(x, 40, eps=1e-6), 200)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side): run()

@@ -457,7 +457,7 @@ class Evictor:
     def __init__(self, cfg:Eviction):
         self.cfg, self.policy, self.budget = cfg, POLICIES[cfg.policy], cfg.parsed
         self.layers, self.records, self.held, self.live, self.peak = [], [], {}, 0, 0
-        self.rounds, self.last, self.active = 0, 0, False
+        self.rounds, self.last, self.active, self.paused = 0, 0, False, False
     def __deepcopy__(self, memo):
         new = memo[id(self)] = type(self)(self.cfg)
         for k, v in self.__dict__.items():
@@ -502,7 +502,7 @@ def after(self:Evictor, layer:EvictingLayer, query, visible, scaling):
     layer.remember(query)
     if self.policy.history: layer.receive(query, visible, scaling)
     if layer.index == 0:
-        self.active = self.due(query.shape[2], visible)
+        self.active = not self.paused and self.due(query.shape[2], visible)
         self.stages, self.limit = [], self.limits(visible) if self.active else None
     if self.active: self.stage(layer, visible, scaling)
 
@@ -612,5 +612,6 @@ def quality(name,            # of a model, or its folder
             workers:int=1    # processes of one thread
            )->list:          # one row for each text, budget and policy
     "Loss under each budget by each policy."
+    import llmopt.kv_cache.eviction as here        # where a new process finds the functions, also if a notebook asks
     jobs = [(task, i, ids.tolist(), split, budgets, policies) for task, pairs in texts.items() for i, (ids, split) in enumerate(pairs)]
-    with ProcessPoolExecutor(workers, get_context('spawn'), _start, (name,)) as pool: return [r for rows in pool.map(_work, *zip(*jobs)) for r in rows]
+    with ProcessPoolExecutor(workers, get_context('spawn'), here._start, (name,)) as pool: return [r for rows in pool.map(here._work, *zip(*jobs)) for r in rows]

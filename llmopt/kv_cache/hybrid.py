@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from .attention import packed
 from .eviction import Eviction, EvictingCache
 from .memory import tensor_resident
-from .slab import SlabCache, slabs_resident
+from .slab import SimpleVAttention, SlabCache, slabs_resident
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #cf7d3f92
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class KVCache:
 @patch(as_prop=True)
 def eviction(self:KVCache)->Eviction|None: return None if self.budget is None else Eviction(self.budget, self.policy or 'cake')
 
+def _check_hooks(model):
+    "Refuse a budget where the model's attention cannot be replaced by ours."
+    try:
+        with packed(model): pass
+    except ValueError as e: raise ValueError(f"{str(e).split('; use')[0]}, and so it cannot have a budget; use budget=None with attention='stock'") from None
+
 def _model(m): return m if isinstance(m, PreTrainedModel) else m.model
 
 @patch
@@ -57,7 +63,9 @@ def make_cache(self:KVCache,
 @patch
 def attach(self:KVCache, model): # a transformers model, or an `LM`
     "Context manager: `model` runs with the attention of this configuration inside the block."
-    return packed(_model(model)) if self.attention == 'packed' else nullcontext(_model(model))
+    if self.attention == 'stock': return nullcontext(_model(model))
+    if self.budget is not None: _check_hooks(_model(model))
+    return packed(_model(model))
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #e66e0cfb
 class HybridKVCacheOptimizer:
@@ -113,8 +121,11 @@ def get_memory_usage(self:HybridKVCacheOptimizer)->dict: # bytes; `fragmentation
     bs = [c.kv_bytes() for c in cs]
     live, res = sum(b.live for b in bs), [b.resident for b in bs]
     res = None if None in res else sum(res)
+    lost = [r['lost'] for c in cs for r in getattr(c, 'evictions', [])]
     return dict(caches=len(cs), live=live, resident=res, reserved=sum(b.reserved for b in bs), peak_live=sum(c.peak for c in cs),
-                fragmentation=1-live/res if res else None, backend=sorted({r.backend for c in cs for s in c.slabs for r in s.regions}))
+                fragmentation=1-live/res if res else None, backend=sorted({r.backend for c in cs for s in c.slabs for r in s.regions}),
+                evictions=sum(c.evictor.rounds for c in cs if hasattr(c, 'evictor')), lost=sum(lost)/len(lost) if lost else 0.,
+                hit_rate=self.store.stats()['hit_rate'] if self.store else None)
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #dbf88974
 def _stock_bytes(layer, k, v):
@@ -132,17 +143,34 @@ def _peers(slab, max_seq_len):
                 static_longest=_stock_bytes(StaticLayer(max_cache_len=max_seq_len), k, v) if full < free/2 else None)
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #7c1498ff
-@patch
-def get_memory_savings(self:HybridKVCacheOptimizer)->dict: # resident bytes of ours and of each stock cache, and the share saved against it
-    "Build the stock caches with the same tokens, measure them, compare. None is what cannot be measured here."
-    slabs = [s for c in self.caches for s in c.slabs if s.n]
-    with torch.no_grad(): rows = [_peers(s, self.config.max_seq_len) for s in slabs]
-    ours, res = slabs_resident(slabs), dict(slab=slabs_resident(slabs))
+def _compare(ours, rows):
+    "Bytes of ours and of each peer, and the share saved."
+    res = dict(slab=ours)
     for name in ('dynamic', 'static_exact', 'static_longest'):
         bs = [r[name] for r in rows]
         total = None if None in bs else sum(bs)
         res |= {name: total, f'saved_vs_{name}': 1-ours/total if total and ours is not None else None}
     return res
+
+@patch
+def get_memory_savings(self:HybridKVCacheOptimizer)->dict: # resident bytes of ours and of each stock cache, and the share saved against it
+    "Build the stock caches with the same tokens, measure them, compare. None is what cannot be measured here."
+    slabs = [s for c in self.caches for s in c.slabs if s.n]
+    with torch.no_grad(): rows = [_peers(s, self.config.max_seq_len) for s in slabs]
+    return _compare(slabs_resident(slabs), rows)
+
+# %% ../../nbs/04_kv_cache/03_hybrid.ipynb #07ac324e
+@patch
+def get_memory_usage(self:SimpleVAttention)->dict: # bytes; `fragmentation` is a share
+    "Measured bytes of this slab."
+    res = self.resident()
+    return dict(live=self.live, resident=res, reserved=self.reserved, peak_live=max(self.live, self.peak*self.token_bytes), fragmentation=1-self.live/res if res else None, backend=self.k.backend)
+
+@patch
+@torch.no_grad()
+def get_memory_savings(self:SimpleVAttention)->dict: # as `HybridKVCacheOptimizer.get_memory_savings`
+    "Build the stock layers with the same tokens, measure them, compare."
+    return _compare(self.resident(), [_peers(self, self.k.tokens)] if self.n else [])
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #5a1e0c02
 @patch

@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'FREE', 'LOADING', 'LOADED', 'MINE', 'SUMS', 'chain', 'hash
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #f684a31d
 import hashlib, json, math, os, statistics, tempfile, threading, time, warnings, weakref
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import safetensors.torch as st
 from fastcore.basics import patch
 from transformers import DynamicCache
 
+from .eviction import EvictingCache, EvictingSlab
 from .slab import SimpleVAttention, SlabCache
 from ..core import interleaved, threads
 from .speed import bench_model
@@ -311,7 +313,8 @@ class Fill:
         self.root = chain_root(model, store.chunk, store.salt)
         self.names, self.used = chain(self.root, ids, store.chunk), time.time_ns()
         self.there = [store.path(n).exists() for n in self.names]
-        self.claims = Claims([h and i >= (meet or 0) for i, h in enumerate(self.there)])
+        own = len(self.names)-_unloaded(cache, store.chunk)
+        self.claims = Claims([h and (meet or 0) <= i < own for i, h in enumerate(self.there)])
         self.costs, self.forced = store.costs.setdefault(self.root, Costs()), meet is not None
         self.report = Report(chunks=len(self.names), hits=sum(self.there))
         self.slabs = _slabs(cache, model)
@@ -324,6 +327,27 @@ def _slabs(cache, model):
     for l, (heads, *widths) in zip(cache.slab_layers, f.shapes):
         l.lazy_initialization(*(torch.empty(1, heads, 0, w, dtype=f.dtype, device=model.device) for w in widths))
     return cache.slabs
+
+# %% ../../nbs/04_kv_cache/02b_restore.ipynb #96ae567d
+def _unloaded(cache, chunk):
+    "How many of the last chunks are computed in any case."
+    return math.ceil(cache.evictor.cfg.window/chunk) if isinstance(cache, EvictingCache) else 0
+
+@contextmanager
+def _paused(cache):
+    "Nothing is evicted inside the block."
+    evictor = getattr(cache, 'evictor', None)
+    if evictor: evictor.paused = True
+    try: yield
+    finally:
+        if evictor: evictor.paused = False
+
+@patch
+def advance(self:EvictingSlab, n:int): # tokens in place from now on
+    "As `SimpleVAttention.advance`; nothing has been dropped yet."
+    more = n-self.n
+    SimpleVAttention.advance(self, n)
+    self.lengths, self.sizes, self.seen = self.lengths+more, [s+more for s in self.sizes], self.seen+more
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #5c774e28
 @patch
@@ -440,6 +464,7 @@ def _check(model, cache, input_ids):
     if ids.ndim != 1 or not len(ids): raise ValueError(f'input_ids must be one sequence of at least one token, not of shape {tuple(ids.shape)}; repeat the cache afterwards (batch_repeat_interleave)')
     if ids.is_floating_point() or ids.min() < 0 or ids.max() >= model.get_input_embeddings().num_embeddings: raise ValueError('input_ids are not all tokens of this model')
     if not isinstance(cache, SlabCache) or len(cache.slab_layers) < len(cache.layers): raise ValueError('only a SlabCache of full-attention layers can be filled from both ends')
+    if isinstance(cache, EvictingCache) and cache.evictor.policy.history: raise ValueError(f"policy '{cache.evictor.policy.name}' judges by the queries of all tokens, and those of loaded chunks are not known; use another policy, or no store")
     if cache.get_seq_length(): raise ValueError(f'the cache already holds {cache.get_seq_length()} tokens, which may not be the beginning of this prompt; give an empty one')
     if len(ids) > cache.layers[0].max_seq_len: raise ValueError(f'{len(ids)} tokens do not fit a cache reserved for {cache.layers[0].max_seq_len}; reserve more (max_seq_len)')
     if model.training: raise ValueError('the model is in training mode, where dropout changes keys; call model.eval()')
@@ -459,10 +484,12 @@ def prefill(self:PrefixStore,
     ids, n = ids[:len(ids)//self.chunk*self.chunk], len(ids)//self.chunk
     if meet is not None and not 0 <= meet <= n: raise ValueError(f'meet must be between 0 and the {n} chunks of this prompt, not {meet}')
     fill = Fill(self, model, cache, ids, meet)
-    try: report = fill.run()
+    try:
+        with _paused(cache): report = fill.run()
     except BaseException: fill.claims.close(); cache.reset(); raise
     for s in fill.slabs: s.hold(0)
     for l in cache.slab_layers: l.peak = max(l.peak, l.slab.live)
+    if isinstance(cache, EvictingCache): [cache.evictor.account(l) for l in cache.slab_layers]
     self._count(report)
     return report
 

@@ -206,6 +206,12 @@ def batch_repeat_interleave(self:SlabLayer, repeats:int):
     self.slab.select(torch.arange(self.slab.batch).repeat_interleave(repeats))
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #d6b10435
+def _check_limits(**kw):
+    "Refuse what is no number of tokens or sequences, now and not at the first token."
+    for k, v in kw.items():
+        low = k != 'page_tokens'
+        if type(v) is not int or v < low: raise ValueError(f'{k} must be a whole number of at least {low:d}, not {v!r}')
+
 class SlabCache(Cache):
     "A `past_key_values` whose full-attention layers lie in demand-paged slabs."
     def __init__(self,
@@ -215,7 +221,7 @@ class SlabCache(Cache):
                  page_tokens:int=0, populate:bool=True):
         config = config.get_text_config(decoder=True)
         n = max_positions(config, 131_072) if max_seq_len is None else max_seq_len
-        if n < 1: raise ValueError(f'max_seq_len must be at least 1, not {n}')
+        _check_limits(max_seq_len=n, max_batch_size=max_batch_size or 1, page_tokens=page_tokens)
         make = lambda kind, kw: SlabLayer(n, max_batch_size, page_tokens, populate) if kind == 'full_attention' else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
         super().__init__(layers=[make(*a) for a in zip(*get_layer_types_and_kwargs(config))])
         if not self.slab_layers: warnings.warn('this model has no full-attention layers: its cache is the stock one, without slabs')
@@ -259,7 +265,7 @@ _stock_layer = DYNAMIC_LAYER_TYPE_MAPPING['full_attention']
 def install(max_seq_len:int=131_072, # addresses to reserve for each sequence
             **kw):                   # `max_batch_size`, `page_tokens` and `populate`, see `SlabCache`
     "Let every `DynamicCache` that `generate` or a model makes have slabs, until `uninstall`."
-    if type(max_seq_len) is not int or max_seq_len < 1: raise ValueError(f'max_seq_len must be a whole number of at least 1, not {max_seq_len!r}')
+    _check_limits(max_seq_len=max_seq_len, **{k: v for k, v in kw.items() if k == 'page_tokens' or k == 'max_batch_size' and v is not None})
     SlabLayer(max_seq_len, **kw)     # an unknown name is refused here, not in the middle of a model
     DYNAMIC_LAYER_TYPE_MAPPING['full_attention'] = functools.partial(SlabLayer, max_seq_len, **kw)
 

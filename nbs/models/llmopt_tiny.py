@@ -212,7 +212,7 @@ def optimizers(m, lr, lr_emb):
     return [torch.optim.Muon(mats, lr=lr, weight_decay=.1, momentum=.95, adjust_lr_fn='match_rms_adamw'),
             torch.optim.AdamW(rest, lr=lr_emb, betas=(.9, .95), weight_decay=.01)]
 
-def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=CONTEXT, device='cpu', threads=2, every=100, init=None, dropout=.1):
+def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=CONTEXT, device='cpu', threads=2, every=100, init=None, dropout=.05):
     """Train for `minutes` or `tokens` more, whichever ends first, and save `work/{phase}.pt`. `main` keeps the learning rate after warm-up; `anneal` starts from
     `main` (or `init`) and takes the rate linearly to zero over its budget. A stopped run resumes from its file."""
     work = Path(work); torch.set_num_threads(threads)
