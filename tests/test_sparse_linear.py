@@ -49,9 +49,8 @@ def test_pieces():
 
 
 def test_dense_products_go_the_quicker_way():
-    """One token goes through the sparse product, too, with all channels: torch's own product with a transposed
-    weight is slower, in bfloat16 always and in float32 where the weight is large (below a megabyte it is the call
-    that costs). In float64, which is for checking, torch's stays."""
+    """Which way a dense product goes: with one token in bfloat16, or with a large weight in float32, the way of the
+    sparse one; never where a gradient is wanted."""
     torch.manual_seed(0)
     for dt, N, own in ((torch.float32, 40, False), (torch.float32, 4096, find_spec('numba') is not None), (torch.bfloat16, 40, True), (torch.float64, 4096, False)):
         lin, x = SparseLinear(torch.randn(N, 65).to(dt), torch.randn(N).to(dt)), torch.randn(1, 65).to(dt)
@@ -212,10 +211,10 @@ def test_steps_equal_those_of_transformers():
     """Dense steps must give the logits of `transformers`. For sparse ones the reference is `transformers`, too, with
     a hook before each linear layer that sets all but the largest inputs to zero: seven selections and masks
     instead of four, but on the same inputs, so they keep the same."""
-    model, cache, step = tiny_step()
+    model, filled, step = tiny_step()
     runs = {way: step(DENSE[way])(5) for way in ('linear', 'rows', 'panels')}
     runs['sparse 0'] = step(SparseLinear)(5)
-    with torch.no_grad(): want = model(torch.tensor([[5]]), past_key_values=cache).logits[:, 0]
+    with torch.no_grad(): want = model(torch.tensor([[5]]), past_key_values=filled).logits[:, 0]
     for k, v in runs.items(): assert (v-want).abs().max() < 1e-6, k
 
 
@@ -223,19 +222,19 @@ def test_sparse_steps_equal_masked_ones():
     """Dense steps must give the logits of `transformers`. For sparse ones the reference is `transformers`, too, with
     a hook before each linear layer that sets all but the largest inputs to zero: seven selections and masks
     instead of four, but on the same inputs, so they keep the same."""
-    model, cache, step = tiny_step()
+    model, filled, step = tiny_step()
     s = step(SparseLinear)
     s.head, s.level = model.lm_head, .4
     for n, m in model.named_modules():
         if n.endswith('_proj'): m.register_forward_pre_hook(masked(.4))
     with torch.no_grad():
-        want, dense = model(torch.tensor([[5]]), past_key_values=cache).logits[:, 0], step(DENSE['linear'])(5)
+        want, dense = model(torch.tensor([[5]]), past_key_values=filled).logits[:, 0], step(DENSE['linear'])(5)
         assert (s(5)-want).abs().max() < 1e-6 < (dense-want).abs().max()
 
 
 def test_bytes_of_a_step():
     "The bound: bytes of all products, the head, and the cache."
-    model, cache, _ = tiny_step('float32')
+    model, filled, _ = tiny_step('float32')
     weights = sum(p.nbytes for n, p in model.named_parameters() if 'norm' not in n and 'embed' not in n)
     test_eq(decode_bytes(model.config, 0, 4), weights+2*2*2*8*4)
     test_eq(decode_bytes(model.config, 0, 4, .5), (weights-32*100*4)//2+32*100*4+2*2*2*8*4)
