@@ -130,6 +130,7 @@ def reading(train):
     made = reading_tasks.tasks(texts, pairs)
     return {k: [''.join(qa(q, a) for q, a in doc) for doc in docs] for k, docs in made.items()}
 
+TASKS = 'facts', 'recall', 'extract', 'choose'
 # how often the main phase goes through each source, relative to the others, and by how much the annealing phase leans towards some
 EPOCHS = dict(medquad=8, medtext=8, books=10, shakespeare=14, speeches=8, web=10, wikipedia=8, wikitext=14, code=12, tasks=10, roleplay=10, own_qa=8, own_text=8,
               facts=3, recall=2, extract=4, choose=3.5)     # what `extract` and `choose` are made of is read there several times more
@@ -160,7 +161,7 @@ def make_data(src, work):
     train = {k: [x for x in v if not held_out(x)] for k, v in docs.items()}
     docs |= reading(train)
     train |= {k: [x for x in v if not held_out(x)] for k, v in docs.items() if k not in train}
-    if not (work/'tokenizer').exists(): train_tokenizer({k: v for k, v in train.items() if k not in ('facts', 'recall', 'extract', 'choose')}).save_pretrained(work/'tokenizer')    # an existing tokenizer is kept
+    if not (work/'tokenizer').exists(): train_tokenizer({k: v for k, v in train.items() if k not in TASKS}).save_pretrained(work/'tokenizer')    # an existing tokenizer is kept
     tok = AutoTokenizer.from_pretrained(work/'tokenizer')
     stats, arrays = {}, {}
     for k, v in docs.items():
@@ -330,7 +331,8 @@ def evaluate(src, work, model_dir, out, threads=2, most=300):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     torch.set_num_threads(threads); work = Path(work)
     tok, m = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    z = np.load(work/'tokens.npz'); kn = KneserNey(np.concatenate([z[k] for k in z.files if not k.endswith('_starts')]))
+    z = np.load(work/'tokens.npz'); names = [k for k in z.files if not k.endswith('_starts')]
+    kns = [KneserNey(np.concatenate([z[k] for k in some])) for some in (names, [k for k in names if k not in TASKS])]     # with and without the reading tasks: the better counts
     enc = lambda d: [0] + tok(d, add_special_tokens=False, verbose=False)['input_ids']
     sets = {'WikiText-2 test': [(Path(src)/'wikitext2'/'test.raw').read_text()]}
     sets |= {k.stem[len('heldout_'):]: json.load(open(k))[:most] for k in sorted(work.glob('heldout_*.json'))}
@@ -340,7 +342,7 @@ def evaluate(src, work, model_dir, out, threads=2, most=300):
         if not ids: continue
         bits = lambda nats: nats/math.log(2)/n_bytes
         row = dict(text=name, documents=len(docs), bytes=n_bytes, tokens=sum(map(len, ids))-len(ids), model=bits(sum(model_nll(m, i) for i in ids)),
-                   unigram=bits(-sum(kn.log_probs(i, 1).sum() for i in ids)), fivegram=bits(-sum(kn.log_probs(i).sum() for i in ids)))
+                   **{name: min(bits(-sum(kn.log_probs(i, order).sum() for i in ids)) for kn in kns) for name, order in (('unigram', 1), ('fivegram', 5))})
         row['ratio'] = row['model']/row['fivegram']
         rows.append(row); print(json.dumps(row), f'{time.time()-t0:.0f} s', flush=True)
     json.dump(rows, open(out, 'w'), indent=1)
