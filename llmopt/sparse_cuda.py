@@ -42,7 +42,7 @@ def triton_dense(weight:torch.Tensor, # (N, D)
                  residual=None,       # (B, N), added
                  eps=None,            # of an RMS norm of x without gain; None is no norm
                  gated:bool=False,    # return silu(even outputs)*odd outputs
-                 rows:int=4, block_d:int=1024, stages:int=3, num_warps:int=4, # outputs of a program, inputs of a turn, turns under way
+                 rows:int=2, block_d:int=2048, stages:int=2, num_warps:int=4, # outputs of a program, inputs of a turn, turns under way
                 )->torch.Tensor:      # (B, N), or (B, N/2)
     "A dense product of few tokens, with norm, residual and gate, in one launch."
     _need_triton(x.dtype)
@@ -109,7 +109,7 @@ def triton_attend(qkv:torch.Tensor,    # (B, (heads+2*kv_heads)*head_dim)
                   values:torch.Tensor, # likewise
                   cos:torch.Tensor,    # (head_dim,)
                   sin:torch.Tensor,
-                  block:int=128, num_warps:int=8 # positions of a turn
+                  block:int=64, num_warps:int=4 # positions of a turn
                  )->torch.Tensor:      # (B, heads*head_dim)
     "Attention of one new token behind `context` others, in one launch."
     _need_triton(qkv.dtype)
@@ -169,7 +169,7 @@ def product(self:CudaStep, m, x, way, level=0., residual=None, eps=None, gated=F
         y = F.linear(x, m.weight) if residual is None else residual.addmm_(x, m.weight.t())
         return triton_gate(y) if gated else y
     k = D if way == 'channels' else round((1-level)*D)
-    if k < D or eps is not None: x = triton_select(x, k, eps, **opts('select'))
+    if k < D or eps is not None: x = triton_select(x, k, eps)
     if kept is not None: kept.append(x != 0)
     return triton_product(m.rows, x, N, residual, gated, self.counters, **opts('sparse'))
 
@@ -184,7 +184,7 @@ def __call__(self:CudaStep,
     h = self.embed[self.token]
     for i, l in enumerate(self.layers):
         qkv = self.product(l['qkv'], h, way, level, eps=self.eps, kept=kept)
-        a = triton_attend(qkv, self.keys[i], self.values[i], self.cos, self.sin, **self.options.get('attend', {}))
+        a = triton_attend(qkv, self.keys[i], self.values[i], self.cos, self.sin)
         h = self.product(l['o'], a, way, level, residual=h, kept=kept)
         h = self.product(l['down'], self.product(l['gate_up'], h, way, level, eps=self.eps, gated=True, kept=kept), way, level, residual=h, kept=kept)
     return self.product(self.head, h, 'cublas' if way == 'cublas' else self.options.get('head', 'rows'), eps=self.eps)
@@ -255,10 +255,7 @@ def device_read(device, nbytes:int=2**32, rounds:int=7)->float: # bytes per seco
     return nbytes/min(statistics.median(t) for t in times.values())
 
 # %% ../nbs/03c_sparse_cuda.ipynb #29da8043
-FORMS = dict(sparse=[dict(block_n=32, split=1, num_warps=16), dict(block_n=64, split=1, num_warps=16), dict(block_n=64, split=1, num_warps=8), dict(block_n=64), dict(block_n=128), dict(block_n=128, per_sm=2, num_warps=8),
-                     dict(block_n=128, per_sm=6), dict(block_n=256), dict(block_n=512), dict(block_n=128, per_sm=6, unroll=4), dict(block_n=128, per_sm=6, stages=4, unroll=4), dict(block_n=512, stages=4, unroll=4)],
-             rows=[dict(rows=4), dict(rows=8, block_d=512, stages=4), dict(rows=2, block_d=2048, stages=2), dict(rows=4, stages=1)],
-             select=[dict(), dict(per_warp=512), dict(rank=True), dict(rank=True, rows=32), dict(rank=True, rows=8)])
+FORMS = dict(sparse=[dict(block_n=32, split=1, num_warps=16), dict(block_n=64), dict(block_n=128), dict(block_n=512)], rows=[dict(rows=2, block_d=2048, stages=2), dict(rows=8, block_d=512, stages=4)])
 
 def _some(D, k, dtype, device): return torch.zeros(1, D, dtype=dtype, device=device).index_fill_(1, torch.randperm(D, device=device)[:k], 1.)
 
@@ -267,7 +264,7 @@ def _launches(step, name, way, level, form):
     ms = [step.head] if name == 'head' else [l[name] for l in step.layers]
     (N, D), dev, dtype, gated = ms[0].weight.shape, step.device, ms[0].weight.dtype, name == 'gate_up'
     x, k = torch.randn(1, D, device=dev).to(dtype), round((1-level)*D)
-    if way == 'select': return lambda: [triton_select(x, k, step.eps if name in ('qkv', 'gate_up') else None, **form) for m in ms]
+    if way == 'select': return lambda: [triton_select(x, k, step.eps if name in ('qkv', 'gate_up') else None) for m in ms]
     if way == 'cublas': return lambda: [F.linear(x, m.weight) for m in ms]
     if way == 'rows': return lambda: [triton_dense(m.weight, x, gated=gated, **form) for m in ms]
     xs = [_some(D, k, dtype, dev) for _ in ms]
@@ -310,8 +307,7 @@ def benchmark_products(step:CudaStep,
         add(name, 'channels', 0., best['form'])
         for s in levels:
             if s != tuned_at: add(name, 'sparse', s, best['form'])
-        for form in forms['select']: add(name, 'select', tuned_at, form)
-        if best := best_form(rows, name, 'select'): step.options[name, 'select'] = best['form']
+        add(name, 'select', tuned_at, {})
     if head := best_form(rows, 'head', 'rows', 'cublas'): step.options['head'] = head['arm']
     return rows
 

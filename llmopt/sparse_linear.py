@@ -557,24 +557,6 @@ def _select_kernel(x, y, D, k, eps, NORM:tl.constexpr, ALL:tl.constexpr, BITS:tl
         v = tl.where((bits > low) | ((tie > 0) & (before < room)), v, 0.)
     tl.store(y+b*D+i, v.to(y.dtype.element_ty), mask=i < D)
 
-@jit(do_not_specialize=['k'])
-def _rank_kernel(x, y, D, k, eps, NORM:tl.constexpr, BITS:tl.constexpr, ROWS:tl.constexpr, BLOCK:tl.constexpr):
-    i, b, j, scale = tl.program_id(0)*ROWS+tl.arange(0, ROWS), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK), 1.
-    if NORM:
-        squares = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, D, BLOCK):
-            f = tl.load(x+b*D+first+j, mask=first+j < D, other=0.).to(tl.float32)
-            squares += f*f
-        scale = 1/tl.sqrt(tl.sum(squares, 0)/D+eps)
-    v = (tl.load(x+b*D+i, mask=i < D, other=0.).to(tl.float32)*scale).to(x.dtype.element_ty)
-    mine, n = _magnitude(v, BITS)[:, None], tl.zeros([ROWS, BLOCK], tl.int32)
-    for first in range(0, D, BLOCK):
-        w = (tl.load(x+b*D+first+j, mask=first+j < D, other=0.).to(tl.float32)*scale).to(x.dtype.element_ty)
-        other = tl.where(first+j < D, _magnitude(w, BITS), -1)[None, :]
-        if BITS == 15: n += ((other << 15 | 0x7fff-first-j[None, :]) > (mine << 15 | 0x7fff-i[:, None])).to(tl.int32) # of equal ones the first
-        else: n += ((other > mine) | ((other == mine) & (first+j[None, :] < i[:, None]))).to(tl.int32)
-    tl.store(y+b*D+i, tl.where(tl.sum(n, 1) < k, v, 0.).to(y.dtype.element_ty), mask=i < D)
-
 # %% ../nbs/03a_sparse_linear.ipynb #e9378c99
 @jit
 def _finish(out, residual, y, b, first, N, GATED:tl.constexpr, BLOCK_N:tl.constexpr):
@@ -598,22 +580,17 @@ def _weights(rows, v, at, n, N, stride):
 
 @jit(do_not_specialize=['split'])
 def _product_kernel(rows, x, residual, partial, counters, y, N, D, stride, split, GATED:tl.constexpr,
-                    UNROLL:tl.constexpr, ROWS:tl.constexpr, BLOCK_N:tl.constexpr, STAGES:tl.constexpr, SPLIT:tl.constexpr):
+                    UNROLL:tl.constexpr, ROWS:tl.constexpr, BLOCK_N:tl.constexpr, SPLIT:tl.constexpr):
     block, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, i = block*BLOCK_N+tl.arange(0, BLOCK_N), UNROLL*tl.arange(0, ROWS)[:, None]+tl.arange(0, UNROLL)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
     first, step = s*UNROLL*ROWS, split*UNROLL*ROWS
-    if STAGES == 1:                                                                 # weights of one turn are under way while those of another are added, in registers
-        v = _inputs(x, b, first+i, D)
-        w, after = _weights(rows, v, first+i, n, N, stride), _inputs(x, b, first+step+i, D)
-        for j in range(first+step, D+step, step):
-            last, old, v = v, w, after
-            w, after = _weights(rows, v, j+i, n, N, stride), _inputs(x, b, j+step+i, D)
-            total += tl.sum(last.to(tl.float32)[:, :, None]*old.to(tl.float32), 1)      # within a thread
-    else:                                                                           # through shared memory, several turns
-        for j in tl.range(first, D, step, num_stages=STAGES):
-            v = _inputs(x, b, j+i, D)
-            total += tl.sum(v.to(tl.float32)[:, :, None]*_weights(rows, v, j+i, n, N, stride).to(tl.float32), 1)
+    v = _inputs(x, b, first+i, D)
+    w, after = _weights(rows, v, first+i, n, N, stride), _inputs(x, b, first+step+i, D)
+    for j in range(first+step, D+step, step):                                       # weights of one turn are under way while those of another are added, in registers
+        last, old, v = v, w, after
+        w, after = _weights(rows, v, j+i, n, N, stride), _inputs(x, b, j+step+i, D)
+        total += tl.sum(last.to(tl.float32)[:, :, None]*old.to(tl.float32), 1)      # within a thread
     if SPLIT == 1: _finish(tl.sum(total, 0), residual, y, b, block*BLOCK_N, N, GATED, BLOCK_N)
     else:
         mine, counter, some = partial+b*split*N, counters+b*tl.num_programs(0)+block, tl.arange(0, SPLIT)[:, None]
@@ -632,9 +609,7 @@ def _need_triton(dtype):
 
 def triton_select(x:torch.Tensor, # (B, D)
                   k=None,         # channels to keep; None is all
-                  eps=None,       # of an RMS norm without gain before the selection; None is no norm
-                  rank:bool=False,# many programs, each of which counts what is larger than its channels, instead of one that searches
-                  per_warp:int=256, rows:int=16 # channels of a warp in a search, and of a program that counts
+                  eps=None        # of an RMS norm without gain before the selection; None is no norm
                  )->torch.Tensor: # (B, D), normalized, and 0 where `select` would not keep it
     "Norm and selection in one launch, with the ties of `select`."
     _need_triton(x.dtype)
@@ -643,8 +618,7 @@ def triton_select(x:torch.Tensor, # (B, D)
     if D >= 2**15: raise ValueError(f'counts are kept in 15 bits, which {D} channels overflow')
     if k == 0: return torch.zeros_like(x)
     y, bits, block, every, norm = torch.empty_like(x), 8*x.itemsize-1, max(8, triton.next_power_of_2(D)), k in (None, D), eps is not None
-    if rank and not every: _rank_kernel[(triton.cdiv(D, rows), B)](x, y, D, k, eps or 0., norm, bits, rows, min(block, 8192//rows))
-    else: _select_kernel[(B,)](x, y, D, k or 0, eps or 0., norm, every, bits, block, num_warps=min(32, max(4, block//per_warp)))
+    _select_kernel[(B,)](x, y, D, k or 0, eps or 0., norm, every, bits, block, num_warps=min(32, max(4, block//512)))
     return y
 
 # %% ../nbs/03a_sparse_linear.ipynb #425bf4f6
@@ -657,15 +631,15 @@ def triton_product(rows:torch.Tensor,   # (D, N or more), the last dimension con
                    residual=None,       # (B, N), added
                    gated:bool=False,    # return silu(even outputs)*odd outputs
                    counters=None,       # int32 zeros, zeros again afterwards, at least B*N/block_n; made here if None
-                   split=None,          # programs that share a block of outputs; None: as `per_sm` says
-                   per_sm:int=4, block_n:int=128, unroll:int=8, stages:int=1, num_warps:int=4 # programs of a processor, outputs of one, loads of a thread in a turn, turns under way
+                   split=None,          # programs that share a block of outputs; None: as many as make four programs of a processor
+                   block_n:int=128, unroll:int=8, num_warps:int=4 # outputs of a program, loads of a thread in a turn
                   )->torch.Tensor:      # (B, N), or (B, N/2)
     "The product with the rows of the channels that are not 0, plus `residual`, in one launch."
     _need_triton(rows.dtype)
     (B, D), blocks, lanes = x.shape, triton.cdiv(N, block_n), max(1, 32*num_warps*8//block_n)
-    if split is None: split = max(1, min(per_sm*_processors(rows.device)//(blocks*B), 32, triton.cdiv(D, unroll*lanes)))
+    if split is None: split = max(1, min(4*_processors(rows.device)//(blocks*B), 32, triton.cdiv(D, unroll*lanes)))
     if counters is None: counters = torch.zeros(B*blocks, dtype=torch.int32, device=rows.device)
     partial, y = torch.empty(B, split, N, dtype=torch.float32, device=rows.device), torch.empty(B, N//(1+gated), dtype=rows.dtype, device=rows.device)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    _product_kernel[(blocks, split, B)](rows, x, residual, partial, counters, y, N, D, rows.stride(0), split, gated, unroll, lanes, block_n, stages, triton.next_power_of_2(split), num_warps=num_warps)
+    _product_kernel[(blocks, split, B)](rows, x, residual, partial, counters, y, N, D, rows.stride(0), split, gated, unroll, lanes, block_n, triton.next_power_of_2(split), num_warps=num_warps)
     return y

@@ -21,9 +21,6 @@ def inputs(kind, batch, dim, dtype):
     return x.to(dtype).to(DEVICE)
 
 
-WAYS = dict(), dict(rank=True, rows=4)
-
-
 def sparse(x, k):
     "x where `select` on the CPU keeps it, else 0"
     x = x.cpu()
@@ -33,34 +30,30 @@ def sparse(x, k):
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('kind', ['random', 'ties', 'zeros'])
-@pytest.mark.parametrize('way', WAYS)
-def test_keeps_what_the_cpu_keeps(way, kind, dtype):
+def test_keeps_what_the_cpu_keeps(kind, dtype):
     for batch, dim in (1, 1), (3, 37), (2, 128), (1, 300):
         x = inputs(kind, batch, dim, dtype)
-        for k in {0, 1, dim//2, dim-1, dim}: assert torch.equal(triton_select(x, k, **way), sparse(x, k)), (batch, dim, k)
+        for k in {0, 1, dim//2, dim-1, dim}: assert torch.equal(triton_select(x, k), sparse(x, k)), (batch, dim, k)
 
 
-@pytest.mark.parametrize('way', WAYS)
-def test_of_equal_ones_the_first_are_kept(way):
+def test_of_equal_ones_the_first_are_kept():
     for value in 1., -3e38, 1e-45:
-        y = triton_select(torch.full((1, 70), value, device=DEVICE), 33, **way)
+        y = triton_select(torch.full((1, 70), value, device=DEVICE), 33)
         assert (y[:, :33] == value).all() and not y[:, 33:].any()
 
 
-@pytest.mark.parametrize('way', WAYS)
-def test_extreme_magnitudes_are_ordered(way):
+def test_extreme_magnitudes_are_ordered():
     x = torch.tensor([[3e38, 1e-45, 0., -1e-38, float('inf'), -1e-45, float('nan')]], device=DEVICE)
-    for k in range(8): torch.testing.assert_close(triton_select(x, k, **way), sparse(x, k), rtol=0, atol=0, equal_nan=True)
+    for k in range(8): torch.testing.assert_close(triton_select(x, k), sparse(x, k), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('way', WAYS)
-def test_norm_comes_before_selection(way, dtype):
+def test_norm_comes_before_selection(dtype):
     x = inputs('random', 2, 50, dtype)
     normal = (x.float()*torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True)+1e-6)).to(dtype)
-    y = triton_select(x, 20, eps=1e-6, **way)
+    y = triton_select(x, 20, eps=1e-6)
     torch.testing.assert_close(y, sparse(normal, 20))                  # the interpreter rounds bfloat16 towards zero
-    torch.testing.assert_close(triton_select(x, eps=1e-6, **way), normal)
+    torch.testing.assert_close(triton_select(x, eps=1e-6), normal)
 
 
 def test_what_cannot_be_selected_is_refused():
@@ -84,7 +77,7 @@ def test_product_is_the_masked_dense_product(k, dtype):
     torch.testing.assert_close(y, bag_product(lin.rows, kept, x.gather(1, kept))[:, :133], rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize('form', [dict(split=1), dict(split=5, stages=2), dict(split=40, block_n=128), {}])
+@pytest.mark.parametrize('form', [dict(split=1), dict(split=5, unroll=4), dict(split=40, block_n=128), {}])
 @pytest.mark.parametrize('gated', [False, True])
 def test_residual_is_added_and_counters_are_zero_again(gated, form):
     torch.manual_seed(0)
