@@ -123,11 +123,11 @@ def gather(src):
     d = {k: list(dict.fromkeys(x for x in v if len(x) > 20)) for k, v in d.items()}
     return {k: v for k, v in d.items() if v}
 
-def reading(train):
-    "Documents of `reading_tasks`, made from the training part alone."
-    texts = [x for k in ('wikipedia', 'web', 'own_text', 'medtext', 'books', 'speeches') for x in train[k]]
-    pairs = [m.groups() for k in ('medquad', 'own_qa', 'tasks') for x in train[k] for m in [re.fullmatch(r'<\|user\|>\n(.*)<\|end\|>\n<\|assistant\|>\n(.*)<\|end\|>\n', x, flags=re.S)] if m and '<|' not in m[1]+m[2]]
-    made = reading_tasks.tasks(texts, pairs)
+def reading(docs, **kw):
+    "Documents of `reading_tasks`, made from `docs`: those to train on from the training part, those to test on from what was held out."
+    texts = [x for k in ('wikipedia', 'web', 'own_text', 'medtext', 'books', 'speeches') for x in docs[k]]
+    pairs = [m.groups() for k in ('medquad', 'own_qa', 'tasks') for x in docs[k] for m in [re.fullmatch(r'<\|user\|>\n(.*)<\|end\|>\n<\|assistant\|>\n(.*)<\|end\|>\n', x, flags=re.S)] if m and '<|' not in m[1]+m[2]]
+    made = reading_tasks.tasks(texts, pairs, **kw)
     return {k: [''.join(qa(q, a) for q, a in doc) for doc in docs] for k, docs in made.items()}
 
 TASKS = 'facts', 'recall', 'extract', 'choose'
@@ -159,13 +159,14 @@ def make_data(src, work):
     work = Path(work); work.mkdir(parents=True, exist_ok=True)
     docs = gather(src)
     train = {k: [x for x in v if not held_out(x)] for k, v in docs.items()}
-    docs |= reading(train)
-    train |= {k: [x for x in v if not held_out(x)] for k, v in docs.items() if k not in train}
+    test = {k: [x for x in v if held_out(x)] for k, v in docs.items()}
+    test |= reading(test, n=(300,)*4, seed=1)
+    train |= {k: [x for x in v if not held_out(x)] for k, v in reading(train).items()}
     if not (work/'tokenizer').exists(): train_tokenizer({k: v for k, v in train.items() if k not in TASKS}).save_pretrained(work/'tokenizer')    # an existing tokenizer is kept
     tok = AutoTokenizer.from_pretrained(work/'tokenizer')
     stats, arrays = {}, {}
-    for k, v in docs.items():
-        tr, te = train[k], [x for x in v if held_out(x)]
+    for k in train:
+        tr, te = train[k], test[k]
         enc = lambda xs: [np.array([0] + e, dtype=np.uint16) for e in tok(xs, add_special_tokens=False)['input_ids']] if xs else []
         ids = enc(tr)
         arrays[k] = np.concatenate(ids); arrays[k+'_starts'] = np.cumsum([0] + [len(i) for i in ids[:-1]])
