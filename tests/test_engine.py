@@ -88,13 +88,6 @@ def test_refusals():
     with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('larosa:sparsity=2')
 
 
-def test_bad_artifacts():
-    "An artifact that cannot be read, or was made for something else, ends a comparison before it begins."
-    from llmopt.larosa import BUNDLED
-    for args, says in (('artifact=none', 'no LaRoSA artifact'), (f'artifact={BUNDLED},heads=False', 'the configuration asks for')):
-        with expect_fail(LlmoptError, says): ComprehensiveChatEngine('llmopt-tiny', ['baseline', f'larosa:{args}'])
-
-
 def test_score():
     """A greedy answer is, at every position, the most probable token; and one forward over prompt and answer gives
     the same numbers."""
@@ -182,6 +175,13 @@ def test_comprehensive_engine():
     test_eq(list(c.engines), known_methods())
     assert all(e.lm is c.lm for e in c.engines.values() if not e.recipe.larosa)
     test_eq({m.method for m in c.chat('What is rain made of, and why?').values()}, set(known_methods()))
+
+
+def test_bad_artifacts():
+    "An artifact that cannot be read, or was made for something else, ends a comparison before it begins."
+    from llmopt.larosa import BUNDLED
+    for args, says in (('artifact=none', 'no LaRoSA artifact'), (f'artifact={BUNDLED},heads=False', 'the configuration asks for')):
+        with expect_fail(LlmoptError, says): ComprehensiveChatEngine('llmopt-tiny', ['baseline', f'larosa:{args}'])
 
 
 def test_unsuited_model():

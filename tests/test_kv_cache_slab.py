@@ -43,10 +43,14 @@ def test_slab_refusals():
     with expect_fail(ValueError, 'max_seq_len'): s.append(t.repeat(1, 1, 4, 1), t.repeat(1, 1, 4, 1))
     with expect_fail(ValueError, 'cannot keep'): s.truncate(-1)
     with expect_fail(RuntimeError, 'no_grad'): s.append(t.requires_grad_(), t)
-    for kw in dict(max_seq_len=-1), dict(max_seq_len=2.5), dict(max_batch_size=-1), dict(page_tokens=-3):
-        with expect_fail(ValueError, 'whole number'): SlabCache(load('llmopt-tiny', 'cpu').model.config, **kw)
     s.close()
     with expect_fail(RuntimeError, 'closed'): s.append(t.detach(), t.detach())
+
+
+def test_sizes_are_checked_at_once():
+    "What is no number of tokens or sequences is refused when the cache is made."
+    for kw in dict(max_seq_len=-1), dict(max_seq_len=2.5), dict(max_batch_size=-1), dict(page_tokens=-3):
+        with expect_fail(ValueError, 'whole number'): SlabCache(load('llmopt-tiny', 'cpu').model.config, **kw)
 
 
 def test_same_logits_as_dynamic():

@@ -117,7 +117,6 @@ def test_refused_models():
     class Linear4bit(nn.Linear): "Stands for the classes of quantization libraries."
     q = copy.deepcopy(m); q.model.layers[0].mlp.up_proj = Linear4bit(32, 56)
     with expect_fail(LlmoptError, 'layer 0, mlp.up_proj is a Linear4bit'): family(q)
-    with expect_fail(LlmoptError, 'already converted'): family(sparsify(convert(m, bases(moments(m, ids)))))
     with expect_fail(LlmoptError, 'the model is already converted'): family(convert(m, bases(moments(m, ids))))
     with expect_fail(LlmoptError, "'str' models"): family('llmopt-tiny')
     for path in ('lm_head', 'model.embed_tokens', 'model.layers.2.self_attn.o_proj'):
@@ -130,6 +129,12 @@ def test_refused_models():
     m.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(56, 32, dtype=torch.int8), requires_grad=False)
     with expect_fail(LlmoptError, 'layer 1, mlp.up_proj is a Linear of torch.int8'): family(m)
     with expect_fail(LlmoptError, 'rotation is one of'): bases({(0, 0): torch.eye(2)}, 'pca')
+
+
+def test_converted_once():
+    "A model is converted once."
+    m, ids = tiny('llama')
+    with expect_fail(LlmoptError, 'already converted'): family(sparsify(convert(m, bases(moments(m, ids)))))
 
 
 def test_threads_while_decoding():

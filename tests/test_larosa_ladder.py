@@ -61,7 +61,8 @@ def test_several_processes():
     """Text: the questions and answers that ship for calibration, and the sixty passages, which the model has never
     seen. The first is of another kind than the second, so what is shown is what is left when the text is not the
     one that was calibrated on."""
-    model, ids = random_model(); small = importlib.import_module('llmopt.larosa_ladder').Ladder(model, ids[:8], ids[8:])   # other processes know the module, not this notebook; arms = ('threshold', 'basis learned')
+    # other processes know the module, not this notebook
+    model, ids = random_model(); small = importlib.import_module('llmopt.larosa_ladder').Ladder(model, ids[:8], ids[8:]); arms = ('threshold', 'basis learned')
     for a, b in zip(small.climb((.4,), arms, processes=2), small.climb((.4,), arms), strict=True):
         test_eq([a['arm'], a['p']], [b['arm'], b['p']]); test_close([a[k] for k in ('skipped', 'net', 'kl', 'rise')], [b[k] for k in ('skipped', 'net', 'kl', 'rise')], 1e-4)
 
