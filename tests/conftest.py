@@ -14,7 +14,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for mark, meaning in MARKS.items(): config.addinivalue_line('markers', f'{mark}: {meaning}')
     os.environ['MPLBACKEND'] = 'Agg'
-    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
+    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT') or config.getoption('numprocesses', None) or 1)   # workers inherit what is set before them
     os.environ.setdefault('OMP_NUM_THREADS', '1' if workers > 1 else '2')  # read by torch, in the processes that tests start as well
     if not config.getoption('hub'): os.environ['HF_HUB_OFFLINE'] = '1'
 

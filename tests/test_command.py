@@ -34,7 +34,7 @@ def refused(*args, cwd, says):
 def compared(tmp_path_factory):
     "A quick comparison in an empty folder."
     d = tmp_path_factory.mktemp('compare')
-    (d/'q.jsonl').write_text('{"text": "What is rain made of?", "keywords": ["water"]}\n{"text": "Why do leaves fall in autumn?"}\n')
+    (d/'q.jsonl').write_text('{"text": "What is rain made of?", "keywords": ["water"]}\n')
     return d, fresh('compare', '--quick', '--queries', 'q.jsonl', cwd=d)
 
 def test_compare(compared):
@@ -102,7 +102,7 @@ def test_single_method_plots(tmp_path):
 def test_interrupt_and_resume(tmp_path):
     "Ctrl-C half-way: exit code 130, a valid file, and --resume measures only the rest."
     (tmp_path/'q.jsonl').write_text('{"text": "What is rain?"}\n{"text": "Why is snow white?"}\n')
-    args = ['compare', '--queries', 'q.jsonl', '--rounds', '30', '--max-new-tokens', '4', '--no-memory', '--output', 'r.json']
+    args = ['compare', '--queries', 'q.jsonl', '--methods', 'baseline', 'word_removal', '--rounds', '30', '--max-new-tokens', '4', '--no-memory', '--output', 'r.json']
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)      # a background job of a shell would inherit a deaf ear
     p = subprocess.Popen([*CMD, *args], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     f, t = tmp_path/'r.json', time.time()
@@ -112,7 +112,7 @@ def test_interrupt_and_resume(tmp_path):
     assert p.returncode == 130 and '--resume' in err and 'Traceback' not in err, err
     half = json.loads(f.read_text())
     assert any('interrupted' in w for w in half['warnings']) and len(half['runs']) >= 6
-    refused(*args[:4], '31', *args[5:], '--resume', cwd=tmp_path, says=['other rounds'])
+    refused(*(a.replace('30', '31') for a in args), '--resume', cwd=tmp_path, says=['other rounds'])
     assert llmopt(*args, '--resume', cwd=tmp_path).returncode == 0
     whole, n = json.loads(f.read_text()), len(half['runs'])
     assert whole['runs'][:n] == half['runs'] and not any('interrupted' in w for w in whole['warnings'])

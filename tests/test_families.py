@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', FAMILIES)
 def test_comparison_runs(name, folder):
-    res = compare(['Why is the sky blue in the day?', 'What is a river and where does it go?'], model=str(folder(name)), rounds=2, max_new_tokens=6, memory=False, progress=False)
+    res = compare(['Why is the sky blue in the day?', 'What is a river and where does it go?'], model=str(folder(name)), rounds=1, max_new_tokens=6, memory=False, progress=False)
     df = res.frame
     assert df.error.isna().all() and set(df.method) == {*known_methods(), 'baseline*'}
     assert (df[df.arm == 'speed'].completion_tokens == 6).all() and (df.kv_bytes_live > 0).all()
