@@ -9,7 +9,7 @@ __all__ = ['SLOTS', 'Slot', 'known_methods', 'Recipe', 'Events', 'ChatMetrics', 
 # %% ../nbs/05_engine.ipynb #3343752b
 import ast, queue, re, threading, time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, asdict, fields, replace
+from dataclasses import dataclass, field, asdict, fields
 from typing import NamedTuple
 from urllib.parse import unquote
 

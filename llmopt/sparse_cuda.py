@@ -8,7 +8,6 @@ __all__ = ['FORMS', 'triton_dense', 'triton_gate', 'triton_attend', 'random_weig
 
 # %% ../nbs/03c_sparse_cuda.ipynb #d1b48aa5
 import statistics, time
-from functools import partial
 from types import SimpleNamespace
 
 import torch

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .core import fill, interleaved, reader, spread, threads
 

@@ -145,7 +145,7 @@ def test_claims():
     c = Claims([True]*3); c.take_last()
     assert c.mine(0, None, .01) and c.mine(1, .5, None)           # nothing is known: compute, and learn
     t = time.perf_counter(); assert c.mine(2, .05, .01)           # a loader that has stopped
-    assert time.perf_counter()-t < 60 and c.wasted == 1   # it does not wait for ever
+    assert time.perf_counter()-t < 5 and c.wasted == 1
     c.deliver(2, lambda: 1/0); test_eq(c.state[2], MINE)          # too late: not written
     c = Claims([True]*2); i = c.take_last(); threading.Timer(.05, c.close).start(); assert c.mine(1, math.inf, None)
 

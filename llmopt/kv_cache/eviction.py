@@ -20,7 +20,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..core import kl, load
-from .attention import FEW, owned, packed, pack_rows, packed_attention, packed_forward
+from .attention import FEW, owned, packed, packed_attention, packed_forward
 from .memory import DoublingRegion
 from .slab import SimpleVAttention, SlabCache, SlabLayer
 

@@ -7,7 +7,7 @@ __all__ = ['bench_model', 'packed_twin', 'step_bytes', 'benchmark_decode', 'benc
            'benchmark_eviction', 'benchmark_prefill']
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #dbe0d3b3
-import copy, math, statistics, time
+import copy, math, statistics
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
