@@ -12,7 +12,7 @@ __all__ = ['FAMILIES', 'ROTATIONS', 'TOKENS', 'SPLITS', 'LEVELS', 'BUNDLED', 'ke
 
 # %% ../nbs/03_larosa.ipynb #5232304c
 import copy, hashlib, json, weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from .core import ASSETS, LM, LlmoptError, TINY, kl, max_positions
-from .sparse_linear import SparseLinear, products_alone, select
+from .sparse_linear import SparseLinear, select
 
 # %% ../nbs/03_larosa.ipynb #3c7d311b
 def keep_topk(x:torch.Tensor, # (…, D)
@@ -277,17 +277,6 @@ class Sparsified(nn.Module):
     @property
     def k(self)->int: return self.width-round(self.level*self.width) # channels that are kept
 
-# %% ../nbs/03_larosa.ipynb #517fac6e
-class _Alone:
-    "Hooks: `products_alone` around passes of a single token on a CPU."
-    def __init__(self): self.open = []
-    def before(self, model, args, kwargs):
-        ids = args[0] if args else kwargs.get('input_ids')
-        self.open.append(cm := products_alone() if ids is not None and ids.numel() == 1 and model.device.type == 'cpu' and model.lm_head.kernel == 'axpy' else nullcontext())
-        cm.__enter__()
-    def after(self, model, args, out): self.open.pop().__exit__(None, None, None)
-
-
 # %% ../nbs/03_larosa.ipynb #44bbf7c9
 @patch
 def forward(self:Sparsified, x):
@@ -317,14 +306,8 @@ def sparsify(model,        # what `convert` returned; changed in place
             old, sel = layer.get_submodule(path), shared.setdefault(source, Selection(tokens))
             _put(layer, path, new := Sparsified(linear(old.weight, old.bias), sel, old.in_features))
             new.first = first
-    if linear is SparseLinear: _decode_quickly(model)
+    if linear is SparseLinear: model.lm_head = SparseLinear(model.lm_head.weight, model.lm_head.bias)   # for its quick dense product
     return model
-
-def _decode_quickly(model):
-    "Let the head take the quick dense product, too, and products have the threads when one token is decoded."
-    model.lm_head, alone = SparseLinear(model.lm_head.weight, model.lm_head.bias), _Alone()
-    model.register_forward_pre_hook(alone.before, with_kwargs=True)
-    model.register_forward_hook(alone.after, always_call=True)
 
 def set_levels(model, levels:dict): # 'layer.path' -> share of channels dropped
     "Set the level of every projection that `levels` names."

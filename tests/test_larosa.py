@@ -10,8 +10,7 @@ import copy
 import json
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.core import load, threads, user, ASSETS, LM, LlmoptError, TINY, kl
-from llmopt.sparse_linear import product_threads, SparseLinear
+from llmopt.core import load, user, ASSETS, LM, LlmoptError, TINY, kl
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -135,18 +134,6 @@ def test_converted_once():
     "A model is converted once."
     m, ids = tiny('llama')
     with expect_fail(LlmoptError, 'already converted'): family(sparsify(convert(m, bases(moments(m, ids)))))
-
-
-def test_threads_while_decoding():
-    "Threads in a prompt and at a single token; an error gives them back."
-    model, ids = tiny('llama')
-    new, seen = sparsify(convert(model, bases(moments(model, ids), 'model')).bfloat16(), linear=SparseLinear), []
-    projections(new)['0.self_attn.q_proj'].register_forward_pre_hook(lambda m, a: seen.append((torch.get_num_threads(), product_threads())))
-    want = [(2, 2), (1, 2)] if new.lm_head.kernel == 'axpy' else [(2, 2)]*2
-    with threads(2), torch.inference_mode():
-        new(ids[:1, :5]); new(ids[:1, :1]); test_eq(seen, want)
-        with expect_fail(AttributeError): new(ids[:1, :1], past_key_values=3)
-        test_eq((torch.get_num_threads(), product_threads()), (2, 2))
 
 
 def simulate(model, q, r, levels):

@@ -85,7 +85,7 @@ def test_shapes():
     test_close(lin.sparse(x, kept)[1, 0], lin.sparse(x[1, 0], kept[1, 0]), eps=1e-6)
     test_close(lin.sparse(x, kept[0, 0]), lin.sparse(x, kept[:1].expand(3, 1, 5)), eps=1e-6)
     assert torch.equal(lin.sparse(x[:1], kept[:1]), lin.sparse(x[:1], kept[:1].int()))
-    test_eq(sum(p.nbytes for p in lin.parameters()), 12*64*4); test_eq(SparseLinear(torch.randn(128, 12)).rows.nbytes, 12*128*4)
+    test_eq(sum(p.nbytes for p in lin.parameters()), 12*64*4); test_eq(SparseLinear(torch.randn(128, 12), kernel='bags').rows.nbytes, 12*128*4)
 
 
 def test_errors():
@@ -98,7 +98,7 @@ def test_errors():
                       (x, kept.to('meta'), 'kept on meta')):
         with expect_fail(ValueError, msg): lin.sparse(a, b)
     for c in (12, -1):
-        with expect_fail(RuntimeError, 'out of bounds'): lin.sparse(x, torch.full((2, 1), c))
+        with expect_fail((IndexError, RuntimeError), 'out of '): lin.sparse(x, torch.full((2, 1), c))
     with expect_fail(RuntimeError, 'no gradient'): lin.sparse(x.requires_grad_(), kept)
     with torch.no_grad(): lin.sparse(x, kept)
     with expect_fail(ValueError, 'between 0 and D=4'): product_bytes(4, 4, 5, 2)
@@ -117,25 +117,13 @@ def test_kernels_agree():
                 x = torch.randn(B, 90).to(dt)
                 kept = select(x, k)
                 with threads(n):
-                    for p in (1, 2, 4): test_close(axpy_product(rows, kept, x.gather(1, kept), p), bag_product(rows, kept, x.gather(1, kept)), eps=eps)
+                    for p in (1, 2, 4): test_close(axpy_product(rows, kept, x, p), bag_product(rows, kept, x.gather(1, kept)), eps=eps)
         w, x = torch.randn(64, 4096).bfloat16(), torch.randn(1, 4096).bfloat16()
         test_close(SparseLinear(w, kernel='axpy').sparse(x, torch.arange(4096)).double(), (x.double() @ w.double().t()).bfloat16().double(), eps=1.1)
         x[0, 7] = float('nan')
         assert SparseLinear(w).sparse(x, torch.arange(10)).isnan().all()
     test_eq(SparseLinear(torch.randn(3, 4).half()).kernel, 'bags')
     with expect_fail(ValueError, 'axpy or bags'): SparseLinear(torch.randn(3, 4), kernel='gemv')
-
-
-def test_threads_for_products():
-    "Threads come back, after an error too."
-    with threads(2):
-        with products_alone():
-            test_eq([torch.get_num_threads(), product_threads()], [1, 2])
-            with products_alone(): test_eq([torch.get_num_threads(), product_threads()], [1, 2])
-        test_eq([torch.get_num_threads(), product_threads()], [2, 2])
-        with expect_fail(ZeroDivisionError):
-            with products_alone(): 1/0
-        test_eq([torch.get_num_threads(), product_threads()], [2, 2])
 
 
 def test_fused():
