@@ -33,7 +33,7 @@ from .sparse_linear import benchmark_kernel, benchmark_step
 from .word_removal import MODEL_FREE, BudgetError, break_even, compress, model_surprisal, recall_table, time_scorers
 
 # %% ../nbs/10_benchmark.ipynb #2a0059a8
-def read_texts(path=None # JSON lines with a "text" each, and if you have them "reference" and "questions"; None: the passages of the package
+def read_texts(path=None # JSON lines with a "text" each, and if you have them "reference", "questions" and "held_out"; None: the passages of the package
               )->list:   # of dicts
     "Texts for a benchmark; `LlmoptError` with the line number for a bad line."
     path, rows = Path(path or ASSETS/'reading.jsonl'), []
@@ -195,13 +195,13 @@ def _overhead(lm, v, text, rounds:int=5)->dict:
     fold, prefill = (1000*min(t[k]) for k in ('fold', 'prefill'))
     return dict(tokens=len(ids), fold_ms=fold, prefill_ms=prefill, overhead=fold/prefill)
 
-def _drafts(lm, train, rows, counts, n)->list: # a row for each way
-    "Answers to the questions of `rows`, or to their first sentences, decoded with drafts of phrases of `train`."
+def _drafts(lm, train, rows, counts, n, other=())->list: # a row for each way
+    "Answers to the questions of `rows`, or to their first sentences, decoded with drafts of phrases of `train`, and of texts from another domain."
     asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [r['text'].split('. ')[0]])]
     prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context-n]
     cost, makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
-    for k in counts:
-        v = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=k); makers[f'{k} phrases'] = PhraseDrafts(v.table, v.tokens(train), cost=cost)
+    for name, texts, k in [*((f'{k} phrases', train, k) for k in counts), *[('phrases of another domain', other, max(counts))]*bool(other)]:
+        v = SimpleAdaptiVocab(lm.tokenizer, []).fit(texts, n_new=k); makers[name] = PhraseDrafts(v.table, v.tokens(texts), cost=cost)
     makers['nothing matches'] = PhraseDrafts(PhraseTable([], v.base), [], cost=cost)
     return compare_drafts(lm, prompts, makers, n)
 
@@ -209,7 +209,8 @@ def benchmark_vocab(texts=None,    # see `read_texts`: of one domain
                     model=TINY, quick:bool=False)->dict: # table -> rows
     "AdaptiVocab: tokens saved; speed; reading phrases (level 2); writing them, tuned (level 3); phrases as drafts. All on texts that nothing was mined from or trained on."
     rows, lm = read_texts(texts), load(model)
-    (train, test), held = ([r['text'] for r in rows[i::2]] for i in (0, 1)), rows[1::2]
+    held = [r for r in rows if r.get('held_out')] or rows[1::2]
+    out = {*map(id, held)}; train, test = [r['text'] for r in rows if id(r) not in out], [r['text'] for r in held]
     few, steps = (test[:3] if quick else test[:200]), (2 if quick else 400)
     v, text = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=1000), '\n\n'.join(test)
     read = [measure_reading(lm, train, few, n, steps, progress=False) for n in ((50,) if quick else (200, 1000))]
@@ -217,7 +218,7 @@ def benchmark_vocab(texts=None,    # see `read_texts`: of one domain
     except LlmoptError as e: tuned = [dict(model='none', why=str(e))]     # of this tokenizer's splitting
     return dict(saved=_saved(lm, train, test, (100,) if quick else (100, 1000, 10_000)), speed=[fold_speed(v, test, 1 if quick else 5)], overhead=[_overhead(lm, v, text)],
                 read=[dict(r, steps=steps) for ways, _ in read for r in ways], tuned=[{k: x for k, x in r.items() if k != 'curve'} for r in tuned],
-                drafts=_drafts(lm, train, held[:2] if quick else held[:40], (50,) if quick else (1000, 10_000), 8 if quick else 96))
+                drafts=_drafts(lm, train, held[:2] if quick else held[:40], (50,) if quick else (1000, 10_000), 8 if quick else 96, texts and [r['text'] for r in read_texts()]))
 
 # %% ../nbs/10_benchmark.ipynb #c07d4c88
 def kv_bars(t # tables of `benchmark_kv`

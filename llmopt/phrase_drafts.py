@@ -32,7 +32,7 @@ class PhraseDrafts:
                  table:PhraseTable,
                  seqs=None,       # token sequences of the domain, to count continuations in; the phrases themselves by default
                  cost:float=.1,   # what one more token in a forward pass costs, as a share of a pass over one token; see `extra_cost`
-                 limit:float=.03  # the share of all passes that drafts may cost beyond what they spare; 0 never drafts
+                 limit:float=.02  # the share of all passes that drafts may cost beyond what they spare; 0 never drafts
                 ):
         if cost < 0 or limit < 0: raise LlmoptError(f'cost and limit are not negative, but {cost} and {limit} were given')
         self.cost, self.limit, seen = cost, limit, node_counts(table, table.pieces if seqs is None else seqs)
