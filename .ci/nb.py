@@ -247,7 +247,7 @@ def execute(path, flags):
 
 def refresh(args):
     "Run notebooks, each in a process of its own, and store their outputs"
-    os.environ.update(IN_TEST='1', PYTHONHASHSEED='0')
+    os.environ.update(IN_TEST='1', PYTHONHASHSEED='0', LLMOPT_FLAGS=args.flags)
     os.environ.setdefault('HF_HUB_OFFLINE', '1')
     flags = set(get_config().tst_flags.split()) - set(args.flags.split())
     for path in args.notebook or notebooks():

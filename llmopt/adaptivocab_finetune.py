@@ -231,16 +231,31 @@ def nll(model, rows)->torch.Tensor: # (rows, size) nats, zero where nothing is
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-100, reduction='none').view(len(rows), -1)
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #3cb773b9
+def _native_bfloat16(device):
+    "Does the processor multiply bfloat16 itself?"
+    if device.type == 'cuda': return torch.cuda.is_bf16_supported()
+    return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+
 class Step:
     "One step of AdamW on some weights of a model."
-    def __init__(self, model, weights):
-        self.model, self.weights = model, weights
-        self.opt = torch.optim.AdamW(weights, lr=1e-3, betas=(.9, .95), weight_decay=.01)
+    def __init__(self, model, weights,
+                 new=(),        # ids of the rows of both matrices that learn at the full rate
+                 rest:float=1.  # the share of it at which all else does
+                ):
+        self.model, self.weights, self.rest = model, weights, rest
+        self.tables = [*{id(w): w for m in (model.get_input_embeddings(), model.get_output_embeddings()) if any((w := m.weight) is p for p in weights)}.values()]
+        self.old = torch.ones(len(self.tables[0]) if self.tables else 0, dtype=torch.bool, device=model.device); self.old[[*new]] = False
+        others = [w for w in weights if not any(w is t for t in self.tables)]
+        self.opt = torch.optim.AdamW([dict(params=p, share=s) for p, s in ((self.tables, 1.), (others, rest)) if p], lr=1e-3, betas=(.9, .95), weight_decay=.01)
     def __call__(self, rows, lr)->torch.Tensor: # nats of all rows, before the step
-        self.opt.param_groups[0]['lr'] = lr
-        loss = nll(self.model, rows).sum()
+        for g in self.opt.param_groups: g['lr'] = lr*g['share']
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=_native_bfloat16(self.model.device)): loss = nll(self.model, rows).sum()
         self.opt.zero_grad(set_to_none=True); (loss/(rows[:, 1:] >= 0).sum()).backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.); self.opt.step()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.)
+        before = [t.detach()[self.old] for t in self.tables]
+        self.opt.step()
+        with torch.no_grad():
+            for t, b in zip(self.tables, before): t[self.old] = b.lerp(t[self.old], self.rest)     # AdamW has one rate for a matrix: old rows go only this share of the way
         return loss.detach()
 
 def schedule(i, steps, warmup=.1): return min(1, (i+1)/max(1, warmup*steps))*.5*(1+math.cos(math.pi*i/steps))
@@ -252,17 +267,19 @@ def finetune(lm:LM,
              steps:int=300,
              per_step:int=16,     # documents
              size:int=256,        # tokens in a row
-             lr:float=1e-3,       # reached after a tenth of the steps; then down to zero as a cosine
+             lr:float=6e-3,       # reached after a tenth of the steps; then down to zero as a cosine
              what:str='light',    # what is trained, as for `trained_weights`
+             new=(),              # ids of new tokens, whose rows learn at `lr`
+             rest:float=.1,       # the share of `lr` at which all else learns
              step=Step,           # what does a step
              progress:bool=True)->list: # bits per byte of the text of each step
-    "Train embeddings, output, first and last layer of `lm` on `docs`, in place."
+    "Train `lm` on `docs`, in place."
     weights, seqs, n, log = trained_weights(lm.model, what), marked_ids(lm.tokenizer, docs), len(docs), []
     sizes = np.array([len(t.encode()) for t in docs])
     batches = [[j%n for j in range(i*per_step, (i+1)*per_step)] for i in range(steps)]
     with frozen(lm.model):
         for p in weights: p.requires_grad_(True)
-        step = step(lm.model, weights)
+        step = step(lm.model, weights, new, rest)
         for i, b in enumerate(tqdm(batches, disable=not progress, leave=False, desc='fine-tuning')):
             log.append(step(_rows([seqs[j] for j in b], size), lr*schedule(i, steps)))
         for p in weights: p.grad = None
@@ -304,8 +321,9 @@ def measure_tuning(lm:LM, train, test, # texts
     size, parts, first = sum(len(d.encode()) for d in test), [*zip(*map(question_and_answer, test))], document_bits(lm, test, bs)
     bits, rows = {}, [dict(model='as bundled', tokens=len(lm.tokenizer), new=0, steps=0, seconds=0, bits_before=round(float(first.sum())/size, 5), bits_per_byte=round(float(first.sum())/size, 5), saved_in=0., saved_out=0., every=1, curve=[])]
     for name in arms:
-        x = expand(lm, train, n_new if ARMS[name] is not None else 0, **(ARMS[name] or {}))
-        before = document_bits(x, test, bs); t = time.perf_counter(); log = finetune(x, train, steps, **kw); seconds = time.perf_counter()-t
+        kind = {'prior': True, 'replace': False, **(ARMS[name] or {})}; tokens = expand_tokenizer(lm.tokenizer, train, 0 if ARMS[name] is None else n_new, kind['replace'])
+        x = expand(lm, train, prior=kind['prior'], x=tokens)
+        before = document_bits(x, test, bs); t = time.perf_counter(); log = finetune(x, train, steps, new=[*tokens.pieces], **kw); seconds = time.perf_counter()-t
         bits[name], every = document_bits(x, test, bs), max(1, steps//20)
         saved = [round(1-n_tokens(x.tokenizer, p)/n_tokens(lm.tokenizer, p), 5) for p in parts]
         rows.append(dict(model=name, tokens=len(x.tokenizer), new=len(x.tokenizer)-len(lm.tokenizer), steps=steps, seconds=round(seconds, 1), bits_before=round(float(before.sum())/size, 5), bits_per_byte=round(float(bits[name].sum())/size, 5),

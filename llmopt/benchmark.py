@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAIVE', 'SUITES', 'read_texts', 'survive', 'budgets', 'answers', 'mean_answers', 'pays', 'benchmark_words',
-           'benchmark_vocab', 'kv_bars', 'benchmark_kv', 'sparse_answers', 'benchmark_larosa', 'run', 'show']
+           'vocab_bars', 'benchmark_vocab', 'kv_bars', 'benchmark_kv', 'sparse_answers', 'larosa_bars',
+           'benchmark_larosa', 'run', 'show']
 
 # %% ../nbs/10_benchmark.ipynb #65e3b7cc
 import copy, json, math, os, random, statistics, time
@@ -182,6 +183,41 @@ def benchmark_words(texts=None,    # see `read_texts`
                 answers=mean_answers(answers(asked, lm, (.5,) if quick else (.25, .5, .75))) if asked else [],
                 speed=[dict(scorer=s, ms_per_1000_words=ms) for s, ms in time_scorers(long).items()], pays=pays(rows, lm))
 
+# %% ../nbs/10_benchmark.ipynb #ac7c4abe
+def _bars():
+    "An empty table, and a function that adds a row to it: what was measured, the bar, and whether it is met."
+    rows = []
+    def bar(what, value, at_least=None, at_most=None):
+        met = value is not None and (value >= at_least if at_most is None else value <= at_most)
+        rows.append(dict(what=what, measured=value, at_least=at_least, at_most=at_most, met=None if value is None else met))
+    return rows, bar
+
+
+# %% ../nbs/10_benchmark.ipynb #b7bd3d87
+def vocab_bars(t # tables of `benchmark_vocab`
+              )->list:
+    "Measured figures beside what was asked for."
+    rows, bar = _bars(); most = max(r['asked'] for r in t['saved']); saved = {r['method']: r['saved'] for r in t['saved'] if r['asked'] == most}
+    bar(f'tokens saved on held-out texts, {most} phrases', saved['bpe'], at_least=.25)
+    bar(f"the same over those of the paper's Algorithm 1", saved['bpe']/saved['algorithm_1'] if saved['algorithm_1'] else None, at_least=1.)
+    bar('folding, million characters a second', min(r['fold'] for r in t['speed']), at_least=1.)
+    bar('folding a prompt: share of its prefill', max(r['overhead'] for r in t['overhead']), at_most=.1)
+    fewest = min(r['phrases'] for r in t['read'])
+    for r in t['read']:
+        if r['way'] == 'distilled' and r['phrases'] == fewest:
+            bar(f"level 2, {fewest} distilled rows: prompt tokens saved", r['saved'], at_least=.15); bar('the same: rise of bits per byte', r['rise'], at_most=.02)
+    for r in t['tuned']:
+        if r['model'] == 'appended, with prior':
+            for k in ('saved_in', 'saved_out'): bar(f"level 3, {r['new']} new tokens, {r['steps']} steps: {k.replace('_', ' ')}", r[k], at_least=.25)
+            bar('the same: rise of bits per byte over the model tuned as long', r['rise'], at_most=.01)
+    drafted = [r for r in t['drafts'] if r['way'] not in ('plain', 'prompt lookup')]
+    bar('drafts: share of answers that are identical', min(r['identical']/r['prompts'] for r in drafted), at_least=1.)
+    bar('drafts of the most phrases of the domain: passes spared', max(r['spared'] for r in drafted), at_least=.15)
+    for r in drafted:
+        if r['way'] in ('nothing matches', 'phrases of another domain'): bar(f"drafts, {r['way']}: time over plain decoding", r['time_over_plain'], at_most=1.03)
+    return rows
+
+
 # %% ../nbs/10_benchmark.ipynb #3126d4ed
 def _saved(lm, train, test, counts)->list: # a row for each way to mine and number of phrases
     "Tokens saved on texts not mined, by our mining and the paper's."
@@ -214,20 +250,19 @@ def benchmark_vocab(texts=None,    # see `read_texts`: of one domain
     few, steps = (test[:3] if quick else test[:200]), (2 if quick else 400)
     v, text = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=1000), '\n\n'.join(test)
     read = [measure_reading(lm, train, few, n, steps, progress=False) for n in ((50,) if quick else (200, 1000))]
-    try: tuned = measure_tuning(lm, train, few, *((50, 2) if quick else (1000, 150)), per_step=2 if quick else 16, progress=False)
+    try: tuned = measure_tuning(lm, train, few, *((50, 2) if quick else (1400, 400)), arms=('no new tokens', 'appended, with prior'), what='all', per_step=2 if quick else 16, progress=False)
     except LlmoptError as e: tuned = [dict(model='none', why=str(e))]     # of this tokenizer's splitting
-    return dict(saved=_saved(lm, train, test, (100,) if quick else (100, 1000, 10_000)), speed=[fold_speed(v, test, 1 if quick else 5)], overhead=[_overhead(lm, v, text)],
+    res = dict(saved=_saved(lm, train, test, (100,) if quick else (100, 1000, 10_000)), speed=[fold_speed(v, test, 1 if quick else 5)], overhead=[_overhead(lm, v, text)],
                 read=[dict(r, steps=steps) for ways, _ in read for r in ways], tuned=[{k: x for k, x in r.items() if k != 'curve'} for r in tuned],
                 drafts=_drafts(lm, train, held[:2] if quick else held[:40], (50,) if quick else (1000, 10_000), 8 if quick else 96, texts and [r['text'] for r in read_texts()]))
+    return dict(bars=vocab_bars(res), **res)
+
 
 # %% ../nbs/10_benchmark.ipynb #c07d4c88
 def kv_bars(t # tables of `benchmark_kv`
            )->list: # rows: what was measured, the bar, and whether it is met
     "Measured ratios beside what was asked for."
-    rows = []
-    def bar(what, value, at_least=None, at_most=None):
-        met = value is not None and (value >= at_least if at_most is None else value <= at_most)
-        rows.append(dict(what=what, measured=value, at_least=at_least, at_most=at_most, met=None if value is None else met))
+    rows, bar = _bars()
     for r in t['decode']:
         if r['cache'] != 'slab_packed': continue
         bar(f"decode at {r['context']}, {r['dtype']}: times faster than DynamicCache", r['slab_vs_dynamic'], at_least=2.5)
@@ -303,6 +338,30 @@ def sparse_answers(lm, ladder:Ladder, rows:list, # what `read_texts` returned; t
     return [dict(arm='dense', p=0., net=0., answers=len(asked), keyword_recall=found, kl=0., kl_p99=0.), *ladder.each(_written, jobs, processes)]
 
 
+# %% ../nbs/10_benchmark.ipynb #15829e05
+def larosa_bars(t # tables of `benchmark_larosa`
+               )->list:
+    "Measured ratios beside what was asked for."
+    (rows, bar), ours = _bars(), 'axpy' if any(r['arm'] == 'axpy' for r in t['kernel']) else 'bags'
+    for r in t['kernel']:
+        if r['arm'] != ours or r['sparsity'] not in (.4, .5, .75): continue
+        name = f"{r['D']} x {r['N']}, {r['dtype']}, {r['threads']} thread{'s'*(r['threads'] > 1)}, {r['sparsity']:.0%}"
+        bar(f'product {name}: times faster than the best dense', r['vs_best_dense'], at_least={.4: 1.4, .5: 1.7, .75: 3.}[r['sparsity']])
+        bar(f'product {name}: share of a plain read', r['share_of_read'], at_least=.85)
+    for r in t['step']:
+        if r['arm'] != 'sparse': continue
+        name = f"step, {r['dtype']}, {r['threads']} thread{'s'*(r['threads'] > 1)}, {r['sparsity']:.0%}"
+        if r['sparsity'] in (.4, .5, .75):
+            bar(f'{name}: times faster than the best dense', r['vs_best_dense'], at_least={.4: 1.25, .5: 1.4, .75: 1.8}[r['sparsity']]); bar(f'{name}: share of the byte bound', r['share_of_bound'], at_least=.9)
+        if not r['sparsity']: bar(f'{name}: speed against the best dense', r['vs_best_dense'], at_least=.97)
+    kl = {(r['p'], r['arm']): r['kl'] for r in t['ladder']}
+    for p in sorted({p for p, _ in kl}):
+        order = [kl[p, a] for a in ('threshold', 'top-k', 'published', 'basis learned')]
+        for worse, better, (x, y) in zip(('threshold', 'top-k', 'published'), ('top-k', 'published', 'ours'), zip(order, order[1:])): bar(f'{p:.0%} of the bytes: KL of {better} over that of {worse}', y/x, at_most=1.)
+    if (.5, 'published') in kl: bar('50% of the bytes: KL of ours over that of published', kl[.5, 'basis learned']/kl[.5, 'published'], at_most=.5)
+    return rows
+
+
 # %% ../nbs/10_benchmark.ipynb #3435b915
 def benchmark_larosa(texts=None, # see `read_texts`: what the ladder is tested on, and asked about
                      model=TINY, quick:bool=False, processes:int|None=None # for ladder and answers; None is one a core, but one for models that do not ship with the package
@@ -318,7 +377,8 @@ def benchmark_larosa(texts=None, # see `read_texts`: what the ladder is tested o
     step = [r for n in (1, 2) for r in benchmark_step(n_threads=n, **(dict(sparsities=(.5,), rounds=2, context=16) if quick else {}), **small)]
     ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, most*(width//16 if quick else 1)), test)
     climbed = ladder.climb((.5,), ('threshold', 'top-k', 'published', 'basis learned')) if quick else ladder.climb(processes=processes)
-    return dict(kernel=kernel, step=step, ladder=climbed, answers=sparse_answers(lm, ladder, rows[:2], (.5,), n=8) if quick else sparse_answers(lm, ladder, rows, processes=processes))
+    res = dict(kernel=kernel, step=step, ladder=climbed, answers=sparse_answers(lm, ladder, rows[:2], (.5,), n=8) if quick else sparse_answers(lm, ladder, rows, processes=processes))
+    return dict(bars=larosa_bars(res), **res)
 
 
 # %% ../nbs/10_benchmark.ipynb #146b3236

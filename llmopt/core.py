@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TINY', 'ASSETS', 'LlmoptError', 'warn_once', 'model_source', 'pick_device', 'LM', 'load', 'max_positions', 'user',
            'assistant', 'kv_bytes', 'kl', 'PeakRSS', 'interleaved', 'spread', 'threads', 'reader', 'fill',
-           'environment']
+           'environment', 'leave_out_flagged']
 
 # %% ../nbs/00_core.ipynb #97fa6e7f
 import os, platform, statistics, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,3 +239,15 @@ def environment()->dict:
                 numpy=version('numpy'), torch_num_threads=torch.get_num_threads(), cpu_model=_cpu_name(), cores_logical=os.cpu_count(),
                 cores_physical=psutil.cpu_count(logical=False), ram_bytes=psutil.virtual_memory().total, accelerators=names,
                 on_battery=None if bat is None else not bat.power_plugged, git_sha=_git_sha())
+
+# %% ../nbs/00_core.ipynb #d266d7b0
+def leave_out_flagged():
+    "In a notebook: a cell that begins with `#| slow`, `#| gpu` or `#| hub` only says that it was left out, unless `LLMOPT_FLAGS` in the environment names the flag."
+    from IPython import get_ipython
+    if (shell := get_ipython()) is None: return
+    def leave_out(lines):
+        flags = {l[2:].strip() for l in takewhile(lambda l: l.startswith('#|'), lines)} & {'slow', 'gpu', 'hub'} - {*os.environ.get('LLMOPT_FLAGS', '').split()}
+        return lines if not flags else [f"print('left out, since it is marked {', '.join(sorted(flags))}: to run it, delete that line, or start Jupyter with LLMOPT_FLAGS={' '.join(sorted(flags))}')\n"]
+    leave_out.marks_flags = True
+    shell.input_transformers_cleanup[:] = [*(f for f in shell.input_transformers_cleanup if not hasattr(f, 'marks_flags')), leave_out]
+

@@ -2,6 +2,7 @@
 # ruff: noqa
 
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -116,3 +117,19 @@ def test_environment():
     env = environment()
     test_eq(env['torch'], torch.__version__)
     assert env['ram_bytes'] > 0 and env['cpu_model']
+
+
+def test_flagged_cells_are_left_out():
+    """Some cells of the notebooks take minutes, or need a GPU or the network, and begin with a line that says so. In
+    JupyterLab *Run All* would run them as well, so each such notebook asks for them to be left out."""
+    from IPython.core.interactiveshell import InteractiveShell
+    shell, real = InteractiveShell(), leave_out_flagged.__globals__
+    import IPython
+    was, IPython.get_ipython = IPython.get_ipython, lambda: shell
+    try: leave_out_flagged(); leave_out_flagged()
+    finally: IPython.get_ipython = was
+    left = lambda code: 'left out' in shell.transform_cell(code)
+    assert left('#| slow\nx = 1') and left('#| test\n#| gpu\nx = 1') and not left('#| test\nx = 1\n#| slow') and not left('x = 1')
+    os.environ['LLMOPT_FLAGS'] = 'slow'
+    try: assert not left('#| slow\nx = 1') and left('#| hub\nx = 1')
+    finally: del os.environ['LLMOPT_FLAGS']
