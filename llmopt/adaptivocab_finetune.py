@@ -329,7 +329,9 @@ def measure_tuning(lm:LM, train, test, # texts
         rows.append(dict(model=name, tokens=len(x.tokenizer), new=len(x.tokenizer)-len(lm.tokenizer), steps=steps, seconds=round(seconds, 1), bits_before=round(float(before.sum())/size, 5), bits_per_byte=round(float(bits[name].sum())/size, 5),
                          saved_in=saved[0], saved_out=saved[1], every=every, curve=[round(float(np.mean(log[i:i+every])), 4) for i in range(0, steps, every)]))
     base = bits.get('no new tokens', first)
-    for r in rows: r.update(zip(('rise', 'low', 'high'), (round(float(y), 5) for y in rise(bits.get(r['model'], first), base))))
+    for r in rows:
+        b = bits.get(r['model'], first)
+        r.update(zip(('rise', 'low', 'high'), (round(float(y), 5) for y in rise(b, base))), over_bundled=round(float(b.sum()/first.sum()-1), 5))
     return rows
 
 

@@ -23,7 +23,7 @@ from .kv_cache.restore import benchmark_restore
 from . import __version__
 from .adaptivocab import PhraseTable, SimpleAdaptiVocab, compare_selection, fold_speed
 from .adaptivocab_distill import measure_reading
-from .adaptivocab_finetune import measure_tuning
+from .adaptivocab_finetune import measure_tuning, question_and_answer
 from .core import ASSETS, TINY, LlmoptError, environment, interleaved, kl, load, user
 from .evaluation import keyword_recall
 from .larosa import default_texts, windows
@@ -232,8 +232,8 @@ def _overhead(lm, v, text, rounds:int=5)->dict:
     return dict(tokens=len(ids), fold_ms=fold, prefill_ms=prefill, overhead=fold/prefill)
 
 def _drafts(lm, train, rows, counts, n, other=())->list: # a row for each way
-    "Answers to the questions of `rows`, or to their first sentences, decoded with drafts of phrases of `train`, and of texts from another domain."
-    asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [r['text'].split('. ')[0]])]
+    "Answers to the questions of `rows`, or to their first turns or sentences, decoded with drafts of phrases of `train`, and of texts from another domain."
+    asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [a if (a := question_and_answer(r['text'])[0]) != r['text'] else r['text'].split('. ')[0]])]
     prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context-n]
     cost, makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
     for name, texts, k in [*((f'{k} phrases', train, k) for k in counts), *[('phrases of another domain', other, max(counts))]*bool(other)]:

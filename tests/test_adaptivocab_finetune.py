@@ -120,7 +120,7 @@ def test_tuning_measured():
     """Models with new tokens beside the same model without, tuned on the same documents for as long. `llmopt
     benchmark vocab` calls this."""
     lm = load(TINY, 'cpu'); rows = {r['model']: r for r in measure_tuning(lm, DOCS*4, DOCS, 20, 2, per_step=2, progress=False)}
-    test_eq([*rows], ['as bundled', *ARMS]); test_eq((rows['no new tokens']['rise'], rows['no new tokens']['saved_in'], rows['replaced']['tokens']), (0., 0., 4096))
+    test_eq([*rows], ['as bundled', *ARMS]); test_eq(rows['as bundled']['over_bundled'], 0.); test_eq((rows['no new tokens']['rise'], rows['no new tokens']['saved_in'], rows['replaced']['tokens']), (0., 0., 4096))
     test_close(rows['as bundled']['bits_per_byte'], document_bits(lm, DOCS).sum()/sum(map(len, DOCS)), 1e-3)
     assert rows['appended, with prior']['saved_out'] > .2
     test_eq(question_and_answer('<|user|>\nWhy?<|end|>\n<|assistant|>\nSo.<|end|>\n'), ('Why?', 'So.<|end|>\n')); test_eq(question_and_answer('So.'), ('So.', 'So.'))
