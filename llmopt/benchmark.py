@@ -231,9 +231,14 @@ def _overhead(lm, v, text, rounds:int=5)->dict:
     fold, prefill = (1000*min(t[k]) for k in ('fold', 'prefill'))
     return dict(tokens=len(ids), fold_ms=fold, prefill_ms=prefill, overhead=fold/prefill)
 
+def _opening(text):
+    "The first turn of a conversation, or the first sentence."
+    said, _ = question_and_answer(text)
+    return said if said != text else text.split('. ')[0]
+
 def _drafts(lm, train, rows, counts, n, other=())->list: # a row for each way
     "Answers to the questions of `rows`, or to their first turns or sentences, decoded with drafts of phrases of `train`, and of texts from another domain."
-    asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [a if (a := question_and_answer(r['text'])[0]) != r['text'] else r['text'].split('. ')[0]])]
+    asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [_opening(r['text'])])]
     prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context-n]
     cost, makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
     for name, texts, k in [*((f'{k} phrases', train, k) for k in counts), *[('phrases of another domain', other, max(counts))]*bool(other)]:
@@ -313,13 +318,13 @@ def _answer(lm, prompt, n):
 def _written(ladder, arm, p, lm, asked, n):
     "One row: keywords in the answers of one arm, and KL along the dense answers, of which `asked` holds ids and log-probabilities."
     cols, recall = [], []
-    with ladder.arm(arm, p, 'decode') as (model, shares):
+    with ladder.arm(arm, p, 'decode') as (model, _):
         for prompt, keywords, ids, lp in asked:
             recall.append(keyword_recall(lm.tokenizer.decode(_answer(replace(lm, model=model), prompt, n), skip_special_tokens=True), keywords))
             cols.append(kl(lp, _step_by_step(model, prompt, ids)))
     at = lambda lo, hi: torch.cat([c[lo:hi] for c in cols]).mean().item()
     parts = {f'kl_{lo+1}_{lo+n//4}': at(lo, lo+n//4) for lo in range(0, n, n//4) if any(len(c) > lo for c in cols)}
-    return dict(arm=arm, p=p, net=shares()[1], answers=len(asked), keyword_recall=statistics.fmean(recall), kl=at(0, n), kl_p99=torch.cat(cols).quantile(.99).item(), **parts)
+    return dict(arm=arm, p=p, answers=len(asked), keyword_recall=statistics.fmean(recall), kl=at(0, n), kl_p99=torch.cat(cols).quantile(.99).item(), **parts)
 
 
 # %% ../nbs/10_benchmark.ipynb #3961b5ce
@@ -335,7 +340,7 @@ def sparse_answers(lm, ladder:Ladder, rows:list, # what `read_texts` returned; t
     if not asked: return []
     found = statistics.fmean(keyword_recall(lm.tokenizer.decode(ids, skip_special_tokens=True), k) for _, k, ids, _ in asked)
     jobs = [(a, p, replace(lm, model=None), asked, n) for p in shares for a in arms]
-    return [dict(arm='dense', p=0., net=0., answers=len(asked), keyword_recall=found, kl=0., kl_p99=0.), *ladder.each(_written, jobs, processes)]
+    return [dict(arm='dense', p=0., answers=len(asked), keyword_recall=found, kl=0., kl_p99=0.), *ladder.each(_written, jobs, processes)]
 
 
 # %% ../nbs/10_benchmark.ipynb #15829e05

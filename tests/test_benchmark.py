@@ -104,11 +104,11 @@ def test_benchmark_larosa():
 
 
 def test_run():
-    """A loss that is averaged over a text hides what happens when a model *writes*: there each token is one that the
-    sparse model chose. So it also answers the questions about the passages, prompts dense and every new token
-    sparse, as a chat would. Counted are the keywords that its answers hold, and the divergence from the dense
-    model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
-    the package, of which no passage is part."""
+    """The products and steps do what was asked, but for one within noise; the bytes are read nearly as fast as a
+    plain read in float32, at three quarters to five sixths of it in bfloat16, and around the products a step has
+    its norms, attention and selections. `published` is better than top-k only if its adapters are not counted
+    ([the ladder](03b_larosa_ladder.ipynb)). In answers, keyword recall at 50 % is that of the dense model (.15
+    and .14), and the divergence does not grow along the answer."""
     with tempfile.TemporaryDirectory() as d:
         with expect_fail(LlmoptError, 'known: words'): run('wrds', d)
         p = run('vocab', d, quick=True)
