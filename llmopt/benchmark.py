@@ -240,10 +240,10 @@ def _drafts(lm, train, rows, counts, n, other=())->list: # a row for each way
     "Answers to the questions of `rows`, or to their first turns or sentences, decoded with drafts of phrases of `train`, and of texts from another domain."
     asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [_opening(r['text'])])]
     prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context-n]
-    cost, makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
+    (start, cost), makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
     for name, texts, k in [*((f'{k} phrases', train, k) for k in counts), *[('phrases of another domain', other, max(counts))]*bool(other)]:
-        v = SimpleAdaptiVocab(lm.tokenizer, []).fit(texts, n_new=k); makers[name] = PhraseDrafts(v.table, v.tokens(texts), cost=cost)
-    makers['nothing matches'] = PhraseDrafts(PhraseTable([], v.base), [], cost=cost)
+        v = SimpleAdaptiVocab(lm.tokenizer, []).fit(texts, n_new=k); makers[name] = PhraseDrafts(v.table, v.tokens(texts), cost=cost, start=start)
+    makers['nothing matches'] = PhraseDrafts(PhraseTable([], v.base), [], cost=cost, start=start)
     return compare_drafts(lm, prompts, makers, n)
 
 def benchmark_vocab(texts=None,    # see `read_texts`: of one domain

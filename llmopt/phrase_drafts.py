@@ -31,11 +31,12 @@ class PhraseDrafts:
     def __init__(self,
                  table:PhraseTable,
                  seqs=None,       # token sequences of the domain, to count continuations in; the phrases themselves by default
-                 cost:float=.1,   # what one more token in a forward pass costs, as a share of a pass over one token; see `extra_cost`
+                 cost:float=.1,   # what each drafted token costs, as a share of a pass over one token; see `extra_cost`
+                 start:float=0.,  # what a draft costs beside, however short
                  limit:float=.02  # the share of all passes that drafts may cost beyond what they spare; 0 never drafts
                 ):
-        if cost < 0 or limit < 0: raise LlmoptError(f'cost and limit are not negative, but {cost} and {limit} were given')
-        self.cost, self.limit, seen = cost, limit, node_counts(table, table.pieces if seqs is None else seqs)
+        if min(cost, start, limit) < 0: raise LlmoptError(f'cost, start and limit are not negative, but {cost}, {start} and {limit} were given')
+        self.cost, self.start, self.limit, seen = cost, start, limit, node_counts(table, table.pieces if seqs is None else seqs)
         keys, child = table._keys[:-1], table._child[:-1]
         parent, token = keys//table.base, keys%table.base
         edges = [*zip(parent.tolist(), token.tolist(), child.tolist(), (seen[child]/(seen[parent]+1)).tolist())]
@@ -79,11 +80,12 @@ def trust(self:PhraseDrafts)->float: # 0 to 1
 @patch
 def propose(self:PhraseDrafts, path:list, room:int=10**9)->tuple: # tokens, and their probabilities
     "The draft for a text that ends in `path`, of at most `room` tokens."
-    most = min(room, self.credit/self.cost if self.cost else room)
+    left, trust = self.credit-self.start, self.trust
+    most = room if not self.cost and left >= 0 else min(room, int(max(0., left)/self.cost) if self.cost else 0)
     for node in path:
         tokens, probs = self._rest(node)
-        k = sum(p*self.trust > self.cost for p in probs)
-        if k and most >= 1: return tokens[:k][:int(most)], probs[:k][:int(most)]
+        k = min(most, sum(p*trust > self.cost for p in probs))
+        if k > 0 and trust*sum(probs[:k]) > self.start+k*self.cost: return tokens[:k], probs[:k]
     return [], []
 
 @patch
@@ -91,7 +93,7 @@ def learn(self:PhraseDrafts, probs, accepted:int, new:int):
     "Account for one pass that verified a draft with `probs`, of which `accepted` were right, and wrote `new` tokens."
     s, keep = self.stats, 1-1/64 if probs else 1
     s.forwards += 1; s.tokens += new; s.drafted += len(probs); s.accepted += accepted
-    self.credit += self.limit+accepted-self.cost*len(probs)
+    self.credit += self.limit+accepted-(self.start+self.cost*len(probs) if probs else 0)
     self.expected, self.met = self.expected*keep+sum(probs), self.met*keep+accepted
 
 # %% ../nbs/02b_phrase_drafts.ipynb #48d22688
@@ -175,11 +177,12 @@ def _pass_seconds(model, cache, n):
 def extra_cost(model, cache,     # a transformers causal LM and a fresh cache for it, which is filled
                k:int=4,          # tokens more
                context:int=128,  # tokens in the cache
-               rounds:int=50)->float: # as a share of a pass over one token
-    "What one more token in a forward pass costs."
+               rounds:int=50)->tuple: # `start` and `cost`, as shares of a pass over one token
+    "What a draft costs, and what each of its tokens does."
     model(torch.full((1, context), 7, device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    one, more = zip(*[(_pass_seconds(model, cache, 1), _pass_seconds(model, cache, 1+k)) for _ in range(rounds)])
-    return max(0., (np.median(more)/np.median(one)-1)/k)
+    one, two, more = (np.median(ts) for ts in zip(*[[_pass_seconds(model, cache, n) for n in (1, 2, 1+k)] for _ in range(rounds)]))
+    cost = max(0., float((more-two)/one/(k-1)))
+    return max(0., float(two/one-1-cost)), cost
 
 # %% ../nbs/02b_phrase_drafts.ipynb #0df885b4
 def _counted(lm, prompt, n, kw):

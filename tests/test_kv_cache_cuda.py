@@ -2,8 +2,19 @@
 # ruff: noqa
 
 import pytest
+import copy
+import ctypes
+import gc
+import mmap
 import math
+import os
+import random
+import warnings
+import transformers as T
 import torch
+from collections import Counter
+from unittest.mock import patch as replaced
+from fastcore.test import test_eq, expect_fail
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.eviction import EvictingCache, Eviction
 from llmopt.kv_cache.memory import PAGE, _libc, backend, make_region

@@ -30,6 +30,9 @@ def test_drafts_by_hand():
     test_eq(d.propose(d.follow(one, 2))[0], [3]); test_eq(d.propose(d.follow(d.follow(one, 2), 3)), ([], [])); test_eq(d.follow(one, 9), [])
     d.cost = .1; d.learn([.6, .45], 0, 1); test_close(d.trust, 1/2.05, 1e-9); test_close(d.credit, 1+.02-.2, 1e-9)
     test_eq(vars(d.stats), dict(forwards=1, tokens=1, drafted=2, accepted=0))
+    s = PhraseDrafts(t, [[1, 2, 3, 0, 1, 2, 3], [1, 2, 3], [1, 4]], cost=.1, start=.3); s.credit = 1.
+    test_eq(s.propose(one)[0], [2, 3]); s.credit = .35; test_eq(s.propose(one), ([], [])); s.credit, s.start = 2., .9; test_eq(s.propose(one), ([], []))   # 1.05 expected, 1.1 to pay
+    s.learn([.6], 1, 2); test_close(s.credit, 2+.02+1-.9-.1, 1e-9); s.learn([], 0, 1); test_close(s.credit, 2.04, 1e-9)
     with expect_fail(LlmoptError, 'not negative'): PhraseDrafts(t, cost=-1)
 
 
@@ -142,13 +145,13 @@ def test_neutral_and_refused():
 
 
 def test_extra_cost():
-    """It depends on the machine, the model and its cache; so it is measured: the time of a pass over `1+k` tokens
-    behind `context` others, over that of a pass over one, as the median of interleaved rounds."""
+    """It depends on the machine, the model and its cache; so it is measured: the times of passes over two and over
+    `1+k` tokens behind `context` others, over that of a pass over one, as medians of interleaved rounds."""
     lm = load(TINY, 'cpu'); cache = DynamicCache(config=lm.model.config)
-    test_eq(math.isfinite(extra_cost(lm.model, cache, context=16, rounds=3)), True); test_eq(cache.get_seq_length(), 16)
+    test_eq([*map(math.isfinite, extra_cost(lm.model, cache, context=16, rounds=3))], [True]*2); test_eq(cache.get_seq_length(), 16)
     clock = extra_cost.__wrapped__.__globals__; real = clock['_pass_seconds']
-    clock['_pass_seconds'] = lambda model, cache, n: 2+n                            # a pass over one token takes 3, over five 7
-    try: test_close(extra_cost(lm.model, DynamicCache(config=lm.model.config), context=16, rounds=3), (7/3-1)/4, 1e-9)
+    clock['_pass_seconds'] = lambda model, cache, n: 4+.5*n if n > 1 else 4         # passes over one token, two and five take 4, 5 and 6.5
+    try: test_close(extra_cost(lm.model, DynamicCache(config=lm.model.config), context=16, rounds=3), (.125, .125), 1e-9)
     finally: clock['_pass_seconds'] = real
 
 

@@ -2,6 +2,9 @@
 # ruff: noqa
 
 import torch
+from transformers import DynamicCache
+from llmopt.core import fill
+from llmopt.sparse_linear import step_model
 from llmopt.sparse_cuda import *
 
 

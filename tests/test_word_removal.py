@@ -5,6 +5,7 @@ import json
 import math
 import re
 import torch
+from fastcore.test import test_eq, test_close, expect_fail
 from llmopt.word_removal import recall_table
 from itertools import pairwise
 from tokenizers import ByteLevelBPETokenizer
