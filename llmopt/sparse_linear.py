@@ -226,6 +226,7 @@ def _openmp():
 _omp = _openmp() if numba else None
 if _omp and hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: globals().update(_omp=None))   # where its threads are no more
 
+# %% ../nbs/03a_sparse_linear.ipynb #5fb97076
 @cache
 def _kernel_of(dtype):
     "Compiled functions: of addresses and sizes, this thread's share of a product; and of all threads' parts, the product."
@@ -248,6 +249,7 @@ def _kernel_of(dtype):
     call.compiled = share                                                                # which must live as long
     return call, _total_of_pairs if halves == 2 else _total
 
+# %% ../nbs/03a_sparse_linear.ipynb #a8aa846a
 def axpy_product(rows:torch.Tensor, # (D, N), contiguous, N a multiple of 64
                  kept:torch.Tensor, # (B, k) int64
                  x:torch.Tensor,    # (B, D), of the type of `rows`
@@ -266,7 +268,6 @@ def axpy_product(rows:torch.Tensor, # (D, N), contiguous, N a multiple of 64
     if sizes[7]: raise IndexError(f'a channel number in kept is out of range: there are {D} channels')
     total(parts.numpy()[:sizes[6]], (y.view(torch.uint32) if pairs else y).numpy())
     return y
-
 
 # %% ../nbs/03a_sparse_linear.ipynb #a4fef024
 def _check_weight(weight, bias):
