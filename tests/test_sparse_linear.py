@@ -126,6 +126,18 @@ def test_kernels_agree():
     with expect_fail(ValueError, 'axpy or bags'): SparseLinear(torch.randn(3, 4), kernel='gemv')
 
 
+def test_threads_share_a_product():
+    """Wide rows are shared by columns, narrow ones by rows; the threads agree with one another and with the plain
+    product either way, also where the columns do not divide by their number."""
+    if find_spec('numba') is not None:
+        torch.manual_seed(0)
+        for dt, N, eps in ((torch.float32, 64, 1e-4), (torch.float32, 8256, 1e-4), (torch.bfloat16, 16448, .3), (torch.float64, 4160, 1e-10)):
+            rows, x = torch.randn(70, N).to(dt), torch.randn(2, 70).to(dt); kept = select(x, 41)
+            want = bag_product(rows, kept, x.gather(1, kept))
+            for n in (1, 2, 3): test_close(axpy_product(rows, kept, x, n), want, eps=eps)
+        with expect_fail(IndexError, 'there are 70 channels'): axpy_product(rows, kept+40, x, 2)
+
+
 def test_fused():
     """Query, key and value read the same input, and so do gate and up. Laid side by side, they are one matrix: one
     selection, one launch, and longer rows."""
