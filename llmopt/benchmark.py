@@ -199,7 +199,7 @@ def vocab_bars(t # tables of `benchmark_vocab`
     "Measured figures beside what was asked for."
     rows, bar = _bars(); most = max(r['asked'] for r in t['saved']); saved = {r['method']: r['saved'] for r in t['saved'] if r['asked'] == most}
     bar(f'tokens saved on held-out texts, {most} phrases', saved['bpe'], at_least=.25)
-    bar(f"the same over those of the paper's Algorithm 1", saved['bpe']/saved['algorithm_1'] if saved['algorithm_1'] else None, at_least=1.)
+    bar("the same over those of the paper's Algorithm 1", saved['bpe']/saved['algorithm_1'] if saved['algorithm_1'] else None, at_least=1.)
     bar('folding, million characters a second', min(r['fold'] for r in t['speed']), at_least=1.)
     bar('folding a prompt: share of its prefill', max(r['overhead'] for r in t['overhead']), at_most=.1)
     fewest = min(r['phrases'] for r in t['read'])

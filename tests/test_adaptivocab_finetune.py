@@ -102,8 +102,8 @@ def test_finetune():
     before = {k: p.clone() for k, p in x.model.named_parameters()}; finetune(x, DOCS, 2, per_step=2, what='all', progress=False)
     assert not any(torch.equal(p, before[k]) for k, p in x.model.named_parameters())
     with expect_fail(LlmoptError, "'light' or 'all'"): finetune(x, DOCS, 1, what='some')
-    x = expand(load(TINY, 'cpu'), DOCS*2, 30); before = {k: p.clone() for k, p in x.model.named_parameters()}; new = [*range(4096, len(x.tokenizer))]
-    finetune(x, DOCS, 3, what='all', new=new, rest=0., progress=False)                       # only the new rows move
+    x = expand(load(TINY, 'cpu'), DOCS*2, 30); before = {k: p.clone() for k, p in x.model.named_parameters()}
+    finetune(x, DOCS, 3, what='all', new=range(4096, len(x.tokenizer)), rest=0., progress=False)                       # only the new rows move
     for k, p in x.model.named_parameters():
         rows = slice(0, 4096) if k in ('model.embed_tokens.weight', 'lm_head.weight') else slice(None)
         assert torch.equal(p[rows], before[k][rows])
