@@ -7,7 +7,10 @@ __all__ = ['DEFAULT_PHRASES', 'PhraseTable', 'Folded', 'joins', 'join_pairs', 'u
            'static_phrases', 'algorithm_1', 'split_documents', 'compare_selection', 'fold_speed', 'show_phrases']
 
 # %% ../nbs/02_adaptivocab.ipynb #6988fd9f
-import hashlib, heapq, json, time
+import hashlib
+import heapq
+import json
+import time
 from html import escape
 from itertools import chain
 from pathlib import Path
@@ -22,175 +25,203 @@ from .core import LlmoptError
 # %% ../nbs/02_adaptivocab.ipynb #0a6fd4fa
 class PhraseTable:
     "Phrases of token ids. Folds sequences of ids into fewer, and unfolds them."
-    def __init__(self,
-                 pieces, # iterable of phrases, each two or more ids below `base`
-                 base:int # size of the vocabulary that the pieces come from; phrase `j` gets id `base+j`
-                ):
+
+    def __init__(
+        self,
+        pieces,  # iterable of phrases, each two or more ids below `base`
+        base: int,  # size of the vocabulary that the pieces come from; phrase `j` gets id `base+j`
+    ):
         self.base, self.pieces = base, [tuple(map(int, p)) for p in pieces]
         for p in self.pieces:
-            if len(p) < 2 or min(p) < 0 or max(p) >= base: raise LlmoptError(f'a phrase is two or more token ids from 0 to {base-1}, not {list(p)}')
-        if len({*self.pieces}) < len(self.pieces): raise LlmoptError('a phrase stands in the table twice; list each once')
+            if len(p) < 2 or min(p) < 0 or max(p) >= base:
+                raise LlmoptError(f"a phrase is two or more token ids from 0 to {base - 1}, not {list(p)}")
+        if len({*self.pieces}) < len(self.pieces):
+            raise LlmoptError("a phrase stands in the table twice; list each once")
         self.max_len = max(map(len, self.pieces), default=1)
         self._grow()
-    def __len__(self): return len(self.pieces)
+
+    def __len__(self):
+        return len(self.pieces)
 
 # %% ../nbs/02_adaptivocab.ipynb #da18c562
 @patch
-def _grow(self:PhraseTable):
+def _grow(self: PhraseTable):
     "Lay the trie of all phrases into flat arrays."
     node = {}
     for p in self.pieces:
-        for k in range(1, len(p)+1): node.setdefault(p[:k], len(node)+1)
-    steps = sorted((node[p[:-1]]*self.base+p[-1], i) for p, i in node.items() if len(p) > 1)
-    self._keys, self._child = (np.array([*col, end], np.int64) for col, end in zip(zip(*steps) if steps else ((), ()), (np.iinfo(np.int64).max, 0)))
-    self._first, self._ends = np.zeros(self.base, np.int64), np.full(len(node)+1, -1)
+        for k in range(1, len(p) + 1):
+            node.setdefault(p[:k], len(node) + 1)
+    steps = sorted((node[p[:-1]] * self.base + p[-1], i) for p, i in node.items() if len(p) > 1)
+    self._keys, self._child = (
+        np.array([*col, end], np.int64)
+        for col, end in zip(zip(*steps) if steps else ((), ()), (np.iinfo(np.int64).max, 0))
+    )
+    self._first, self._ends = np.zeros(self.base, np.int64), np.full(len(node) + 1, -1)
     for p, i in node.items():
-        if len(p) == 1: self._first[p[0]] = i
+        if len(p) == 1:
+            self._first[p[0]] = i
     self._ends[[node[p] for p in self.pieces]] = np.arange(len(self.pieces))
 
 # %% ../nbs/02_adaptivocab.ipynb #6db9a676
 @patch
-def _walk(self:PhraseTable, ids):
+def _walk(self: PhraseTable, ids):
     "Down the trie from all positions of `ids` at once: for each depth, the positions still on a path, and their nodes."
     at = np.flatnonzero(self._first[ids])
     node = self._first[ids[at]]
     yield 1, at, node
     for k in range(1, self.max_len):
-        inside = at < len(ids)-k
-        at, key = at[inside], node[inside]*self.base+ids[at[inside]+k]
+        inside = at < len(ids) - k
+        at, key = at[inside], node[inside] * self.base + ids[at[inside] + k]
         j = np.searchsorted(self._keys, key)
         on = self._keys[j] == key
         at, node = at[on], self._child[j[on]]
-        yield k+1, at, node
+        yield k + 1, at, node
 
 # %% ../nbs/02_adaptivocab.ipynb #01130889
 @patch
-def matches(self:PhraseTable,
-            ids # token ids below `base`
-           )->tuple: # three arrays: where a match starts, how many ids it spans, which phrase it is; by start, then span
+def matches(
+    self: PhraseTable,
+    ids,  # token ids below `base`
+) -> tuple:  # three arrays: where a match starts, how many ids it spans, which phrase it is; by start, then span
     "All places in `ids` where a phrase stands, overlapping ones too."
     ids = np.asarray(ids, np.int64)
-    if ids.size and (ids.min() < 0 or ids.max() >= self.base): raise LlmoptError(f'only ids from 0 to {self.base-1} can be folded; unfold phrases first')
+    if ids.size and (ids.min() < 0 or ids.max() >= self.base):
+        raise LlmoptError(f"only ids from 0 to {self.base - 1} can be folded; unfold phrases first")
     found = []
     for k, at, node in self._walk(ids):
         hit = self._ends[node] >= 0
         found.append((at[hit], np.full(hit.sum(), k), self._ends[node[hit]]))
     start, span, phrase = map(np.concatenate, zip(*found))
-    order = np.argsort(start*(self.max_len+1)+span, kind='stable')
+    order = np.argsort(start * (self.max_len + 1) + span, kind="stable")
     return start[order], span[order], phrase[order]
 
 # %% ../nbs/02_adaptivocab.ipynb #da4297c9
 def _optimal(n, start, span):
     "For each of `n` positions the match to take there, or -1, such that the fewest tokens are left; of equals the longest."
-    saved, take, j = [0]*(n+1), [-1]*n, len(start)-1
+    saved, take, j = [0] * (n + 1), [-1] * n, len(start) - 1
     while j >= 0:
         i = start[j]
-        best, pick = saved[i+1], -1
+        best, pick = saved[i + 1], -1
         while j >= 0 and start[j] == i:
-            s = saved[i+span[j]]+span[j]-1
-            if s > best: best, pick = s, j
+            s = saved[i + span[j]] + span[j] - 1
+            if s > best:
+                best, pick = s, j
             j -= 1
         take[i], saved[i] = pick, best
-        for k in range(i-1, start[j] if j >= 0 else i-1, -1): saved[k] = best # no match starts there
+        for k in range(i - 1, start[j] if j >= 0 else i - 1, -1):
+            saved[k] = best  # no match starts there
     return take
 
 # %% ../nbs/02_adaptivocab.ipynb #e6247520
 def _greedy(n, start, span):
     "For each of `n` positions the longest match that starts there, or -1."
-    take = [-1]*n
-    for j, i in enumerate(start): take[i] = j
+    take = [-1] * n
+    for j, i in enumerate(start):
+        take[i] = j
     return take
 
 # %% ../nbs/02_adaptivocab.ipynb #6e157a51
 class Folded(NamedTuple):
     "A sequence of ids with phrases in it, and where its tokens come from."
-    ids:np.ndarray   # (m,) ids, phrases among them
-    start:np.ndarray # (m,) index of the first piece in the unfolded sequence
-    span:np.ndarray  # (m,) number of pieces
+
+    ids: np.ndarray  # (m,) ids, phrases among them
+    start: np.ndarray  # (m,) index of the first piece in the unfolded sequence
+    span: np.ndarray  # (m,) number of pieces
 
 # %% ../nbs/02_adaptivocab.ipynb #09ea6ebd
 @patch
-def fold(self:PhraseTable,
-         ids,             # token ids below `base`
-         how:str='optimal' # `optimal`, or `greedy`, which is prefix-stable
-        )->Folded:
+def fold(
+    self: PhraseTable,
+    ids,  # token ids below `base`
+    how: str = "optimal",  # `optimal`, or `greedy`, which is prefix-stable
+) -> Folded:
     "Replace runs of `ids` by phrases."
-    if how not in ('optimal', 'greedy'): raise LlmoptError(f"segmentation is 'optimal' or 'greedy', not '{how}'")
+    if how not in ("optimal", "greedy"):
+        raise LlmoptError(f"segmentation is 'optimal' or 'greedy', not '{how}'")
     ids, n = np.asarray(ids, np.int64), len(ids)
     start, span, phrase = self.matches(ids)
-    if not len(start): return Folded(ids, np.arange(n), np.ones(n, np.int64))
-    take = (_optimal if how == 'optimal' else _greedy)(n, start.tolist(), (lens := span.tolist()))
+    if not len(start):
+        return Folded(ids, np.arange(n), np.ones(n, np.int64))
+    take = (_optimal if how == "optimal" else _greedy)(n, start.tolist(), (lens := span.tolist()))
     cuts, i = [], 0
     while i < n:
         cuts.append(i)
         i += lens[take[i]] if take[i] >= 0 else 1
     cuts = np.array(cuts)
     j = np.array(take)[cuts]
-    return Folded(np.where(j < 0, ids[cuts], self.base+phrase[j]), cuts, np.where(j < 0, 1, span[j]))
+    return Folded(np.where(j < 0, ids[cuts], self.base + phrase[j]), cuts, np.where(j < 0, 1, span[j]))
 
 # %% ../nbs/02_adaptivocab.ipynb #3d7447b8
 @patch
-def unfold(self:PhraseTable, ids)->list: # token ids below `base`
+def unfold(self: PhraseTable, ids) -> list:  # token ids below `base`
     "The ids with every phrase replaced by its pieces."
-    top = self.base+len(self)
+    top = self.base + len(self)
     bad = next((i for i in ids if not 0 <= i < top), None)
-    if bad is not None: raise LlmoptError(f'there is no token {bad}; this vocabulary ends at {top-1}')
-    return [*chain.from_iterable(self.pieces[i-self.base] if i >= self.base else (int(i),) for i in ids)]
+    if bad is not None:
+        raise LlmoptError(f"there is no token {bad}; this vocabulary ends at {top - 1}")
+    return [*chain.from_iterable(self.pieces[i - self.base] if i >= self.base else (int(i),) for i in ids)]
 
 # %% ../nbs/02_adaptivocab.ipynb #ea4a7e24
 class _Line:
     "Token sequences on one doubly linked line, with the places of all pairs."
+
     def __init__(self, seqs, forbidden, n, max_len, min_count):
         flat = np.concatenate([[-1], *(np.append(s, -1) for s in seqs)]).astype(np.int64)
         flat[forbidden[flat] & (flat >= 0)] = -1
         i = np.arange(len(flat), dtype=np.int32)
-        self.tok, self.nxt, self.prv, self.max_len, self.min_count = flat, i+1, i-1, max_len, min_count
-        self.len = np.ones(len(forbidden)+n, np.int64) # pieces of each symbol
+        self.tok, self.nxt, self.prv, self.max_len, self.min_count = flat, i + 1, i - 1, max_len, min_count
+        self.len = np.ones(len(forbidden) + n, np.int64)  # pieces of each symbol
         self.where, self.heap = {}, []
         self.offer(i[:-1])
 
 # %% ../nbs/02_adaptivocab.ipynb #d70d18a9
 @patch
-def offer(self:_Line, at):
+def offer(self: _Line, at):
     "Note the pairs whose left halves are at `at`: those that occur often enough and are not too long."
     a, b = self.tok[at], self.tok[self.nxt[at]]
-    ok = (a >= 0) & (b >= 0) & (self.len[a]+self.len[b] <= self.max_len)
+    ok = (a >= 0) & (b >= 0) & (self.len[a] + self.len[b] <= self.max_len)
     at, key = at[ok], a[ok] << 32 | b[ok]
-    order = np.argsort(key, kind='stable')
+    order = np.argsort(key, kind="stable")
     at, key = at[order], key[order]
     cut = np.flatnonzero(np.diff(key, prepend=-1))
     size = np.diff(cut, append=len(key))
     cut, size = cut[size >= self.min_count], size[size >= self.min_count]
     for k, c, s in zip(key[cut].tolist(), cut.tolist(), size.tolist()):
-        self.where[k] = at[c:c+s]
+        self.where[k] = at[c : c + s]
         heapq.heappush(self.heap, (-s, k))
 
 # %% ../nbs/02_adaptivocab.ipynb #7048b4f5
 @patch
-def live(self:_Line, key):
+def live(self: _Line, key):
     "Where the pair `key` stands now."
     at = self.where[key]
-    return at[(self.tok[at] == key >> 32) & (self.tok[self.nxt[at]] == key & (1 << 32)-1)]
+    return at[(self.tok[at] == key >> 32) & (self.tok[self.nxt[at]] == key & (1 << 32) - 1)]
+
 
 @patch
-def apart(self:_Line, at):
+def apart(self: _Line, at):
     "Of places `at` of one pair those that do not overlap: in a run such as `aaa` every other one."
     i = np.arange(len(at))
     run = np.maximum.accumulate(np.where(np.append(True, self.nxt[at[:-1]] != at[1:]), i, 0)) if len(at) else i
-    return at[(i-run) % 2 == 0]
+    return at[(i - run) % 2 == 0]
+
 
 @patch
-def pop(self:_Line):
+def pop(self: _Line):
     "The most frequent pair and its places, or None if no pair is frequent enough."
     while self.heap:
         count, key = heapq.heappop(self.heap)
         at = self.where[key] = self.live(key)
-        if key >> 32 == key & (1 << 32)-1: at = self.apart(at)
-        if len(at) == -count: return key, at
-        if len(at) >= self.min_count: heapq.heappush(self.heap, (-len(at), key))
+        if key >> 32 == key & (1 << 32) - 1:
+            at = self.apart(at)
+        if len(at) == -count:
+            return key, at
+        if len(at) >= self.min_count:
+            heapq.heappush(self.heap, (-len(at), key))
+
 
 @patch
-def join(self:_Line, at, new):
+def join(self: _Line, at, new):
     "Replace the pairs at `at` by the symbol `new`, and note the pairs that it is part of."
     right = self.nxt[at]
     after = self.nxt[right]
@@ -199,91 +230,115 @@ def join(self:_Line, at, new):
     self.offer(np.concatenate([left[self.tok[left] != new], at]))
 
 # %% ../nbs/02_adaptivocab.ipynb #08fde428
-def joins(seqs, n, forbidden, max_len=8, min_count=2): # as for `join_pairs`
+def joins(seqs, n, forbidden, max_len=8, min_count=2):  # as for `join_pairs`
     "The joins themselves, in order: the new symbol, from `len(forbidden)` on, and the two that it is made of."
     line = _Line(seqs, np.asarray(forbidden), n, max_len, min_count)
-    for new in range(len(forbidden), len(forbidden)+n):
-        if (top := line.pop()) is None: return
-        a, b = top[0] >> 32, top[0] & (1 << 32)-1
-        line.len[new] = line.len[a]+line.len[b]
+    for new in range(len(forbidden), len(forbidden) + n):
+        if (top := line.pop()) is None:
+            return
+        a, b = top[0] >> 32, top[0] & (1 << 32) - 1
+        line.len[new] = line.len[a] + line.len[b]
         line.join(top[1], new)
         yield new, a, b
 
 # %% ../nbs/02_adaptivocab.ipynb #fc02a6ba
-def join_pairs(seqs,            # list of sequences of token ids
-               n:int,           # joins
-               forbidden,       # bool array over all token ids: True for those that must not be part of a phrase
-               max_len:int=8,   # longest phrase, in tokens
-               min_count:int=2, # a pair that occurs less often is not joined
-              )->list:          # tuples of token ids, in the order of their making
+def join_pairs(
+    seqs,  # list of sequences of token ids
+    n: int,  # joins
+    forbidden,  # bool array over all token ids: True for those that must not be part of a phrase
+    max_len: int = 8,  # longest phrase, in tokens
+    min_count: int = 2,  # a pair that occurs less often is not joined
+) -> list:  # tuples of token ids, in the order of their making
     "Phrases by byte-pair encoding over token sequences, with exact counts."
     parts = {}
-    for new, a, b in joins(seqs, n, forbidden, max_len, min_count): parts[new] = parts.get(a, (a,))+parts.get(b, (b,))
+    for new, a, b in joins(seqs, n, forbidden, max_len, min_count):
+        parts[new] = parts.get(a, (a,)) + parts.get(b, (b,))
     return [*dict.fromkeys(parts.values())]
 
 # %% ../nbs/02_adaptivocab.ipynb #82bccbcd
-def usage(table:PhraseTable, seqs)->np.ndarray: # (phrases,) times used
+def usage(table: PhraseTable, seqs) -> np.ndarray:  # (phrases,) times used
     "How often each phrase is used when `seqs` are folded."
     seen = np.zeros(len(table), np.int64)
     for s in seqs:
         ids = table.fold(s).ids
-        seen += np.bincount(ids[ids >= table.base]-table.base, minlength=len(table))
+        seen += np.bincount(ids[ids >= table.base] - table.base, minlength=len(table))
     return seen
 
 # %% ../nbs/02_adaptivocab.ipynb #cbea8df3
-def mine(seqs,            # list of sequences of token ids
-         n_new:int,       # phrases wanted
-         forbidden,       # bool array over all token ids: True for those that must not be part of a phrase
-         max_len:int=8,   # longest phrase, in tokens
-         min_count:int=2, # least frequency
-        )->list:          # tuples of token ids, most useful first; fewer if the corpus has no more
+def mine(
+    seqs,  # list of sequences of token ids
+    n_new: int,  # phrases wanted
+    forbidden,  # bool array over all token ids: True for those that must not be part of a phrase
+    max_len: int = 8,  # longest phrase, in tokens
+    min_count: int = 2,  # least frequency
+) -> list:  # tuples of token ids, most useful first; fewer if the corpus has no more
     "The `n_new` phrases that save most tokens in `seqs`."
-    if n_new < 1: return []
-    found = join_pairs(seqs, n_new+n_new//4+1, forbidden, max_len, min_count)
-    spared = usage(PhraseTable(found, len(forbidden)), seqs)*np.array([len(p)-1 for p in found], np.int64)
-    best = np.argsort(-spared, kind='stable')[:n_new]
+    if n_new < 1:
+        return []
+    found = join_pairs(seqs, n_new + n_new // 4 + 1, forbidden, max_len, min_count)
+    spared = usage(PhraseTable(found, len(forbidden)), seqs) * np.array([len(p) - 1 for p in found], np.int64)
+    best = np.argsort(-spared, kind="stable")[:n_new]
     return [found[i] for i in best if spared[i] > 0]
 
 # %% ../nbs/02_adaptivocab.ipynb #238a4093
-def saved_share(table:PhraseTable, seqs, how:str='optimal')->float: # 0.25 is a quarter of the tokens
+def saved_share(table: PhraseTable, seqs, how: str = "optimal") -> float:  # 0.25 is a quarter of the tokens
     "Share of the tokens of `seqs` that folding saves."
     n = sum(map(len, seqs))
-    return 1-sum(len(table.fold(s, how).ids) for s in seqs)/n if n else 0.
+    return 1 - sum(len(table.fold(s, how).ids) for s in seqs) / n if n else 0.0
 
 # %% ../nbs/02_adaptivocab.ipynb #31f40130
 def _texts_of_ids(tokenizer, n):
     "The text of each token id."
     return tokenizer.backend_tokenizer.decode_batch([[i] for i in range(n)], skip_special_tokens=False)
 
-def _has_digit(text): return any(c.isdecimal() for c in text)
+
+def _has_digit(text):
+    return any(c.isdecimal() for c in text)
 
 # %% ../nbs/02_adaptivocab.ipynb #2053a20d
 def _check_tokenizer(tok):
     "Refuse what cannot be wrapped, by name."
-    missing = [a for a in ('__call__', 'decode', 'get_vocab', 'all_special_ids', 'added_tokens_decoder') if not hasattr(tok, a)]
-    if missing: raise LlmoptError(f"{type(tok).__name__} cannot be wrapped: it has no {', '.join(missing)}; give a tokenizer of transformers")
-    if getattr(tok, 'is_fast', False): return
-    raise LlmoptError(f"{type(tok).__name__} cannot be wrapped: it is not a fast tokenizer, one with a backend in the tokenizers library")
+    missing = [
+        a for a in ("__call__", "decode", "get_vocab", "all_special_ids", "added_tokens_decoder") if not hasattr(tok, a)
+    ]
+    if missing:
+        raise LlmoptError(
+            f"{type(tok).__name__} cannot be wrapped: it has no {', '.join(missing)}; give a tokenizer of transformers"
+        )
+    if getattr(tok, "is_fast", False):
+        return
+    raise LlmoptError(
+        f"{type(tok).__name__} cannot be wrapped: it is not a fast tokenizer, one with a backend in the tokenizers library"
+    )
 
 # %% ../nbs/02_adaptivocab.ipynb #9096c97c
 class SimpleAdaptiVocab:
     "A tokenizer with phrases as tokens of their own."
-    def __init__(self,
-                 tokenizer,               # fast tokenizer of transformers; it is not changed
-                 phrases=None,            # iterable of texts; None takes `DEFAULT_PHRASES`
-                 segmentation:str='optimal' # `optimal`, or `greedy`, which is prefix-stable
-                ):
+
+    def __init__(
+        self,
+        tokenizer,  # fast tokenizer of transformers; it is not changed
+        phrases=None,  # iterable of texts; None takes `DEFAULT_PHRASES`
+        segmentation: str = "optimal",  # `optimal`, or `greedy`, which is prefix-stable
+    ):
         _check_tokenizer(tokenizer)
-        if segmentation not in ('optimal', 'greedy'): raise LlmoptError(f"segmentation is 'optimal' or 'greedy', not '{segmentation}'")
+        if segmentation not in ("optimal", "greedy"):
+            raise LlmoptError(f"segmentation is 'optimal' or 'greedy', not '{segmentation}'")
         self.tokenizer, self.segmentation = tokenizer, segmentation
-        self.base = max(tokenizer.get_vocab().values(), default=-1)+1
+        self.base = max(tokenizer.get_vocab().values(), default=-1) + 1
         self._never = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self.table = PhraseTable(self._pieces(DEFAULT_PHRASES if phrases is None else phrases), self.base)
-    def __len__(self): return self.base+len(self.table)
-    def __repr__(self): return f'SimpleAdaptiVocab({type(self.tokenizer).__name__}, {self.base:,} tokens + {len(self.table):,} phrases)'
+
+    def __len__(self):
+        return self.base + len(self.table)
+
+    def __repr__(self):
+        return f"SimpleAdaptiVocab({type(self.tokenizer).__name__}, {self.base:,} tokens + {len(self.table):,} phrases)"
 
 # %% ../nbs/02_adaptivocab.ipynb #cd18c1c7
-DEFAULT_PHRASES = [p.strip() for p in '''
+DEFAULT_PHRASES = [
+    p.strip()
+    for p in """
 artificial intelligence; machine learning; deep learning; natural language processing; quantum mechanics; neural network; neural networks; data science;
 computer vision; reinforcement learning; supervised learning; unsupervised learning; transfer learning; large language model; large language models;
 language model; language models; training data; gradient descent; decision tree; feature extraction; speech recognition; image recognition;
@@ -296,137 +351,182 @@ United States; United Kingdom; United Nations; New York; high school; social med
 for example; such as; as well as; in order to; due to; because of; based on; a number of; a lot of; one of the; some of the; the use of; the number of;
 in the; of the; to the; on the; for the; and the; it is; there is; there are; can be; may be; has been; have been; will be; is the; is a; what is;
 how does; the following; in simple terms; in other words; on the other hand; at the same time; the difference between; more than; less than
-'''.replace('\n', ' ').split(';')]
+""".replace("\n", " ").split(";")
+]
 
 # %% ../nbs/02_adaptivocab.ipynb #2ee4c488
 def _forms(phrase):
     "`phrase` as it may stand in a text: after a space or not, as it is, as the start of a sentence, as a title."
-    return [s+f for s in (' ', '') for f in dict.fromkeys([phrase, phrase[:1].upper()+phrase[1:], ' '.join(w[:1].upper()+w[1:] for w in phrase.split(' '))])]
+    return [
+        s + f
+        for s in (" ", "")
+        for f in dict.fromkeys(
+            [phrase, phrase[:1].upper() + phrase[1:], " ".join(w[:1].upper() + w[1:] for w in phrase.split(" "))]
+        )
+    ]
 
 # %% ../nbs/02_adaptivocab.ipynb #bda1d3e9
 @patch
-def _pieces(self:SimpleAdaptiVocab, phrases):
+def _pieces(self: SimpleAdaptiVocab, phrases):
     "Token ids of the forms of `phrases`; those that are one token already, or may not be one, are left out."
-    if isinstance(phrases, str): raise LlmoptError('phrases are a list of texts, not one text')
+    if isinstance(phrases, str):
+        raise LlmoptError("phrases are a list of texts, not one text")
     ids = [self._base_ids(f) for p in phrases for f in _forms(p)]
     return [*dict.fromkeys(tuple(i) for i in ids if len(i) > 1 and self._allowed(i))]
 
-@patch
-def _base_ids(self:SimpleAdaptiVocab, text, special=False):
-    "Ids of `text` in the tokenizer's own vocabulary."
-    return self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)['input_ids']
 
 @patch
-def _allowed(self:SimpleAdaptiVocab, ids):
+def _base_ids(self: SimpleAdaptiVocab, text, special=False):
+    "Ids of `text` in the tokenizer's own vocabulary."
+    return self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+@patch
+def _allowed(self: SimpleAdaptiVocab, ids):
     "May these ids be a phrase?"
     return not self._never.intersection(ids) and not _has_digit(self.tokenizer.decode(ids))
 
 # %% ../nbs/02_adaptivocab.ipynb #93b3eaad
 @patch(as_prop=True)
-def phrases(self:SimpleAdaptiVocab)->list: # texts
+def phrases(self: SimpleAdaptiVocab) -> list:  # texts
     "The phrases as texts, in the order of their ids."
     return [self.tokenizer.decode(p) for p in self.table.pieces]
 
 # %% ../nbs/02_adaptivocab.ipynb #40d0705c
 @patch
-def encode(self:SimpleAdaptiVocab, text:str, add_special_tokens:bool=True)->list: # ids, phrases among them
+def encode(self: SimpleAdaptiVocab, text: str, add_special_tokens: bool = True) -> list:  # ids, phrases among them
     "Token ids of `text`, as few as the phrases allow."
     return self.fold(self._base_ids(text, add_special_tokens)).ids.tolist()
 
+
 @patch
-def fold(self:SimpleAdaptiVocab, ids)->Folded:
+def fold(self: SimpleAdaptiVocab, ids) -> Folded:
     "Replace runs of the tokenizer's own `ids` by phrases."
     return self.table.fold(ids, self.segmentation)
 
+
 @patch
-def unfold(self:SimpleAdaptiVocab, ids)->list:
+def unfold(self: SimpleAdaptiVocab, ids) -> list:
     "`ids` in the tokenizer's own vocabulary."
     return self.table.unfold(ids)
 
-@patch
-def decode(self:SimpleAdaptiVocab, ids, **kw)->str:
-    "The text of `ids`; `kw` as for the tokenizer."
-    ids = ids.tolist() if hasattr(ids, 'tolist') else [ids] if isinstance(ids, int) else ids
-    return self.tokenizer.decode(self.unfold(ids), **kw)
 
 @patch
-def batch_decode(self:SimpleAdaptiVocab, seqs, **kw)->list: return [self.decode(s, **kw) for s in seqs]
+def decode(self: SimpleAdaptiVocab, ids, **kw) -> str:
+    "The text of `ids`; `kw` as for the tokenizer."
+    ids = ids.tolist() if hasattr(ids, "tolist") else [ids] if isinstance(ids, int) else ids
+    return self.tokenizer.decode(self.unfold(ids), **kw)
+
+
+@patch
+def batch_decode(self: SimpleAdaptiVocab, seqs, **kw) -> list:
+    return [self.decode(s, **kw) for s in seqs]
 
 # %% ../nbs/02_adaptivocab.ipynb #b2c88cec
 def _cut(n, room, mask, side):
     "Which of `n` tokens to keep in `room`: the special tokens at the ends, by `mask`, and as many of the others as fit."
     head = next((i for i, m in enumerate(mask) if not m), n)
     tail = next((i for i, m in enumerate(mask[::-1]) if not m), 0) if head < n else 0
-    if n <= room: return [*range(n)]
-    keep = max(0, room-head-tail)
-    mid = range(head, n-tail)
-    return [*range(head), *(mid[len(mid)-keep:] if side == 'left' else mid[:keep]), *range(n-tail, n)][:max(room, 0)]
+    if n <= room:
+        return [*range(n)]
+    keep = max(0, room - head - tail)
+    mid = range(head, n - tail)
+    return [*range(head), *(mid[len(mid) - keep :] if side == "left" else mid[:keep]), *range(n - tail, n)][
+        : max(room, 0)
+    ]
 
 # %% ../nbs/02_adaptivocab.ipynb #0d06558b
 @patch
-def _one(self:SimpleAdaptiVocab, ids, special, offsets, room):
+def _one(self: SimpleAdaptiVocab, ids, special, offsets, room):
     "One folded and truncated row: ids, attention mask, and the span of each token in the text."
     f = self.fold(ids)
     mask = [special[s] for s in f.start]
     keep = _cut(len(f.ids), len(f.ids) if room is None else room, mask, self.tokenizer.truncation_side)
-    spans = [(offsets[f.start[k]][0], offsets[f.start[k]+f.span[k]-1][1]) for k in keep]
-    return dict(input_ids=f.ids[keep].tolist() if keep else [], attention_mask=[1]*len(keep), offset_mapping=spans)
+    spans = [(offsets[f.start[k]][0], offsets[f.start[k] + f.span[k] - 1][1]) for k in keep]
+    return dict(input_ids=f.ids[keep].tolist() if keep else [], attention_mask=[1] * len(keep), offset_mapping=spans)
 
 # %% ../nbs/02_adaptivocab.ipynb #26f2d3d9
 @patch
-def __call__(self:SimpleAdaptiVocab,
-             text,                                # text, or list of texts
-             add_special_tokens:bool=True,
-             padding=False,                       # as for the tokenizer: False, True or 'longest', 'max_length'
-             truncation:bool=False,               # to `max_length`, or to what the model can take
-             max_length:int|None=None,
-             return_tensors:str|None=None,        # 'pt', 'np', or None for lists
-             return_attention_mask:bool=True,
-             return_offsets_mapping:bool=False,   # the span of each token in the text
-             verbose:bool=True                    # has no effect; there for those who call a tokenizer so
-            )->BatchEncoding:
+def __call__(
+    self: SimpleAdaptiVocab,
+    text,  # text, or list of texts
+    add_special_tokens: bool = True,
+    padding=False,  # as for the tokenizer: False, True or 'longest', 'max_length'
+    truncation: bool = False,  # to `max_length`, or to what the model can take
+    max_length: int | None = None,
+    return_tensors: str | None = None,  # 'pt', 'np', or None for lists
+    return_attention_mask: bool = True,
+    return_offsets_mapping: bool = False,  # the span of each token in the text
+    verbose: bool = True,  # has no effect; there for those who call a tokenizer so
+) -> BatchEncoding:
     "Encode one text or many."
     many = not isinstance(text, str)
-    if many and not len(text): return BatchEncoding(dict(input_ids=[], attention_mask=[]))
+    if many and not len(text):
+        return BatchEncoding(dict(input_ids=[], attention_mask=[]))
     room = (max_length or self.tokenizer.model_max_length) if truncation else None
-    b = self.tokenizer([*text] if many else [text], add_special_tokens=add_special_tokens, return_special_tokens_mask=True,
-                       return_offsets_mapping=True, verbose=False)
-    rows = [self._one(i, s, o, room) for i, s, o in zip(b['input_ids'], b['special_tokens_mask'], b['offset_mapping'])]
-    out = self._pad(rows, padding, max_length) if padding else {k: [r[k] for r in rows] for k in ('input_ids', 'attention_mask', 'offset_mapping')}
+    b = self.tokenizer(
+        [*text] if many else [text],
+        add_special_tokens=add_special_tokens,
+        return_special_tokens_mask=True,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    rows = [self._one(i, s, o, room) for i, s, o in zip(b["input_ids"], b["special_tokens_mask"], b["offset_mapping"])]
+    out = (
+        self._pad(rows, padding, max_length)
+        if padding
+        else {k: [r[k] for r in rows] for k in ("input_ids", "attention_mask", "offset_mapping")}
+    )
     wanted = dict(input_ids=True, attention_mask=return_attention_mask, offset_mapping=return_offsets_mapping)
     out = {k: x for k, x in out.items() if wanted[k]}
-    return BatchEncoding(out if many or return_tensors else {k: x[0] for k, x in out.items()}, tensor_type=return_tensors)
+    return BatchEncoding(
+        out if many or return_tensors else {k: x[0] for k, x in out.items()}, tensor_type=return_tensors
+    )
 
 # %% ../nbs/02_adaptivocab.ipynb #b9a07ef6
 @patch
-def _pad(self:SimpleAdaptiVocab, rows, padding, max_length):
+def _pad(self: SimpleAdaptiVocab, rows, padding, max_length):
     "Pad `rows` to one length, as the tokenizer pads; padding spans nothing of the text."
-    longest = max_length if padding == 'max_length' else None
-    out = dict(self.tokenizer.pad([{k: r[k] for k in ('input_ids', 'attention_mask')} for r in rows], padding=padding, max_length=longest))
-    fill = [[(0, 0)]*(len(i)-len(r['input_ids'])) for i, r in zip(out['input_ids'], rows)]
-    left = self.tokenizer.padding_side == 'left'
-    return out | dict(offset_mapping=[p+r['offset_mapping'] if left else r['offset_mapping']+p for p, r in zip(fill, rows)])
+    longest = max_length if padding == "max_length" else None
+    out = dict(
+        self.tokenizer.pad(
+            [{k: r[k] for k in ("input_ids", "attention_mask")} for r in rows], padding=padding, max_length=longest
+        )
+    )
+    fill = [[(0, 0)] * (len(i) - len(r["input_ids"])) for i, r in zip(out["input_ids"], rows)]
+    left = self.tokenizer.padding_side == "left"
+    return out | dict(
+        offset_mapping=[p + r["offset_mapping"] if left else r["offset_mapping"] + p for p, r in zip(fill, rows)]
+    )
 
 # %% ../nbs/02_adaptivocab.ipynb #b34e018a
 @patch
-def apply_chat_template(self:SimpleAdaptiVocab,
-                        messages,              # dicts with `role` and `content`, or a list of such chats
-                        tokenize:bool=True,    # False gives the text
-                        return_dict:bool=True, # False gives the ids alone
-                        **kw):                 # as for the tokenizer: `add_generation_prompt` and what its template takes
+def apply_chat_template(
+    self: SimpleAdaptiVocab,
+    messages,  # dicts with `role` and `content`, or a list of such chats
+    tokenize: bool = True,  # False gives the text
+    return_dict: bool = True,  # False gives the ids alone
+    **kw,
+):  # as for the tokenizer: `add_generation_prompt` and what its template takes
     "The tokens of a chat, by the tokenizer's own template, as lists."
-    bad = next((k for k in ('return_tensors', 'padding', 'truncation') if k in kw), None)
-    if bad: raise LlmoptError(f'{bad} is not for chats here; take the text with tokenize=False and encode it')
-    if not tokenize: return self.tokenizer.apply_chat_template(messages, tokenize=False, **kw)
-    ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kw)['input_ids']
+    bad = next((k for k in ("return_tensors", "padding", "truncation") if k in kw), None)
+    if bad:
+        raise LlmoptError(f"{bad} is not for chats here; take the text with tokenize=False and encode it")
+    if not tokenize:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kw)
+    ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kw)["input_ids"]
     many = bool(ids) and not isinstance(ids[0], int)
     rows = [self.fold(i).ids.tolist() for i in (ids if many else [ids])]
-    b = BatchEncoding(dict(input_ids=rows, attention_mask=[[1]*len(r) for r in rows]) if many else dict(input_ids=rows[0], attention_mask=[1]*len(rows[0])))
-    return b if return_dict else b['input_ids']
+    b = BatchEncoding(
+        dict(input_ids=rows, attention_mask=[[1] * len(r) for r in rows])
+        if many
+        else dict(input_ids=rows[0], attention_mask=[1] * len(rows[0]))
+    )
+    return b if return_dict else b["input_ids"]
 
 # %% ../nbs/02_adaptivocab.ipynb #ab918aad
 @patch
-def forbidden(self:SimpleAdaptiVocab)->np.ndarray: # (base,) bool
+def forbidden(self: SimpleAdaptiVocab) -> np.ndarray:  # (base,) bool
     "Which of the tokenizer's ids must not be part of a phrase."
     no = np.array([_has_digit(t) for t in _texts_of_ids(self.tokenizer, self.base)], bool)
     no[[i for i in self._never if i < self.base]] = True
@@ -434,146 +534,186 @@ def forbidden(self:SimpleAdaptiVocab)->np.ndarray: # (base,) bool
 
 # %% ../nbs/02_adaptivocab.ipynb #9ef54b17
 @patch
-def tokens(self:SimpleAdaptiVocab, corpus)->list: # arrays of ids in the tokenizer's own vocabulary
+def tokens(self: SimpleAdaptiVocab, corpus) -> list:  # arrays of ids in the tokenizer's own vocabulary
     "Every text of `corpus`, tokenized without phrases and special tokens."
-    if isinstance(corpus, str): raise LlmoptError('a corpus is an iterable of texts, not one text; put it in a list')
+    if isinstance(corpus, str):
+        raise LlmoptError("a corpus is an iterable of texts, not one text; put it in a list")
     return [np.array(i, np.int32) for b in chunked(corpus, 256) for i in self._base_ids([*b])]
 
 # %% ../nbs/02_adaptivocab.ipynb #7307652a
 @patch
-def fit(self:SimpleAdaptiVocab,
-        corpus,              # iterable of texts of the domain
-        n_new:int=10_000,    # phrases wanted; there are fewer if the corpus has no more
-        max_len:int=8,       # longest phrase, in tokens
-        min_count:int=2,     # least frequency
-       )->'SimpleAdaptiVocab':
+def fit(
+    self: SimpleAdaptiVocab,
+    corpus,  # iterable of texts of the domain
+    n_new: int = 10_000,  # phrases wanted; there are fewer if the corpus has no more
+    max_len: int = 8,  # longest phrase, in tokens
+    min_count: int = 2,  # least frequency
+) -> "SimpleAdaptiVocab":
     "Replace the phrases by the `n_new` that save most tokens in `corpus`; returns itself."
-    if n_new < 0 or max_len < 2 or min_count < 2: raise LlmoptError('fit needs n_new >= 0, max_len >= 2 and min_count >= 2')
+    if n_new < 0 or max_len < 2 or min_count < 2:
+        raise LlmoptError("fit needs n_new >= 0, max_len >= 2 and min_count >= 2")
     found = mine(self.tokens(corpus), n_new, self.forbidden(), max_len, min_count)
     self.table = PhraseTable([p for p in found if not _has_digit(self.tokenizer.decode(p))], self.base)
     return self
 
 # %% ../nbs/02_adaptivocab.ipynb #6155483e
-_FORMAT = 'llmopt phrases 1'
+_FORMAT = "llmopt phrases 1"
+
 
 def _fingerprint(tokenizer):
     "A short hash of the vocabulary: tokens and their ids."
     pairs = sorted((i, t) for t, i in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
+
 @patch
-def save(self:SimpleAdaptiVocab, path):
+def save(self: SimpleAdaptiVocab, path):
     "Write the phrases to the JSON file `path`."
-    d = dict(format=_FORMAT, vocabulary=_fingerprint(self.tokenizer), base=self.base, segmentation=self.segmentation,
-             phrases=[dict(text=t, ids=p) for t, p in zip(self.phrases, self.table.pieces)])
-    Path(path).write_text(json.dumps(d, ensure_ascii=False), encoding='utf-8')
+    d = dict(
+        format=_FORMAT,
+        vocabulary=_fingerprint(self.tokenizer),
+        base=self.base,
+        segmentation=self.segmentation,
+        phrases=[dict(text=t, ids=p) for t, p in zip(self.phrases, self.table.pieces)],
+    )
+    Path(path).write_text(json.dumps(d, ensure_ascii=False), encoding="utf-8")
 
 # %% ../nbs/02_adaptivocab.ipynb #70b2479f
 @patch(cls_method=True)
-def load(cls:SimpleAdaptiVocab, path, tokenizer)->SimpleAdaptiVocab:
+def load(cls: SimpleAdaptiVocab, path, tokenizer) -> SimpleAdaptiVocab:
     "The phrases in the JSON file `path` around `tokenizer`."
-    try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise LlmoptError(f"no phrases at '{path}'; write them with `SimpleAdaptiVocab.save`") from None
-    except ValueError: raise LlmoptError(f"'{path}' is not JSON") from None
-    if not isinstance(d, dict) or d.get('format') != _FORMAT: raise LlmoptError(f"'{path}' is not a table of phrases, format '{_FORMAT}'")
-    if d.get('vocabulary') != _fingerprint(tokenizer): raise LlmoptError(f"the phrases in '{path}' belong to another tokenizer; mine them again with `fit`")
-    try: pieces, res = [p['ids'] for p in d['phrases']], cls(tokenizer, [], d['segmentation'])
-    except (KeyError, TypeError): raise LlmoptError(f"'{path}' is damaged") from None
-    if any(res._never.intersection(p) for p in pieces): raise LlmoptError(f"'{path}' has special tokens inside a phrase")
+    try:
+        d = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LlmoptError(f"no phrases at '{path}'; write them with `SimpleAdaptiVocab.save`") from None
+    except ValueError:
+        raise LlmoptError(f"'{path}' is not JSON") from None
+    if not isinstance(d, dict) or d.get("format") != _FORMAT:
+        raise LlmoptError(f"'{path}' is not a table of phrases, format '{_FORMAT}'")
+    if d.get("vocabulary") != _fingerprint(tokenizer):
+        raise LlmoptError(f"the phrases in '{path}' belong to another tokenizer; mine them again with `fit`")
+    try:
+        pieces, res = [p["ids"] for p in d["phrases"]], cls(tokenizer, [], d["segmentation"])
+    except (KeyError, TypeError):
+        raise LlmoptError(f"'{path}' is damaged") from None
+    if any(res._never.intersection(p) for p in pieces):
+        raise LlmoptError(f"'{path}' has special tokens inside a phrase")
     res.table = PhraseTable(pieces, res.base)
     return res
 
 # %% ../nbs/02_adaptivocab.ipynb #3815e346
 class _Grams:
     "All n-grams of token sequences by position, as numbers of the `pool` most frequent ones."
+
     def __init__(self, seqs, forbidden, n=3, pool=250_000):
-        flat = np.concatenate([[-1]*n, *(np.append(s, [-1]*n) for s in seqs)]).astype(np.int64)
+        flat = np.concatenate([[-1] * n, *(np.append(s, [-1] * n) for s in seqs)]).astype(np.int64)
         flat[np.asarray(forbidden)[flat] & (flat >= 0)] = -1
         self.pieces, self.count, self.at, base = [], [], {}, len(forbidden)
         code = np.where(flat < 0, -1, flat)
-        for k in range(2, n+1):
-            code = np.where((code[:-1] < 0) | (flat[k-1:] < 0), -1, code[:-1]*base+flat[k-1:])
+        for k in range(2, n + 1):
+            code = np.where((code[:-1] < 0) | (flat[k - 1 :] < 0), -1, code[:-1] * base + flat[k - 1 :])
             self._add(k, code, flat, pool)
 
 # %% ../nbs/02_adaptivocab.ipynb #0fc22d8a
 @patch
-def _add(self:_Grams, k, code, flat, pool):
+def _add(self: _Grams, k, code, flat, pool):
     "Number the most frequent `k`-grams; `at[k]` has the number of the one that starts at each position, or -1."
     found, first, inverse, count = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
     count[found < 0] = 0
-    top = np.argsort(-count, kind='stable')[:pool]
+    top = np.argsort(-count, kind="stable")[:pool]
     top = top[count[top] > 1]
     number = np.full(len(found), -1)
-    number[top] = len(self.pieces)+np.arange(len(top))
+    number[top] = len(self.pieces) + np.arange(len(top))
     self.at[k] = number[inverse]
-    self.pieces += [tuple(flat[i:i+k].tolist()) for i in first[top]]
+    self.pieces += [tuple(flat[i : i + k].tolist()) for i in first[top]]
     self.count += count[top].tolist()
 
 # %% ../nbs/02_adaptivocab.ipynb #be45e329
-def static_phrases(seqs, m:int, forbidden, n:int=3)->list: # tuples of token ids
+def static_phrases(seqs, m: int, forbidden, n: int = 3) -> list:  # tuples of token ids
     "The `m` n-grams of up to `n` tokens with the highest frequency times length."
     g = _Grams(seqs, forbidden, n)
-    score = np.array(g.count)*np.array([len(p) for p in g.pieces])
-    return [g.pieces[i] for i in np.argsort(-score, kind='stable')[:m]]
+    score = np.array(g.count) * np.array([len(p) for p in g.pieces])
+    return [g.pieces[i] for i in np.argsort(-score, kind="stable")[:m]]
 
 # %% ../nbs/02_adaptivocab.ipynb #9dd63cdd
-def algorithm_1(seqs,      # list of sequences of token ids
-                m:int,     # phrases wanted
-                forbidden, # bool array over all token ids
-                n:int=3    # longest phrase
-               )->list:    # tuples of token ids, in the order of choice
+def algorithm_1(
+    seqs,  # list of sequences of token ids
+    m: int,  # phrases wanted
+    forbidden,  # bool array over all token ids
+    n: int = 3,  # longest phrase
+) -> list:  # tuples of token ids, in the order of choice
     "The choice of phrases of AdaptiVocab (Nakash et al. 2025, Algorithm 1), appending instead of replacing."
     g, chosen = _Grams(seqs, forbidden, n), []
-    score = np.array(g.count, float)*np.array([len(p) for p in g.pieces])
-    places = {k: (order := np.argsort(a, kind='stable'), a[order]) for k, a in g.at.items()}
+    score = np.array(g.count, float) * np.array([len(p) for p in g.pieces])
+    places = {k: (order := np.argsort(a, kind="stable"), a[order]) for k, a in g.at.items()}
     for _ in range(min(m, len(score))):
         t = int(score.argmax())
         k, (order, number) = len(g.pieces[t]), places[len(g.pieces[t])]
-        at = order[np.searchsorted(number, t):np.searchsorted(number, t, side='right')]
+        at = order[np.searchsorted(number, t) : np.searchsorted(number, t, side="right")]
         for l, a in g.at.items():
-            for d in range(1-l, k):          # an l-gram that starts d behind t shares a token with it
-                other = a[at[at+d < len(a)]+d]
+            for d in range(1 - l, k):  # an l-gram that starts d behind t shares a token with it
+                other = a[at[at + d < len(a)] + d]
                 np.subtract.at(score, other[(other >= 0) & (other != t)], l)
         score[t] = -np.inf
         chosen.append(g.pieces[t])
     return chosen
 
 # %% ../nbs/02_adaptivocab.ipynb #12aade31
-def split_documents(docs)->tuple: # (train, held out)
+def split_documents(docs) -> tuple:  # (train, held out)
     "Every fifth document is held out; one that repeats an earlier one is dropped."
     docs = [*dict.fromkeys(docs)]
     return [d for i, d in enumerate(docs) if i % 5 != 4], docs[4::5]
 
 # %% ../nbs/02_adaptivocab.ipynb #ca86d2e7
-def compare_selection(train, test, n_new:int, forbidden)->dict: # method -> share saved on `test`
+def compare_selection(train, test, n_new: int, forbidden) -> dict:  # method -> share saved on `test`
     "Tokens saved by `n_new` phrases that are mined from the token sequences `train` in three ways."
     ways = dict(bpe=mine, static=static_phrases, algorithm_1=algorithm_1)
     tables = {k: PhraseTable(f(train, n_new, forbidden), len(forbidden)) for k, f in ways.items()}
-    return {k: dict(phrases=len(t), saved=saved_share(t, test), saved_greedy=saved_share(t, test, 'greedy'), table=t) for k, t in tables.items()}
+    return {
+        k: dict(phrases=len(t), saved=saved_share(t, test), saved_greedy=saved_share(t, test, "greedy"), table=t)
+        for k, t in tables.items()
+    }
 
 # %% ../nbs/02_adaptivocab.ipynb #c3d83b76
-def fold_speed(v:SimpleAdaptiVocab, texts, rounds:int=5)->dict: # million characters per second of processor time
+def fold_speed(v: SimpleAdaptiVocab, texts, rounds: int = 5) -> dict:  # million characters per second of processor time
     "How fast `texts` are tokenized, folded, and both; the best of `rounds`."
-    def best(f): return min(_seconds(f) for _ in range(rounds))
+
+    def best(f):
+        return min(_seconds(f) for _ in range(rounds))
+
     chars, ids = sum(map(len, texts)), v.tokens(texts)
-    t = dict(tokenizing=best(lambda: [v._base_ids(x) for x in texts]), fold=best(lambda: [v.table.fold(i) for i in ids]),
-             fold_greedy=best(lambda: [v.table.fold(i, 'greedy') for i in ids]), encode=best(lambda: [v.encode(x) for x in texts]))
-    return {k: round(chars/s/1e6, 3) for k, s in t.items()}
+    t = dict(
+        tokenizing=best(lambda: [v._base_ids(x) for x in texts]),
+        fold=best(lambda: [v.table.fold(i) for i in ids]),
+        fold_greedy=best(lambda: [v.table.fold(i, "greedy") for i in ids]),
+        encode=best(lambda: [v.encode(x) for x in texts]),
+    )
+    return {k: round(chars / s / 1e6, 3) for k, s in t.items()}
+
 
 def _seconds(f):
     "Processor time of a call: work of other programs on the machine does not count."
-    t = time.process_time(); f()
-    return time.process_time()-t
+    t = time.process_time()
+    f()
+    return time.process_time() - t
 
 # %% ../nbs/02_adaptivocab.ipynb #7f47de78
-def show_phrases(v:SimpleAdaptiVocab, text:str)->str: # HTML
+def show_phrases(v: SimpleAdaptiVocab, text: str) -> str:  # HTML
     "`text` with its phrases in colour, and the counts of tokens before and after."
     b = v(text, add_special_tokens=False, return_offsets_mapping=True)
-    hue = lambda i: f'background:hsl({i*47%360} 70% 82%);color:#000' if i >= v.base else 'border:1px solid #8884'
+
+    def hue(i):
+        return f"background:hsl({i * 47 % 360} 70% 82%);color:#000" if i >= v.base else "border:1px solid #8884"
+
     out, last = [], 0
-    for i, (a, e) in zip(b['input_ids'], b['offset_mapping']):
-        if e <= last: continue   # one more token of a character already shown
-        out.append(escape(text[last:a])+f'<span style="{hue(i)};border-radius:3px" title="{i}">{escape(text[max(a, last):e])}</span>'); last = e
-    n, m = len(v.unfold(b['input_ids'])), len(b['input_ids'])
-    share = f', {1-m/n:.0%} fewer' if n else ''
-    return f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(out)+escape(text[last:])}</div><p><b>{n}</b> tokens, <b>{m}</b> with phrases{share}</p>'
+    for i, (a, e) in zip(b["input_ids"], b["offset_mapping"]):
+        if e <= last:
+            continue  # one more token of a character already shown
+        out.append(
+            escape(text[last:a])
+            + f'<span style="{hue(i)};border-radius:3px" title="{i}">{escape(text[max(a, last) : e])}</span>'
+        )
+        last = e
+    n, m = len(v.unfold(b["input_ids"])), len(b["input_ids"])
+    share = f", {1 - m / n:.0%} fewer" if n else ""
+    return f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(out) + escape(text[last:])}</div><p><b>{n}</b> tokens, <b>{m}</b> with phrases{share}</p>'

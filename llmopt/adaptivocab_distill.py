@@ -7,7 +7,10 @@ __all__ = ['composed_rows', 'phrase_windows', 'distill_loss', 'distill', 'frozen
            'answer_bits', 'rise', 'halves', 'reading_ways', 'measure_reading']
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #49f0e55d
-import copy, math, random, time
+import copy
+import math
+import random
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,70 +23,96 @@ from .adaptivocab_model import PhraseReader, Reading, Vocab, fold_where, kl
 from .core import LlmoptError
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #4ba41f55
-def composed_rows(reader:PhraseReader)->torch.Tensor: # (phrases, D)
+def composed_rows(reader: PhraseReader) -> torch.Tensor:  # (phrases, D)
     "The vectors that `reader` composes for its phrases."
     plain = PhraseReader(reader.model, reader.vocab, reader.cfg)
     rows = [plain.compose(p, fold_where(p, [(0, len(p), 0)])).embeds[0] for p in reader.vocab.table.pieces]
     return torch.cat(rows) if rows else torch.zeros(0, reader.model.get_input_embeddings().weight.shape[1])
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #4113102e
-def phrase_windows(vocab, seqs, size:int=128)->list: # lists of ids in the tokenizer's own vocabulary
+def phrase_windows(vocab, seqs, size: int = 128) -> list:  # lists of ids in the tokenizer's own vocabulary
     "Windows of `size` tokens from `seqs` that hold a phrase before their end."
-    cuts = (list(map(int, s[i:i+size])) for s in seqs for i in range(0, len(s), size))
+    cuts = (list(map(int, s[i : i + size])) for s in seqs for i in range(0, len(s), size))
     return [w for w in cuts if len(w) > 2 and (vocab.fold(w).span[:-1] > 1).any()]
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #d01b05fe
 class _Windows:
     "Windows of plain ids, padded, beside what the student reads of them."
+
     def __init__(self, reader, windows):
         folds, dev, v = [reader.vocab.fold(w) for w in windows], reader.model.device, reader.vocab
-        pad = lambda xs, fill: torch.nn.utils.rnn.pad_sequence([torch.as_tensor(np.asarray(x)) for x in xs], True, fill).to(dev)
-        self.ids, self.read, last = pad(windows, -1), pad([f.ids for f in folds], -1), pad([f.start+f.span-1 for f in folds], 0)
+
+        def pad(xs, fill):
+            return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(np.asarray(x)) for x in xs], True, fill).to(dev)
+
+        self.ids, self.read, last = (
+            pad(windows, -1),
+            pad([f.ids for f in folds], -1),
+            pad([f.start + f.span - 1 for f in folds], 0),
+        )
         contiguous = torch.arange(self.read.shape[1], device=dev).expand_as(self.read)
-        self.last, self.positions = last, last if reader.cfg.positions == 'gapped' else contiguous
+        self.last, self.positions = last, last if reader.cfg.positions == "gapped" else contiguous
         self.compared = ((self.read >= v.base).cumsum(1) > 0) & (self.read >= 0)
         self.base = v.base
-    def __len__(self): return len(self.ids)
+
+    def __len__(self):
+        return len(self.ids)
+
     def __getitem__(self, at):
         "Some of the windows."
         w = copy.copy(self)
-        for k in ('ids', 'read', 'last', 'positions', 'compared'): setattr(w, k, getattr(self, k)[at])
+        for k in ("ids", "read", "last", "positions", "compared"):
+            setattr(w, k, getattr(self, k)[at])
         return w
 
-
 # %% ../nbs/02c_adaptivocab_distill.ipynb #05506650
-def distill_loss(reader:PhraseReader, emb, windows)->torch.Tensor: # scalar, nats a token
+def distill_loss(reader: PhraseReader, emb, windows) -> torch.Tensor:  # scalar, nats a token
     "Mean divergence of the student from the teacher, from the first phrase of each of `windows` on."
-    w, table = windows if isinstance(windows, _Windows) else _Windows(reader, windows), reader.model.get_input_embeddings()
+    w, table = (
+        windows if isinstance(windows, _Windows) else _Windows(reader, windows),
+        reader.model.get_input_embeddings(),
+    )
     phrase, where = w.read >= w.base, w.compared.nonzero(as_tuple=True)
     x = table(w.read.masked_fill(phrase, 0).clamp(min=0))
-    x = x.index_put((phrase,), emb(w.read[phrase]-w.base).to(x.dtype))
-    def logits(embeds, mask, positions): return reader.model(**Reading(embeds, mask.long(), positions, [], reader.numbered).inputs, use_cache=False).logits
-    with torch.no_grad(): teacher = logits(table(w.ids.clamp(min=0)), w.ids >= 0, torch.arange(w.ids.shape[1], device=w.ids.device).expand_as(w.ids))
+    x = x.index_put((phrase,), emb(w.read[phrase] - w.base).to(x.dtype))
+
+    def logits(embeds, mask, positions):
+        return reader.model(
+            **Reading(embeds, mask.long(), positions, [], reader.numbered).inputs, use_cache=False
+        ).logits
+
+    with torch.no_grad():
+        teacher = logits(
+            table(w.ids.clamp(min=0)), w.ids >= 0, torch.arange(w.ids.shape[1], device=w.ids.device).expand_as(w.ids)
+        )
     p = teacher[where[0], w.last[where]].float().log_softmax(-1)
     q = logits(x, w.read >= 0, w.positions)[where].float().log_softmax(-1)
     return kl(p, q).mean()
 
-
 # %% ../nbs/02c_adaptivocab_distill.ipynb #629147de
-def distill(reader:PhraseReader,
-            seqs,               # token sequences of the domain, in the tokenizer's own vocabulary
-            steps:int=1000,
-            bs:int=8,           # windows in a step
-            size:int=128,       # tokens in a window
-            lr:float=8e-3,      # falls to zero
-            seed:int=0,
-            progress:bool=True)->tuple: # rows (phrases, D), and the divergence in each step
+def distill(
+    reader: PhraseReader,
+    seqs,  # token sequences of the domain, in the tokenizer's own vocabulary
+    steps: int = 1000,
+    bs: int = 8,  # windows in a step
+    size: int = 128,  # tokens in a window
+    lr: float = 8e-3,  # falls to zero
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple:  # rows (phrases, D), and the divergence in each step
     "Train vectors for the phrases of `reader`, its model staying as it is; zero steps give the composed ones."
     emb = torch.nn.Embedding.from_pretrained(composed_rows(reader).float(), freeze=False, sparse=True)
     windows, rng, losses = phrase_windows(reader.vocab, seqs, size) if steps else [], random.Random(seed), []
-    if steps and not windows: raise LlmoptError('the texts use none of the phrases, so there is nothing to learn from')
+    if steps and not windows:
+        raise LlmoptError("the texts use none of the phrases, so there is nothing to learn from")
     windows, opt = _Windows(reader, windows) if steps else windows, torch.optim.SparseAdam(emb.parameters(), lr=lr)
     with frozen(reader.model):
-        for i in tqdm(range(steps), disable=not progress, leave=False, desc='rows'):
-            opt.param_groups[0]['lr'] = lr*(1-i/steps)
+        for i in tqdm(range(steps), disable=not progress, leave=False, desc="rows"):
+            opt.param_groups[0]["lr"] = lr * (1 - i / steps)
             loss = distill_loss(reader, emb, windows[rng.choices(range(len(windows)), k=bs)])
-            opt.zero_grad(); loss.backward(); opt.step()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
             losses.append(loss.detach())
     return emb.weight.detach(), torch.stack(losses).tolist() if losses else []
 
@@ -92,134 +121,205 @@ def distill(reader:PhraseReader,
 def frozen(model):
     "Inside, no weight of `model` asks for a gradient; afterwards each does as before."
     before = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in before: p.requires_grad_(False)
-    try: yield
+    for p, _ in before:
+        p.requires_grad_(False)
+    try:
+        yield
     finally:
-        for p, g in before: p.requires_grad_(g)
+        for p, g in before:
+            p.requires_grad_(g)
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #3452c257
 class _Late:
     "Hooks that let the layers from `layer` on see only the positions `keep` of the first forward."
-    def __init__(self, keep, layer): self.keep, self.layer, self.first = keep, layer, True
+
+    def __init__(self, keep, layer):
+        self.keep, self.layer, self.first = keep, layer, True
+
     def narrow(self, i, x, kw):
         "Input and arguments of layer `i` in the first forward."
-        keep, mask = self.keep.to(x.device), kw.get('attention_mask')
-        kw['position_embeddings'] = tuple(t[:, keep] for t in kw['position_embeddings'])
-        if kw.get('position_ids') is not None: kw['position_ids'] = kw['position_ids'][:, keep]
-        if mask is not None: kw['attention_mask'] = mask[:, :, keep][..., keep]
+        keep, mask = self.keep.to(x.device), kw.get("attention_mask")
+        kw["position_embeddings"] = tuple(t[:, keep] for t in kw["position_embeddings"])
+        if kw.get("position_ids") is not None:
+            kw["position_ids"] = kw["position_ids"][:, keep]
+        if mask is not None:
+            kw["attention_mask"] = mask[:, :, keep][..., keep]
         return (x[:, keep] if i == self.layer else x), kw
+
     def before(self, i):
         "The hook of layer `i`."
+
         def hook(module, args, kw):
-            x, kw, cache, mask = args[0], dict(kw), kw.get('past_key_values'), kw.get('attention_mask')
-            if self.first: x, kw = self.narrow(i, x, kw)
-            elif mask is not None: kw['attention_mask'] = mask[..., -(cache.layers[i].get_seq_length()+x.shape[1]):]
+            x, kw, cache, mask = args[0], dict(kw), kw.get("past_key_values"), kw.get("attention_mask")
+            if self.first:
+                x, kw = self.narrow(i, x, kw)
+            elif mask is not None:
+                kw["attention_mask"] = mask[..., -(cache.layers[i].get_seq_length() + x.shape[1]) :]
             return (x, *args[1:]), kw
+
         return hook
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #80bec48a
 @contextmanager
-def late_merge(model,      # a decoder built as Llama is: rotary positions, its layers in `model.model.layers`
-               keep,       # (m,) positions of the prompt that go on, in order; the last one among them
-               layer:int): # the first layer that sees only them; the number of layers changes nothing
+def late_merge(
+    model,  # a decoder built as Llama is: rotary positions, its layers in `model.model.layers`
+    keep,  # (m,) positions of the prompt that go on, in order; the last one among them
+    layer: int,
+):  # the first layer that sees only them; the number of layers changes nothing
     "Inside, the first forward of `model` goes on from `layer` with `keep` only; later forwards read what it left in the cache."
-    body = getattr(model, 'model', None)
-    if not hasattr(body, 'layers') or not hasattr(body, 'rotary_emb'): raise LlmoptError(f'late merging is for models built as Llama is, not for {type(model).__name__}')
-    if not 0 <= layer <= len(body.layers): raise LlmoptError(f'layer is from 0 to {len(body.layers)}, not {layer}')
+    body = getattr(model, "model", None)
+    if not hasattr(body, "layers") or not hasattr(body, "rotary_emb"):
+        raise LlmoptError(f"late merging is for models built as Llama is, not for {type(model).__name__}")
+    if not 0 <= layer <= len(body.layers):
+        raise LlmoptError(f"layer is from 0 to {len(body.layers)}, not {layer}")
     late = _Late(torch.as_tensor(keep), layer)
-    hooks = [m.register_forward_pre_hook(late.before(i), with_kwargs=True) for i, m in enumerate(body.layers) if i >= layer]
-    hooks.append(body.register_forward_hook(lambda *_: setattr(late, 'first', False)))
-    try: yield
+    hooks = [
+        m.register_forward_pre_hook(late.before(i), with_kwargs=True) for i, m in enumerate(body.layers) if i >= layer
+    ]
+    hooks.append(body.register_forward_hook(lambda *_: setattr(late, "first", False)))
+    try:
+        yield
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #dc3264fe
 class LateMerger:
     "Reads phrases by late merging."
-    def __init__(self, model, vocab, layer:int): self.model, self.vocab, self.layer = model, vocab, layer
-    def keep(self, ids): return (f := self.vocab.fold(ids)).start+f.span-1 # the last piece of each phrase
+
+    def __init__(self, model, vocab, layer: int):
+        self.model, self.vocab, self.layer = model, vocab, layer
+
+    def keep(self, ids):
+        return (f := self.vocab.fold(ids)).start + f.span - 1  # the last piece of each phrase
+
 
 @patch
 @torch.inference_mode()
-def generate(self:LateMerger, ids:list, **kw)->list: # ids of the answer
+def generate(self: LateMerger, ids: list, **kw) -> list:  # ids of the answer
     "The model's answer to the prompt `ids`; `kw` as for `model.generate`."
     x = torch.tensor([ids], device=self.model.device)
-    with late_merge(self.model, self.keep(ids), self.layer): return self.model.generate(x, attention_mask=torch.ones_like(x), **kw)[0, len(ids):].tolist()
+    with late_merge(self.model, self.keep(ids), self.layer):
+        return self.model.generate(x, attention_mask=torch.ones_like(x), **kw)[0, len(ids) :].tolist()
+
 
 @patch
 @torch.inference_mode()
-def score(self:LateMerger, ids:list, answer_ids:list)->torch.Tensor: # (n, vocabulary) log-probabilities
+def score(self: LateMerger, ids: list, answer_ids: list) -> torch.Tensor:  # (n, vocabulary) log-probabilities
     "Log-probabilities before each token of `answer_ids` after the prompt `ids`."
     keep, n = self.keep(ids), len(answer_ids)
     x = torch.tensor([[*ids, *answer_ids]], device=self.model.device)
-    with late_merge(self.model, [*keep, *range(len(ids), len(ids)+n)], self.layer):
+    with late_merge(self.model, [*keep, *range(len(ids), len(ids) + n)], self.layer):
         y = self.model(x, attention_mask=torch.ones_like(x), use_cache=False).logits[0]
-    return y[-n-1:-1].float().log_softmax(-1)
+    return y[-n - 1 : -1].float().log_softmax(-1)
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #99593e50
-def deletion(reader:PhraseReader,
-             ids:list,            # prompt, in the tokenizer's own vocabulary
-             n:int,               # tokens to delete
-             how:str='random',    # `random`, or `even`, at equal distances
-             seed:int=0)->Reading:
+def deletion(
+    reader: PhraseReader,
+    ids: list,  # prompt, in the tokenizer's own vocabulary
+    n: int,  # tokens to delete
+    how: str = "random",  # `random`, or `even`, at equal distances
+    seed: int = 0,
+) -> Reading:
     "The prompt without `n` of its tokens."
-    if how not in ('random', 'even'): raise LlmoptError(f"deletion is 'random' or 'even', not '{how}'")
+    if how not in ("random", "even"):
+        raise LlmoptError(f"deletion is 'random' or 'even', not '{how}'")
     may = [i for i, t in enumerate(ids) if i and t not in reader.vocab._never]
-    if n > len(may): raise LlmoptError(f'{n} tokens cannot be deleted; only {len(may)} may')
-    gone = random.Random(seed).sample(may, n) if how == 'random' else [may[int((i+.5)*len(may)/n)] for i in range(n)]
-    keep, r = sorted({*range(len(ids))}-{*gone}), reader.compose(ids, fold_where(ids, []))
+    if n > len(may):
+        raise LlmoptError(f"{n} tokens cannot be deleted; only {len(may)} may")
+    gone = (
+        random.Random(seed).sample(may, n)
+        if how == "random"
+        else [may[int((i + 0.5) * len(may) / n)] for i in range(n)]
+    )
+    keep, r = sorted({*range(len(ids))} - {*gone}), reader.compose(ids, fold_where(ids, []))
     return Reading(r.embeds[:, keep], r.mask[:, keep], r.positions[:, keep], [ids[i] for i in keep], r.numbered)
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #ad43ff94
-def answer_bits(score, # (ids, answer_ids) -> (n, vocabulary) log-probabilities
-                pairs  # (ids, answer_ids) of each text
-               )->np.ndarray: # (texts,)
+def answer_bits(
+    score,  # (ids, answer_ids) -> (n, vocabulary) log-probabilities
+    pairs,  # (ids, answer_ids) of each text
+) -> np.ndarray:  # (texts,)
     "Bits that each answer costs; their sum over the number of bytes is bits per byte."
     nats = [-(lp := score(i, a)).gather(1, torch.tensor(a, device=lp.device)[:, None]).sum().item() for i, a in pairs]
-    return np.array(nats)/math.log(2)
+    return np.array(nats) / math.log(2)
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #073adfbb
-def rise(bits, base, rounds:int=1000, seed:int=0)->tuple: # ratio-1, and its 95 % interval
+def rise(bits, base, rounds: int = 1000, seed: int = 0) -> tuple:  # ratio-1, and its 95 % interval
     "By how much the total of `bits` lies above that of `base`, over the same texts."
     i = np.random.default_rng(seed).integers(0, len(bits), (rounds, len(bits)))
-    boot = bits[i].sum(1)/base[i].sum(1)-1
-    return bits.sum()/base.sum()-1, *np.quantile(boot, [.025, .975])
+    boot = bits[i].sum(1) / base[i].sum(1) - 1
+    return bits.sum() / base.sum() - 1, *np.quantile(boot, [0.025, 0.975])
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #ed70eebd
 def halves(tokenizer, doc):
     "Prompt and answer ids of a document, cut at the space nearest to its middle, and the bytes of the answer; None if there is no space in it."
-    spaces = [i for i, c in enumerate(doc) if c == ' ' and i]
-    if not spaces: return None
-    cut = min(spaces, key=lambda i: abs(i-len(doc)//2)); start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    a, b = (tokenizer(t, add_special_tokens=False, verbose=False)['input_ids'] for t in (doc[:cut], doc[cut:]))
+    spaces = [i for i, c in enumerate(doc) if c == " " and i]
+    if not spaces:
+        return None
+    cut = min(spaces, key=lambda i: abs(i - len(doc) // 2))
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    a, b = (tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in (doc[:cut], doc[cut:]))
     return [*start, *a], b, len(doc[cut:].encode())
 
-def reading_ways(lm, v, rows)->dict: # name -> function of prompt and answer ids
+
+def reading_ways(lm, v, rows) -> dict:  # name -> function of prompt and answer ids
     "Every way to read a prompt; each reads as many tokens as the phrases of `v` leave, save for the plain one."
     n = lm.model.config.num_hidden_layers
     readers = dict(composed=PhraseReader(lm.model, v), distilled=PhraseReader(lm.model, v, rows=rows))
-    fewer = lambda ids: len(ids)-len(v.fold(ids).ids)
-    r = readers['composed']
-    return {'plain': lambda i, a: r.score(i, a, fold=False), **{k: x.score for k, x in readers.items()}, 'last piece': PhraseReader(lm.model, v, Vocab(embed='last')).score,
-            **{f'late merge, layer {l} of {n}': LateMerger(lm.model, v, l).score for l in range(1, n)},
-            **{f'{how} deletion': lambda i, a, how=how: r.led(deletion(r, i, fewer(i), how), a) for how in ('random', 'even')},
-            'no prompt': lambda i, a: r.score(i[:1], a, fold=False)}
 
+    def fewer(ids):
+        return len(ids) - len(v.fold(ids).ids)
+
+    r = readers["composed"]
+    return {
+        "plain": lambda i, a: r.score(i, a, fold=False),
+        **{k: x.score for k, x in readers.items()},
+        "last piece": PhraseReader(lm.model, v, Vocab(embed="last")).score,
+        **{f"late merge, layer {l} of {n}": LateMerger(lm.model, v, l).score for l in range(1, n)},
+        **{
+            f"{how} deletion": lambda i, a, how=how: r.led(deletion(r, i, fewer(i), how), a)
+            for how in ("random", "even")
+        },
+        "no prompt": lambda i, a: r.score(i[:1], a, fold=False),
+    }
 
 # %% ../nbs/02c_adaptivocab_distill.ipynb #cfe1c075
-def measure_reading(lm, train, test, # texts; each of `test` is read to its middle, and the rest scored
-                    n_new:int,       # phrases
-                    steps:int,       # of distillation
-                    **kw             # as for `distill`
-                   )->tuple:         # rows of a table, and what the distillation was
+def measure_reading(
+    lm,
+    train,
+    test,  # texts; each of `test` is read to its middle, and the rest scored
+    n_new: int,  # phrases
+    steps: int,  # of distillation
+    **kw,  # as for `distill`
+) -> tuple:  # rows of a table, and what the distillation was
     "Distil rows for phrases mined on `train`, and score `test` in all ways."
     v = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=n_new)
-    began = time.perf_counter(); rows, losses = distill(PhraseReader(lm.model, v), v.tokens(train), steps=steps, **kw)
-    seconds, texts = time.perf_counter()-began, [h for d in test if (h := halves(lm.tokenizer, d)) and len(h[0])+len(h[1]) <= lm.context]
-    if not texts: raise LlmoptError('no text to score: each needs a space in it, and room in the context of the model')
+    began = time.perf_counter()
+    rows, losses = distill(PhraseReader(lm.model, v), v.tokens(train), steps=steps, **kw)
+    seconds, texts = (
+        time.perf_counter() - began,
+        [h for d in test if (h := halves(lm.tokenizer, d)) and len(h[0]) + len(h[1]) <= lm.context],
+    )
+    if not texts:
+        raise LlmoptError("no text to score: each needs a space in it, and room in the context of the model")
     pairs, size = [t[:2] for t in texts], sum(t[2] for t in texts)
     bits = {k: answer_bits(f, pairs) for k, f in reading_ways(lm, v, rows).items()}
-    saved = 1-sum(len(v.fold(p).ids) for p, _ in pairs)/sum(len(p) for p, _ in pairs)
-    line = lambda k, b: dict(zip(('rise', 'low', 'high'), (round(float(x), 5) for x in rise(b, bits['plain']))), way=k, phrases=n_new, bits_per_byte=round(float(b.sum())/size, 5), saved=0. if k == 'plain' else round(saved, 5))
-    return [line(k, b) for k, b in bits.items()], dict(phrases=n_new, steps=steps, seconds=round(seconds), every=50, loss=[round(float(np.mean(losses[i:i+50])), 4) for i in range(0, steps, 50)])
+    saved = 1 - sum(len(v.fold(p).ids) for p, _ in pairs) / sum(len(p) for p, _ in pairs)
 
+    def line(k, b):
+        return dict(
+            zip(("rise", "low", "high"), (round(float(x), 5) for x in rise(b, bits["plain"]))),
+            way=k,
+            phrases=n_new,
+            bits_per_byte=round(float(b.sum()) / size, 5),
+            saved=0.0 if k == "plain" else round(saved, 5),
+        )
+
+    return [line(k, b) for k, b in bits.items()], dict(
+        phrases=n_new,
+        steps=steps,
+        seconds=round(seconds),
+        every=50,
+        loss=[round(float(np.mean(losses[i : i + 50])), 4) for i in range(0, steps, 50)],
+    )

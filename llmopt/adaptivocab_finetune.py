@@ -9,7 +9,12 @@ __all__ = ['GPT2_SPLIT', 'GROUP_SPLIT', 'ARMS', 'grouped', 'mine_merges', 'spare
            'measure_tuning', 'save']
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #21115aae
-import copy, heapq, json, math, tempfile, time
+import copy
+import heapq
+import json
+import math
+import tempfile
+import time
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +35,7 @@ from .core import LM, LlmoptError
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #f538ed13
 _LETTERS, _PUNCT = r" ?\p{L}+", r" ?[^\s\p{L}\p{N}]+"
-_TAILS = "'s|'t|'re|'ve|'m|'ll|'d"                                       # of English words, first in the pattern of GPT-2
+_TAILS = "'s|'t|'re|'ve|'m|'ll|'d"  # of English words, first in the pattern of GPT-2
 GPT2_SPLIT = rf"{_TAILS}|{_LETTERS}| ?\p{{N}}+|{_PUNCT}|\s+(?!\S)|\s+"
 # words and punctuation in one piece; a run of punctuation with an apostrophe in it is none of them, and ends the group
 GROUP_SPLIT = rf"{_TAILS}|(?:{_LETTERS}|(?> ?[^\s\p{{L}}\p{{N}}']+)(?!'))+| ?\p{{N}}+|{_PUNCT}|\s+(?!\S)|\s+"
@@ -38,104 +43,142 @@ GROUP_SPLIT = rf"{_TAILS}|(?:{_LETTERS}|(?> ?[^\s\p{{L}}\p{{N}}']+)(?!'))+| ?\p{
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #2932363e
 def _check_splitting(d):
     "Refuse a tokenizer whose splitting is not that of GPT-2."
-    pre = d.get('pre_tokenizer') or {}
-    known = d['model']['type'] == 'BPE' and pre.get('type') == 'ByteLevel' and pre.get('use_regex', True) and not pre.get('add_prefix_space')
-    if not known or d.get('normalizer'): raise LlmoptError('only a byte-level BPE tokenizer that splits as GPT-2 does can be given phrases; wrap this one in SimpleAdaptiVocab')
+    pre = d.get("pre_tokenizer") or {}
+    known = (
+        d["model"]["type"] == "BPE"
+        and pre.get("type") == "ByteLevel"
+        and pre.get("use_regex", True)
+        and not pre.get("add_prefix_space")
+    )
+    if not known or d.get("normalizer"):
+        raise LlmoptError(
+            "only a byte-level BPE tokenizer that splits as GPT-2 does can be given phrases; wrap this one in SimpleAdaptiVocab"
+        )
+
 
 def _edited(tokenizer, change):
     "A copy of the fast `tokenizer`, with the dict of its backend changed by `change`."
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        d = json.loads((file := Path(folder)/'tokenizer.json').read_text(encoding='utf-8'))
+        d = json.loads((file := Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
         change(d)
-        file.write_text(json.dumps(d, ensure_ascii=False), encoding='utf-8')
+        file.write_text(json.dumps(d, ensure_ascii=False), encoding="utf-8")
         return AutoTokenizer.from_pretrained(folder)
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #b6758258
 def grouped(tokenizer):
     "A copy of `tokenizer` that splits into groups instead of words; its tokens are the same."
-    pre = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(GROUP_SPLIT), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    pre = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(GROUP_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
     def change(d):
         _check_splitting(d)
-        part = Tokenizer.from_str(json.dumps(d)); part.pre_tokenizer = pre
-        d['pre_tokenizer'] = json.loads(part.to_str())['pre_tokenizer']
+        part = Tokenizer.from_str(json.dumps(d))
+        part.pre_tokenizer = pre
+        d["pre_tokenizer"] = json.loads(part.to_str())["pre_tokenizer"]
+
     return _edited(tokenizer, change)
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #00c111fb
-def mine_merges(tokenizer,        # with groups, as `grouped` gives
-                corpus,           # iterable of texts
-                n:int,            # merges
-                max_len:int=8,    # longest phrase, in tokens of the old vocabulary
-                min_count:int=2)->list: # pairs of token strings, in order
+def mine_merges(
+    tokenizer,  # with groups, as `grouped` gives
+    corpus,  # iterable of texts
+    n: int,  # merges
+    max_len: int = 8,  # longest phrase, in tokens of the old vocabulary
+    min_count: int = 2,
+) -> list:  # pairs of token strings, in order
     "The next `n` merges of a tokenizer on `corpus`."
     seqs, forbidden = [], SimpleAdaptiVocab(tokenizer, []).forbidden()
     for batch in chunked(corpus, 256):
         for e in tokenizer([*batch], add_special_tokens=False, verbose=False).encodings:
-            seqs += [np.array([i for i, _ in g], np.int32) for _, g in groupby(zip(e.ids, e.word_ids), key=lambda x: x[1])]
-    name = dict(enumerate(tokenizer.convert_ids_to_tokens([*range(len(forbidden))]))); merges = []
+            seqs += [
+                np.array([i for i, _ in g], np.int32) for _, g in groupby(zip(e.ids, e.word_ids), key=lambda x: x[1])
+            ]
+    name = dict(enumerate(tokenizer.convert_ids_to_tokens([*range(len(forbidden))])))
+    merges = []
     for new, a, b in joins(seqs, n, forbidden, max_len, min_count):
-        merges.append((name[a], name[b])); name[new] = name[a]+name[b]
+        merges.append((name[a], name[b]))
+        name[new] = name[a] + name[b]
     return merges
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #d67d325b
-def spare_tokens(merges,  # all pairs of token strings, in order
-                 counts,  # uses of each token string
-                 n:int,   # tokens to spare
-                 keep=()  # token strings that must stay
-                )->list:  # token strings, the most dispensable first
+def spare_tokens(
+    merges,  # all pairs of token strings, in order
+    counts,  # uses of each token string
+    n: int,  # tokens to spare
+    keep=(),  # token strings that must stay
+) -> list:  # token strings, the most dispensable first
     "Up to `n` tokens that no remaining one is made of, each the least frequent at its time."
     made, parts, counts = {}, Counter(t for ab in merges for t in ab), Counter(counts)
-    for a, b in merges: made.setdefault(a+b, []).append((a, b))
+    for a, b in merges:
+        made.setdefault(a + b, []).append((a, b))
     free = [(counts[t], t) for t in made if not parts[t] and t not in keep]
-    heapq.heapify(free); gone = {}
+    heapq.heapify(free)
+    gone = {}
     while free and len(gone) < n:
         c, t = heapq.heappop(free)
-        if t in gone: continue
+        if t in gone:
+            continue
         gone[t] = True
         for p in (p for ab in made[t] for p in ab):
-            parts[p] -= 1; counts[p] += c
-            if not parts[p] and p in made and p not in keep: heapq.heappush(free, (counts[p], p))
+            parts[p] -= 1
+            counts[p] += c
+            if not parts[p] and p in made and p not in keep:
+                heapq.heappush(free, (counts[p], p))
     return [*gone]
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #f3755586
 class Expansion(NamedTuple):
     "A tokenizer with phrases, and what its new tokens are made of."
-    tokenizer:object  # a fast tokenizer of transformers
-    pieces:dict       # id of each new token -> its pieces, ids of the old tokenizer
+
+    tokenizer: object  # a fast tokenizer of transformers
+    pieces: dict  # id of each new token -> its pieces, ids of the old tokenizer
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #1855e453
-def expand_tokenizer(tokenizer,       # fast, byte-level BPE, with the splitting of GPT-2; it is not changed
-                     corpus,          # list of texts of the domain
-                     n_new:int=1000,  # new tokens
-                     replace:bool=False, # in place of old ones, instead of behind them
-                     max_len:int=8, min_count:int=2)->Expansion:
+def expand_tokenizer(
+    tokenizer,  # fast, byte-level BPE, with the splitting of GPT-2; it is not changed
+    corpus,  # list of texts of the domain
+    n_new: int = 1000,  # new tokens
+    replace: bool = False,  # in place of old ones, instead of behind them
+    max_len: int = 8,
+    min_count: int = 2,
+) -> Expansion:
     "A tokenizer with the `n_new` merges that shorten `corpus` most, one after the other."
     groups = grouped(tokenizer)
     merges, vocab = mine_merges(groups, corpus, n_new, max_len, min_count), groups.get_vocab()
-    new, top = [*dict.fromkeys(a+b for a, b in merges)], SimpleAdaptiVocab(tokenizer, []).base
-    ids = {t: top+i for i, t in enumerate(new)}
+    new, top = [*dict.fromkeys(a + b for a, b in merges)], SimpleAdaptiVocab(tokenizer, []).base
+    ids = {t: top + i for i, t in enumerate(new)}
     tok = _edited(groups, lambda d: _append(d, merges, ids, ()))
     if replace:
         spare = _spare(tok, corpus, new)
-        if len(spare) < len(new): raise LlmoptError(f'only {len(spare)} old tokens can be replaced; ask for at most as many new ones, or append them')
+        if len(spare) < len(new):
+            raise LlmoptError(
+                f"only {len(spare)} old tokens can be replaced; ask for at most as many new ones, or append them"
+            )
         ids = {t: vocab[s] for t, s in zip(new, spare)}
         tok = _edited(groups, lambda d: _append(d, merges, ids, {*spare}))
     parts = {}
-    for a, b in merges: parts.setdefault(a+b, parts.get(a, [vocab.get(a)])+parts.get(b, [vocab.get(b)]))
+    for a, b in merges:
+        parts.setdefault(a + b, parts.get(a, [vocab.get(a)]) + parts.get(b, [vocab.get(b)]))
     return Expansion(tok, {ids[t]: parts[t] for t in new})
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #909fadbf
 def _append(d, merges, ids, spare):
     "Put `merges`, whose results get `ids`, into the dict of a tokenizer, and take the tokens `spare` out."
-    m = d['model']
-    old = [ab if isinstance(ab, list) else ab.split(' ') for ab in m['merges']]
-    m['merges'] = [ab for ab in old if ''.join(ab) not in spare]+[[*ab] for ab in merges]
-    m['vocab'] = {t: i for t, i in m['vocab'].items() if t not in spare} | ids
+    m = d["model"]
+    old = [ab if isinstance(ab, list) else ab.split(" ") for ab in m["merges"]]
+    m["merges"] = [ab for ab in old if "".join(ab) not in spare] + [[*ab] for ab in merges]
+    m["vocab"] = {t: i for t, i in m["vocab"].items() if t not in spare} | ids
+
 
 def _spare(tok, corpus, new):
     "As many tokens of `tok` as there are `new` ones, the least needed in `corpus` and none of the new."
     d = json.loads(tok.backend_tokenizer.to_str())
-    merges = [tuple(ab) if isinstance(ab, list) else tuple(ab.split(' ')) for ab in d['model']['merges']]
+    merges = [tuple(ab) if isinstance(ab, list) else tuple(ab.split(" ")) for ab in d["model"]["merges"]]
     counts = Counter(t for e in tok([*corpus], add_special_tokens=False, verbose=False).encodings for t in e.tokens)
     return spare_tokens(merges, counts, len(new), {*new, *tok.convert_ids_to_tokens([*tok.added_tokens_decoder])})
 
@@ -144,198 +187,321 @@ def untie(model):
     "Give the output a matrix of its own, if it shares that of the input."
     head, emb = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = False
-    if head.weight is emb.weight: head.weight = torch.nn.Parameter(emb.weight.detach().clone())
+    if head.weight is emb.weight:
+        head.weight = torch.nn.Parameter(emb.weight.detach().clone())
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #669db0d2
-def prior_bias(x:Expansion,
-               seqs,     # texts of the domain, as ids of the new tokenizer
-               size:int  # rows
-              )->torch.Tensor: # (size,)
+def prior_bias(
+    x: Expansion,
+    seqs,  # texts of the domain, as ids of the new tokenizer
+    size: int,  # rows
+) -> torch.Tensor:  # (size,)
     "For each token, the logarithm of its share among the tokens that begin with its first piece."
-    count = np.bincount(np.concatenate([np.zeros(0, np.int64), *map(np.asarray, seqs)]).astype(np.int64), minlength=size)
+    count = np.bincount(
+        np.concatenate([np.zeros(0, np.int64), *map(np.asarray, seqs)]).astype(np.int64), minlength=size
+    )
     first = np.arange(size)
-    for i, p in x.pieces.items(): first[i] = p[0]
+    for i, p in x.pieces.items():
+        first[i] = p[0]
     shared = np.bincount(first, weights=count, minlength=size)[first]
-    return torch.from_numpy(np.log((count+.5)/(shared+.5))).float().clamp(max=0)
+    return torch.from_numpy(np.log((count + 0.5) / (shared + 0.5))).float().clamp(max=0)
+
 
 @torch.no_grad()
-def mean_state(model, seqs)->torch.Tensor: # (D,)
+def mean_state(model, seqs) -> torch.Tensor:  # (D,)
     "Mean of the final hidden states of `model` over `seqs`, lists of its token ids."
-    states = [model(torch.tensor([s], device=model.device), output_hidden_states=True, use_cache=False).hidden_states[-1][0] for s in seqs]
+    states = [
+        model(torch.tensor([s], device=model.device), output_hidden_states=True, use_cache=False).hidden_states[-1][0]
+        for s in seqs
+    ]
     return torch.cat(states).float().mean(0)
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #92977682
 @torch.no_grad()
-def add_rows(model, x:Expansion,
-             bias=None, # (rows,) to add to the logits, as `prior_bias` gives; needs `state`
-             state=None # (D,) mean final hidden state
-            ):
+def add_rows(
+    model,
+    x: Expansion,
+    bias=None,  # (rows,) to add to the logits, as `prior_bias` gives; needs `state`
+    state=None,  # (D,) mean final hidden state
+):
     "Give `model` input and output rows for the new tokens of `x`."
     untie(model)
-    emb, head = model.get_input_embeddings().weight.detach().clone(), model.get_output_embeddings().weight.detach().clone()
+    emb, head = (
+        model.get_input_embeddings().weight.detach().clone(),
+        model.get_output_embeddings().weight.detach().clone(),
+    )
     size = rows_needed(model, x)
-    if size > len(emb): model.resize_token_embeddings(size, mean_resizing=False)
-    for weight, old, turn in ((model.get_input_embeddings().weight, emb, lambda w: w), (model.get_output_embeddings().weight, head, lambda w: w.flip(0))):
-        for i, p in x.pieces.items(): weight[i] = turn(piece_weights(len(p)).to(old)) @ old[p]
-    if bias is not None: model.get_output_embeddings().weight += (bias.to(state)[:, None]*state/state.square().sum()).to(head)
+    if size > len(emb):
+        model.resize_token_embeddings(size, mean_resizing=False)
+    for weight, old, turn in (
+        (model.get_input_embeddings().weight, emb, lambda w: w),
+        (model.get_output_embeddings().weight, head, lambda w: w.flip(0)),
+    ):
+        for i, p in x.pieces.items():
+            weight[i] = turn(piece_weights(len(p)).to(old)) @ old[p]
+    if bias is not None:
+        model.get_output_embeddings().weight += (bias.to(state)[:, None] * state / state.square().sum()).to(head)
 
-def rows_needed(model, x): return max([model.get_input_embeddings().weight.shape[0], *(i+1 for i in x.pieces)])
+
+def rows_needed(model, x):
+    return max([model.get_input_embeddings().weight.shape[0], *(i + 1 for i in x.pieces)])
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #1bfae8f9
-def expand(lm:LM,
-           corpus,             # list of texts of the domain
-           n_new:int=1000,     # new tokens; 0 gives the same model, untied
-           replace:bool=False, # in place of old ones
-           prior:bool=True,    # output rows with the bias of counts
-           sample:int=64,      # texts for the mean hidden state
-           x:Expansion|None=None # what `expand_tokenizer` gave for `corpus`, if that is at hand
-          )->LM:
+def expand(
+    lm: LM,
+    corpus,  # list of texts of the domain
+    n_new: int = 1000,  # new tokens; 0 gives the same model, untied
+    replace: bool = False,  # in place of old ones
+    prior: bool = True,  # output rows with the bias of counts
+    sample: int = 64,  # texts for the mean hidden state
+    x: Expansion | None = None,  # what `expand_tokenizer` gave for `corpus`, if that is at hand
+) -> LM:
     "The model of `lm` with phrases of `corpus` as tokens, not fine-tuned yet."
     x, model = x or expand_tokenizer(lm.tokenizer, corpus, n_new, replace), copy.deepcopy(lm.model)
-    if not prior or not x.pieces: add_rows(model, x)
+    if not prior or not x.pieces:
+        add_rows(model, x)
     else:
-        enc = lambda tok, texts: tok(texts, add_special_tokens=False, verbose=False)['input_ids']
+
+        def enc(tok, texts):
+            return tok(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
         bias = prior_bias(x, enc(x.tokenizer, corpus), rows_needed(model, x))
-        add_rows(model, x, bias, mean_state(model, [s[:lm.context] for s in enc(lm.tokenizer, corpus[:sample]) if s]))
-    return LM(model, x.tokenizer, f'{lm.name}+{len(x.pieces)}')
+        add_rows(model, x, bias, mean_state(model, [s[: lm.context] for s in enc(lm.tokenizer, corpus[:sample]) if s]))
+    return LM(model, x.tokenizer, f"{lm.name}+{len(x.pieces)}")
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #88d3bbc5
-def trained_weights(model,
-                    what:str='light' # or `all`
-                   )->list: # parameters
+def trained_weights(
+    model,
+    what: str = "light",  # or `all`
+) -> list:  # parameters
     "What is trained: embeddings, output, first and last layer; or everything."
-    if what not in ('light', 'all'): raise LlmoptError(f"what is trained is 'light' or 'all', not '{what}'")
-    if what == 'all': return [*model.parameters()]
+    if what not in ("light", "all"):
+        raise LlmoptError(f"what is trained is 'light' or 'all', not '{what}'")
+    if what == "all":
+        return [*model.parameters()]
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     parts = model.get_input_embeddings(), model.get_output_embeddings(), layers[0], layers[-1]
     return [*dict.fromkeys(p for m in parts for p in m.parameters())]
 
-def packed_rows(tokenizer, docs, size:int)->torch.Tensor: # (rows, size+1), -100 where nothing is
+
+def packed_rows(tokenizer, docs, size: int) -> torch.Tensor:  # (rows, size+1), -100 where nothing is
     "Documents, each with the mark of a beginning, in rows that overlap by one token."
     return _rows(marked_ids(tokenizer, docs), size)
 
-def marked_ids(tokenizer, docs)->list: # of lists
+
+def marked_ids(tokenizer, docs) -> list:  # of lists
     "Each document as ids behind the mark of a beginning."
-    return [[tokenizer.bos_token_id, *d] for d in tokenizer([*docs], add_special_tokens=False, verbose=False)['input_ids']]
+    return [
+        [tokenizer.bos_token_id, *d] for d in tokenizer([*docs], add_special_tokens=False, verbose=False)["input_ids"]
+    ]
+
 
 def _rows(seqs, size):
     flat = [i for s in seqs for i in s]
-    rows = [flat[i:i+size+1] for i in range(0, max(1, len(flat)-1), size)]
-    return torch.tensor([r+[-100]*(size+1-len(r)) for r in rows])
+    rows = [flat[i : i + size + 1] for i in range(0, max(1, len(flat) - 1), size)]
+    return torch.tensor([r + [-100] * (size + 1 - len(r)) for r in rows])
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #434bc1b0
-def nll(model, rows)->torch.Tensor: # (rows, size) nats, zero where nothing is
+def nll(model, rows) -> torch.Tensor:  # (rows, size) nats, zero where nothing is
     "Negative log-likelihood of each next token."
     rows = rows.to(model.device)
     logits = model(rows[:, :-1].clamp(min=0), use_cache=False).logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-100, reduction='none').view(len(rows), -1)
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-100, reduction="none").view(
+        len(rows), -1
+    )
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #3cb773b9
 def _native_bfloat16(device):
     "Does the processor multiply bfloat16 itself?"
-    if device.type == 'cuda': return torch.cuda.is_bf16_supported()
-    return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
 
 class Step:
     "One step of AdamW on some weights of a model."
-    def __init__(self, model, weights,
-                 new=(),        # ids of the rows of both matrices that learn at the full rate
-                 rest:float=1.  # the share of it at which all else does
-                ):
+
+    def __init__(
+        self,
+        model,
+        weights,
+        new=(),  # ids of the rows of both matrices that learn at the full rate
+        rest: float = 1.0,  # the share of it at which all else does
+    ):
         self.model, self.weights, self.rest = model, weights, rest
-        self.tables = [*{id(w): w for m in (model.get_input_embeddings(), model.get_output_embeddings()) if any((w := m.weight) is p for p in weights)}.values()]
-        self.old = torch.ones(len(self.tables[0]) if self.tables else 0, dtype=torch.bool, device=model.device); self.old[[*new]] = False
+        self.tables = [
+            *{
+                id(w): w
+                for m in (model.get_input_embeddings(), model.get_output_embeddings())
+                if any((w := m.weight) is p for p in weights)
+            }.values()
+        ]
+        self.old = torch.ones(len(self.tables[0]) if self.tables else 0, dtype=torch.bool, device=model.device)
+        self.old[[*new]] = False
         others = [w for w in weights if not any(w is t for t in self.tables)]
-        self.opt = torch.optim.AdamW([dict(params=p, share=s) for p, s in ((self.tables, 1.), (others, rest)) if p], lr=1e-3, betas=(.9, .95), weight_decay=.01)
-    def __call__(self, rows, lr)->torch.Tensor: # nats of all rows, before the step
-        for g in self.opt.param_groups: g['lr'] = lr*g['share']
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=_native_bfloat16(self.model.device)): loss = nll(self.model, rows).sum()
-        self.opt.zero_grad(set_to_none=True); (loss/(rows[:, 1:] >= 0).sum()).backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.)
+        self.opt = torch.optim.AdamW(
+            [dict(params=p, share=s) for p, s in ((self.tables, 1.0), (others, rest)) if p],
+            lr=1e-3,
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+        )
+
+    def __call__(self, rows, lr) -> torch.Tensor:  # nats of all rows, before the step
+        for g in self.opt.param_groups:
+            g["lr"] = lr * g["share"]
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=_native_bfloat16(self.model.device)):
+            loss = nll(self.model, rows).sum()
+        self.opt.zero_grad(set_to_none=True)
+        (loss / (rows[:, 1:] >= 0).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         before = [t.detach()[self.old] for t in self.tables]
         self.opt.step()
         with torch.no_grad():
-            for t, b in zip(self.tables, before): t[self.old] = b.lerp(t[self.old], self.rest)     # AdamW has one rate for a matrix: old rows go only this share of the way
+            for t, b in zip(self.tables, before):
+                t[self.old] = b.lerp(
+                    t[self.old], self.rest
+                )  # AdamW has one rate for a matrix: old rows go only this share of the way
         return loss.detach()
 
-def schedule(i, steps, warmup=.1): return min(1, (i+1)/max(1, warmup*steps))*.5*(1+math.cos(math.pi*i/steps))
 
+def schedule(i, steps, warmup=0.1):
+    return min(1, (i + 1) / max(1, warmup * steps)) * 0.5 * (1 + math.cos(math.pi * i / steps))
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #1830a48e
-def finetune(lm:LM,
-             docs,                # list of texts; taken in this order, again and again
-             steps:int=300,
-             per_step:int=16,     # documents
-             size:int=256,        # tokens in a row
-             lr:float=6e-3,       # reached after a tenth of the steps; then down to zero as a cosine
-             what:str='light',    # what is trained, as for `trained_weights`
-             new=(),              # ids of new tokens, whose rows learn at `lr`
-             rest:float=.1,       # the share of `lr` at which all else learns
-             step=Step,           # what does a step
-             progress:bool=True)->list: # bits per byte of the text of each step
+def finetune(
+    lm: LM,
+    docs,  # list of texts; taken in this order, again and again
+    steps: int = 300,
+    per_step: int = 16,  # documents
+    size: int = 256,  # tokens in a row
+    lr: float = 6e-3,  # reached after a tenth of the steps; then down to zero as a cosine
+    what: str = "light",  # what is trained, as for `trained_weights`
+    new=(),  # ids of new tokens, whose rows learn at `lr`
+    rest: float = 0.1,  # the share of `lr` at which all else learns
+    step=Step,  # what does a step
+    progress: bool = True,
+) -> list:  # bits per byte of the text of each step
     "Train `lm` on `docs`, in place."
     weights, seqs, n, log = trained_weights(lm.model, what), marked_ids(lm.tokenizer, docs), len(docs), []
     sizes = np.array([len(t.encode()) for t in docs])
-    batches = [[j%n for j in range(i*per_step, (i+1)*per_step)] for i in range(steps)]
+    batches = [[j % n for j in range(i * per_step, (i + 1) * per_step)] for i in range(steps)]
     with frozen(lm.model):
-        for p in weights: p.requires_grad_(True)
+        for p in weights:
+            p.requires_grad_(True)
         step = step(lm.model, weights, new, rest)
-        for i, b in enumerate(tqdm(batches, disable=not progress, leave=False, desc='fine-tuning')):
-            log.append(step(_rows([seqs[j] for j in b], size), lr*schedule(i, steps)))
-        for p in weights: p.grad = None
+        for i, b in enumerate(tqdm(batches, disable=not progress, leave=False, desc="fine-tuning")):
+            log.append(step(_rows([seqs[j] for j in b], size), lr * schedule(i, steps)))
+        for p in weights:
+            p.grad = None
     nats = torch.stack(log).tolist() if log else []
-    return [x/math.log(2)/sizes[b].sum().item() for x, b in zip(nats, batches)]
+    return [x / math.log(2) / sizes[b].sum().item() for x, b in zip(nats, batches)]
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #db9b6ad3
 @torch.inference_mode()
-def document_bits(lm:LM, docs,
-                  bs:int=1 # documents at a time
-                 )->np.ndarray: # (documents,)
+def document_bits(
+    lm: LM,
+    docs,
+    bs: int = 1,  # documents at a time
+) -> np.ndarray:  # (documents,)
     "Bits that each document costs, read from its beginning."
     res = np.zeros(len(docs))
-    for at in chunked(np.argsort([len(d) for d in docs], kind='stable'), bs):
-        rows = [packed_rows(lm.tokenizer, [docs[i]], lm.context-1) for i in at]
+    for at in chunked(np.argsort([len(d) for d in docs], kind="stable"), bs):
+        rows = [packed_rows(lm.tokenizer, [docs[i]], lm.context - 1) for i in at]
         x = torch.full((sum(map(len, rows)), max(used := [int((r >= 0).sum(1).max()) for r in rows])), -100)
-        for r, part, n in zip(rows, x.split([*map(len, rows)]), used): part[:, :n] = r[:, :n]
+        for r, part, n in zip(rows, x.split([*map(len, rows)]), used):
+            part[:, :n] = r[:, :n]
         np.add.at(res, np.repeat(at, [*map(len, rows)]), nll(lm.model, x).sum(1).double().cpu().numpy())
-    return res/math.log(2)
+    return res / math.log(2)
 
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #4a1e91c6
 def question_and_answer(doc):
     "What is read and what is written of a document: both are all of it, if it is not a conversation."
-    q, mark, a = doc.partition('<|end|>\n<|assistant|>\n')
-    return (q.removeprefix('<|user|>\n'), a) if mark else (doc, doc)
+    q, mark, a = doc.partition("<|end|>\n<|assistant|>\n")
+    return (q.removeprefix("<|user|>\n"), a) if mark else (doc, doc)
 
-def n_tokens(tok, texts): return sum(map(len, tok([*texts], add_special_tokens=False, verbose=False)['input_ids']))
 
-ARMS = {'no new tokens': None, 'appended, exponential rows': dict(prior=False), 'appended, with prior': {}, 'replaced': dict(replace=True)}
+def n_tokens(tok, texts):
+    return sum(map(len, tok([*texts], add_special_tokens=False, verbose=False)["input_ids"]))
 
-def measure_tuning(lm:LM, train, test, # texts
-                   n_new:int=1000,     # new tokens
-                   steps:int=150,
-                   arms=tuple(ARMS),   # of `ARMS`
-                   bs:int=8,           # documents scored at a time
-                   **kw                # as for `finetune`
-                  )->list:             # a row for the model as it is, and one for each arm
+
+ARMS = {
+    "no new tokens": None,
+    "appended, exponential rows": dict(prior=False),
+    "appended, with prior": {},
+    "replaced": dict(replace=True),
+}
+
+
+def measure_tuning(
+    lm: LM,
+    train,
+    test,  # texts
+    n_new: int = 1000,  # new tokens
+    steps: int = 150,
+    arms=tuple(ARMS),  # of `ARMS`
+    bs: int = 8,  # documents scored at a time
+    **kw,  # as for `finetune`
+) -> list:  # a row for the model as it is, and one for each arm
     "Tune models with new tokens and one without on `train`; bits per byte and tokens of `test`."
-    size, parts, first = sum(len(d.encode()) for d in test), [*zip(*map(question_and_answer, test))], document_bits(lm, test, bs)
-    bits, rows = {}, [dict(model='as bundled', tokens=len(lm.tokenizer), new=0, steps=0, seconds=0, bits_before=round(float(first.sum())/size, 5), bits_per_byte=round(float(first.sum())/size, 5), saved_in=0., saved_out=0., every=1, curve=[])]
+    size, parts, first = (
+        sum(len(d.encode()) for d in test),
+        [*zip(*map(question_and_answer, test))],
+        document_bits(lm, test, bs),
+    )
+    bits, rows = (
+        {},
+        [
+            dict(
+                model="as bundled",
+                tokens=len(lm.tokenizer),
+                new=0,
+                steps=0,
+                seconds=0,
+                bits_before=round(float(first.sum()) / size, 5),
+                bits_per_byte=round(float(first.sum()) / size, 5),
+                saved_in=0.0,
+                saved_out=0.0,
+                every=1,
+                curve=[],
+            )
+        ],
+    )
     for name in arms:
-        kind = {'prior': True, 'replace': False, **(ARMS[name] or {})}; tokens = expand_tokenizer(lm.tokenizer, train, 0 if ARMS[name] is None else n_new, kind['replace'])
-        x = expand(lm, train, prior=kind['prior'], x=tokens)
-        before = document_bits(x, test, bs); t = time.perf_counter(); log = finetune(x, train, steps, new=[*tokens.pieces], **kw); seconds = time.perf_counter()-t
-        bits[name], every = document_bits(x, test, bs), max(1, steps//20)
-        saved = [round(1-n_tokens(x.tokenizer, p)/n_tokens(lm.tokenizer, p), 5) for p in parts]
-        rows.append(dict(model=name, tokens=len(x.tokenizer), new=len(x.tokenizer)-len(lm.tokenizer), steps=steps, seconds=round(seconds, 1), bits_before=round(float(before.sum())/size, 5), bits_per_byte=round(float(bits[name].sum())/size, 5),
-                         saved_in=saved[0], saved_out=saved[1], every=every, curve=[round(float(np.mean(log[i:i+every])), 4) for i in range(0, steps, every)]))
-    base = bits.get('no new tokens', first)
+        kind = {"prior": True, "replace": False, **(ARMS[name] or {})}
+        tokens = expand_tokenizer(lm.tokenizer, train, 0 if ARMS[name] is None else n_new, kind["replace"])
+        x = expand(lm, train, prior=kind["prior"], x=tokens)
+        before = document_bits(x, test, bs)
+        t = time.perf_counter()
+        log = finetune(x, train, steps, new=[*tokens.pieces], **kw)
+        seconds = time.perf_counter() - t
+        bits[name], every = document_bits(x, test, bs), max(1, steps // 20)
+        saved = [round(1 - n_tokens(x.tokenizer, p) / n_tokens(lm.tokenizer, p), 5) for p in parts]
+        rows.append(
+            dict(
+                model=name,
+                tokens=len(x.tokenizer),
+                new=len(x.tokenizer) - len(lm.tokenizer),
+                steps=steps,
+                seconds=round(seconds, 1),
+                bits_before=round(float(before.sum()) / size, 5),
+                bits_per_byte=round(float(bits[name].sum()) / size, 5),
+                saved_in=saved[0],
+                saved_out=saved[1],
+                every=every,
+                curve=[round(float(np.mean(log[i : i + every])), 4) for i in range(0, steps, every)],
+            )
+        )
+    base = bits.get("no new tokens", first)
     for r in rows:
-        b = bits.get(r['model'], first)
-        r.update(zip(('rise', 'low', 'high'), (round(float(y), 5) for y in rise(b, base))), over_bundled=round(float(b.sum()/first.sum()-1), 5))
+        b = bits.get(r["model"], first)
+        r.update(
+            zip(("rise", "low", "high"), (round(float(y), 5) for y in rise(b, base))),
+            over_bundled=round(float(b.sum() / first.sum() - 1), 5),
+        )
     return rows
 
-
 # %% ../nbs/02d_adaptivocab_finetune.ipynb #ef0f95f1
-def save(lm:LM, folder):
+def save(lm: LM, folder):
     "Write model and tokenizer to `folder`, for `from_pretrained`."
-    lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder)
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)

@@ -7,7 +7,10 @@ __all__ = ['EMBEDS', 'piece_weights', 'Vocab', 'Reading', 'PhraseReader', 'fold_
            'load_rows']
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #debff873
-import hashlib, inspect, json, math
+import hashlib
+import inspect
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,140 +25,185 @@ from .adaptivocab import Folded, PhraseTable, SimpleAdaptiVocab
 from .core import LlmoptError, kl
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #8eea80d3
-EMBEDS = 'exp', 'mean', 'last'
+EMBEDS = "exp", "mean", "last"
 
-def piece_weights(k:int,                   # pieces
-                  embed:str='exp',         # `exp`, `mean`, or `last`
-                  ratio:float=math.exp(2)  # weight of a piece over that of the one before it, for `exp`
-                 )->torch.Tensor:          # (k,), sum 1
+
+def piece_weights(
+    k: int,  # pieces
+    embed: str = "exp",  # `exp`, `mean`, or `last`
+    ratio: float = math.exp(2),  # weight of a piece over that of the one before it, for `exp`
+) -> torch.Tensor:  # (k,), sum 1
     "Weights of the pieces of a phrase in its vector."
-    if embed not in EMBEDS: raise ValueError(f"embed is one of {', '.join(EMBEDS)}, not '{embed}'")
-    if embed == 'last': return torch.eye(k)[-1]
-    return torch.softmax(torch.arange(k)*math.log(ratio if embed == 'exp' else 1), 0)
+    if embed not in EMBEDS:
+        raise ValueError(f"embed is one of {', '.join(EMBEDS)}, not '{embed}'")
+    if embed == "last":
+        return torch.eye(k)[-1]
+    return torch.softmax(torch.arange(k) * math.log(ratio if embed == "exp" else 1), 0)
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #4e49a0db
 @dataclass(frozen=True)
 class Vocab:
     "How a model reads phrases; `Vocab()` is the method `simple_adaptivocab`."
-    phrases:str|None = None             # JSON file that `SimpleAdaptiVocab.save` wrote; None takes the default phrases
-    embed:str = 'exp'                   # vector of a phrase: `exp`, `mean` or `last` piece
-    ratio:float = round(math.exp(2), 6) # for `exp`: weight of a piece over that of the one before
-    positions:str = 'gapped'            # `gapped`: as in the unfolded text; `contiguous`: one for each token that is read
-    segmentation:str = 'optimal'        # `optimal`, or `greedy`, which is prefix-stable
-    rows:str|None = None                # trained vectors of these phrases, a folder that `save_rows` wrote; None composes them
+
+    phrases: str | None = None  # JSON file that `SimpleAdaptiVocab.save` wrote; None takes the default phrases
+    embed: str = "exp"  # vector of a phrase: `exp`, `mean` or `last` piece
+    ratio: float = round(math.exp(2), 6)  # for `exp`: weight of a piece over that of the one before
+    positions: str = "gapped"  # `gapped`: as in the unfolded text; `contiguous`: one for each token that is read
+    segmentation: str = "optimal"  # `optimal`, or `greedy`, which is prefix-stable
+    rows: str | None = None  # trained vectors of these phrases, a folder that `save_rows` wrote; None composes them
+
     def __post_init__(self):
-        if self.embed not in EMBEDS: raise ValueError(f"embed is one of {', '.join(EMBEDS)}, not '{self.embed}'")
-        if self.positions not in ('gapped', 'contiguous'): raise ValueError(f"positions are 'gapped' or 'contiguous', not '{self.positions}'")
-        if self.segmentation not in ('optimal', 'greedy'): raise ValueError(f"segmentation is 'optimal' or 'greedy', not '{self.segmentation}'")
-        if not self.ratio > 0 or math.isinf(self.ratio): raise ValueError(f'ratio is a positive number, not {self.ratio}')
+        if self.embed not in EMBEDS:
+            raise ValueError(f"embed is one of {', '.join(EMBEDS)}, not '{self.embed}'")
+        if self.positions not in ("gapped", "contiguous"):
+            raise ValueError(f"positions are 'gapped' or 'contiguous', not '{self.positions}'")
+        if self.segmentation not in ("optimal", "greedy"):
+            raise ValueError(f"segmentation is 'optimal' or 'greedy', not '{self.segmentation}'")
+        if not self.ratio > 0 or math.isinf(self.ratio):
+            raise ValueError(f"ratio is a positive number, not {self.ratio}")
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #13c06e2d
 class Reading(NamedTuple):
     "A prompt as the model reads it."
-    embeds:torch.Tensor    # (1, m, D)
-    mask:torch.Tensor      # (1, m), ones
-    positions:torch.Tensor # (1, m)
-    ids:list               # the m tokens that are read, phrases among them
-    numbered:bool=True     # does the model take positions?
+
+    embeds: torch.Tensor  # (1, m, D)
+    mask: torch.Tensor  # (1, m), ones
+    positions: torch.Tensor  # (1, m)
+    ids: list  # the m tokens that are read, phrases among them
+    numbered: bool = True  # does the model take positions?
+
     @property
-    def inputs(self)->dict: # for `model(…)` and `model.generate(…)`
-        return dict(inputs_embeds=self.embeds, attention_mask=self.mask, **({'position_ids': self.positions} if self.numbered else {}))
+    def inputs(self) -> dict:  # for `model(…)` and `model.generate(…)`
+        return dict(
+            inputs_embeds=self.embeds,
+            attention_mask=self.mask,
+            **({"position_ids": self.positions} if self.numbered else {}),
+        )
+
     @property
-    def next(self)->int: return int(self.positions[0, -1])+1 # position of the first token of the answer
+    def next(self) -> int:
+        return int(self.positions[0, -1]) + 1  # position of the first token of the answer
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #1b2abd1b
 class PhraseReader:
     "Lets an unmodified causal language model read phrases in its prompt."
-    def __init__(self,
-                 model,                  # a transformers causal LM
-                 vocab:SimpleAdaptiVocab,# phrases
-                 cfg:Vocab|None=None,    # how they are read; `Vocab()` by default
-                 rows=None               # (phrases, D) vectors of the phrases, instead of composed ones
-                ):
+
+    def __init__(
+        self,
+        model,  # a transformers causal LM
+        vocab: SimpleAdaptiVocab,  # phrases
+        cfg: Vocab | None = None,  # how they are read; `Vocab()` by default
+        rows=None,  # (phrases, D) vectors of the phrases, instead of composed ones
+    ):
         self.model, self.vocab, self.cfg, name = model, vocab, cfg or Vocab(), type(model).__name__
         takes = inspect.signature(model.forward).parameters
-        if 'inputs_embeds' not in takes: raise LlmoptError(f'{name} takes no inputs_embeds, so it cannot read phrases')
-        self.numbered = 'position_ids' in takes
-        if self.cfg.positions == 'gapped' and not self.numbered: raise LlmoptError(f"{name} takes no position_ids; use positions='contiguous'")
+        if "inputs_embeds" not in takes:
+            raise LlmoptError(f"{name} takes no inputs_embeds, so it cannot read phrases")
+        self.numbered = "position_ids" in takes
+        if self.cfg.positions == "gapped" and not self.numbered:
+            raise LlmoptError(f"{name} takes no position_ids; use positions='contiguous'")
         size = model.get_input_embeddings().weight.shape[0]
-        if any(max(p) >= size for p in vocab.table.pieces): raise LlmoptError(f'{name} has {size:,} embedding rows, fewer than the tokenizer has tokens')
-        if rows is not None and len(rows) != len(vocab.table): raise LlmoptError(f'{len(rows)} rows do not fit {len(vocab.table)} phrases')
+        if any(max(p) >= size for p in vocab.table.pieces):
+            raise LlmoptError(f"{name} has {size:,} embedding rows, fewer than the tokenizer has tokens")
+        if rows is not None and len(rows) != len(vocab.table):
+            raise LlmoptError(f"{len(rows)} rows do not fit {len(vocab.table)} phrases")
         self.rows = rows
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #d69791c6
-def fold_where(ids,   # token ids
-               where, # (start, span, phrase id) of each phrase, in order
-              )->Folded:
+def fold_where(
+    ids,  # token ids
+    where,  # (start, span, phrase id) of each phrase, in order
+) -> Folded:
     "`ids` with phrases at the places given."
     cuts, spans, out, i = [], [], [], 0
     for start, span, phrase in [*where, (len(ids), 0, None)]:
-        cuts += [*range(i, start)]; spans += [1]*(start-i); out += [*ids[i:start]]
-        if phrase is not None: cuts.append(start); spans.append(span); out.append(phrase)
-        i = start+span
+        cuts += [*range(i, start)]
+        spans += [1] * (start - i)
+        out += [*ids[i:start]]
+        if phrase is not None:
+            cuts.append(start)
+            spans.append(span)
+            out.append(phrase)
+        i = start + span
     return Folded(*(np.array(x, np.int64) for x in (out, cuts, spans)))
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #e4a4c48b
 @patch
 @torch.no_grad()
-def compose(self:PhraseReader, ids:list, f:Folded)->Reading:
+def compose(self: PhraseReader, ids: list, f: Folded) -> Reading:
     "What to feed the model for `ids`, folded as `f` says."
     dev = self.model.device
     w = torch.cat([piece_weights(k, self.cfg.embed, self.cfg.ratio) for k in f.span.tolist()]).to(dev)
     group = torch.arange(len(f.ids)).repeat_interleave(torch.from_numpy(f.span)).to(dev)
     e = self.model.get_input_embeddings()(torch.as_tensor(ids, device=dev))
-    x = torch.zeros(len(f.ids), e.shape[1], device=dev).index_add_(0, group, w[:, None]*e.float()).to(e.dtype)
+    x = torch.zeros(len(f.ids), e.shape[1], device=dev).index_add_(0, group, w[:, None] * e.float()).to(e.dtype)
     at = np.flatnonzero(f.span > 1)
-    if self.rows is not None: x[at] = self.rows[f.ids[at]-self.vocab.base].to(x)
-    pos = f.start+f.span-1 if self.cfg.positions == 'gapped' else torch.arange(len(f.ids))
+    if self.rows is not None:
+        x[at] = self.rows[f.ids[at] - self.vocab.base].to(x)
+    pos = f.start + f.span - 1 if self.cfg.positions == "gapped" else torch.arange(len(f.ids))
     pos = torch.as_tensor(pos, device=dev)[None]
     return Reading(x[None], torch.ones_like(pos), pos, f.ids.tolist(), self.numbered)
 
+
 @patch
-def read(self:PhraseReader, ids:list, fold:bool=True)->Reading: # ids in the tokenizer's own vocabulary
+def read(self: PhraseReader, ids: list, fold: bool = True) -> Reading:  # ids in the tokenizer's own vocabulary
     "What to feed the model for the prompt `ids`."
-    if not len(ids): raise LlmoptError('there is nothing to read')
+    if not len(ids):
+        raise LlmoptError("there is nothing to read")
     return self.compose(ids, self.vocab.fold(ids) if fold else fold_where(ids, []))
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #44daa0b3
 @patch
-def reader(self:Vocab, lm)->PhraseReader: # lm: `llmopt.core.LM`
+def reader(self: Vocab, lm) -> PhraseReader:  # lm: `llmopt.core.LM`
     "A reader of these phrases for the model and tokenizer of `lm`."
-    if self.phrases is None: v = SimpleAdaptiVocab(lm.tokenizer, segmentation=self.segmentation)
-    else: v = SimpleAdaptiVocab.load(self.phrases, lm.tokenizer)
+    if self.phrases is None:
+        v = SimpleAdaptiVocab(lm.tokenizer, segmentation=self.segmentation)
+    else:
+        v = SimpleAdaptiVocab.load(self.phrases, lm.tokenizer)
     v.segmentation = self.segmentation
     r = PhraseReader(lm.model, v, self)
-    if self.rows is not None: r.rows = load_rows(self.rows, r)
+    if self.rows is not None:
+        r.rows = load_rows(self.rows, r)
     return r
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #bb916550
 @patch
 @torch.inference_mode()
-def generate(self:PhraseReader, ids:list, **kw)->list: # ids of the answer
+def generate(self: PhraseReader, ids: list, **kw) -> list:  # ids of the answer
     "The model's answer to the prompt `ids`; `kw` as for `model.generate`."
     return self.model.generate(**self.read(ids).inputs, **kw)[0].tolist()
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #2a04197c
 @patch
 @torch.inference_mode()
-def score(self:PhraseReader, ids:list, answer_ids:list, fold:bool=True)->torch.Tensor: # (n, vocabulary) log-probabilities
+def score(
+    self: PhraseReader, ids: list, answer_ids: list, fold: bool = True
+) -> torch.Tensor:  # (n, vocabulary) log-probabilities
     "Log-probabilities before each token of `answer_ids` after the prompt `ids`."
     return self.led(self.read(ids, fold), answer_ids)
 
+
 @patch
 @torch.inference_mode()
-def led(self:PhraseReader, r:Reading, answer_ids:list)->torch.Tensor: # (n, vocabulary) log-probabilities
+def led(self: PhraseReader, r: Reading, answer_ids: list) -> torch.Tensor:  # (n, vocabulary) log-probabilities
     "Log-probabilities before each token of `answer_ids` after the prompt `r`."
     n = len(answer_ids)
-    more = torch.arange(r.next, r.next+n, device=self.model.device)[None]
+    more = torch.arange(r.next, r.next + n, device=self.model.device)[None]
     e = self.model.get_input_embeddings()(torch.tensor([answer_ids], device=self.model.device, dtype=torch.long))
     pos = torch.cat([r.positions, more], 1)
     x = r._replace(embeds=torch.cat([r.embeds, e.to(r.embeds.dtype)], 1), mask=torch.ones_like(pos), positions=pos)
-    return self.model(**x.inputs, use_cache=False).logits[0, len(r.ids)-1:len(r.ids)-1+n].float().log_softmax(-1)
+    return (
+        self.model(**x.inputs, use_cache=False).logits[0, len(r.ids) - 1 : len(r.ids) - 1 + n].float().log_softmax(-1)
+    )
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #88970ad2
 class _Use(NamedTuple):
     "A place where a phrase is used: a window of plain ids, and the phrase within it."
-    phrase:int; ids:list; start:int; span:int
+
+    phrase: int
+    ids: list
+    start: int
+    span: int
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #4edf5c8b
 def _uses(vocab, texts, most, before, after):
@@ -164,53 +212,65 @@ def _uses(vocab, texts, most, before, after):
     for ids in vocab.tokens(texts):
         f = vocab.fold(ids)
         for i, s, k in zip(f.ids.tolist(), f.start.tolist(), f.span.tolist()):
-            j, a = i-vocab.base, max(0, s-before)
-            if j < 0 or seen.get(j, 0) == most or s+k >= len(ids): continue
-            seen[j] = seen.get(j, 0)+1
-            res.append(_Use(j, ids[a:s+k+after].tolist(), s-a, k))
+            j, a = i - vocab.base, max(0, s - before)
+            if j < 0 or seen.get(j, 0) == most or s + k >= len(ids):
+                continue
+            seen[j] = seen.get(j, 0) + 1
+            res.append(_Use(j, ids[a : s + k + after].tolist(), s - a, k))
     return res
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #097208c5
 @patch
-def _logits(self:PhraseReader, rows):
+def _logits(self: PhraseReader, rows):
     "Log-probabilities of the model for several `Reading`s at once."
     n = max(r.embeds.shape[1] for r in rows)
-    def pad(t, fill): return torch.cat([t, t.new_full((1, n-t.shape[1], *t.shape[2:]), fill)], 1)
+
+    def pad(t, fill):
+        return torch.cat([t, t.new_full((1, n - t.shape[1], *t.shape[2:]), fill)], 1)
+
     embeds, mask, positions = (torch.cat([pad(r[i], 0) for r in rows]) for i in range(3))
-    return self.model(**Reading(embeds, mask, positions, [], self.numbered).inputs, use_cache=False).logits.float().log_softmax(-1)
+    return (
+        self.model(**Reading(embeds, mask, positions, [], self.numbered).inputs, use_cache=False)
+        .logits.float()
+        .log_softmax(-1)
+    )
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #d37c563d
 @patch
 @torch.inference_mode()
-def _prices(self:PhraseReader, uses):
+def _prices(self: PhraseReader, uses):
     "The divergence that each of `uses` causes, on average over the tokens behind the phrase."
     plain = self._logits([self.compose(u.ids, fold_where(u.ids, [])) for u in uses])
     short = self._logits([self.compose(u.ids, fold_where(u.ids, [(u.start, u.span, u.phrase)])) for u in uses])
-    rows = ((slice(u.start+u.span-1, len(u.ids)-1), slice(u.start, len(u.ids)-u.span)) for u in uses)
+    rows = ((slice(u.start + u.span - 1, len(u.ids) - 1), slice(u.start, len(u.ids) - u.span)) for u in uses)
     return [kl(p[a], q[b]).mean().item() for p, q, (a, b) in zip(plain, short, rows)]
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #5294910e
 @patch
-def prices(self:PhraseReader,
-           texts,          # calibration texts, of the kind that will be read
-           uses:int=4,     # places to try for each phrase
-           before:int=48,  # tokens of the window before the phrase
-           after:int=16,   # and behind it, over which the divergence is averaged
-           bs:int=16,      # windows in a batch
-           progress:bool=True)->dict: # phrase number -> mean divergence, in nats a token
+def prices(
+    self: PhraseReader,
+    texts,  # calibration texts, of the kind that will be read
+    uses: int = 4,  # places to try for each phrase
+    before: int = 48,  # tokens of the window before the phrase
+    after: int = 16,  # and behind it, over which the divergence is averaged
+    bs: int = 16,  # windows in a batch
+    progress: bool = True,
+) -> dict:  # phrase number -> mean divergence, in nats a token
     "What each phrase that occurs in `texts` costs: mean divergence of the tokens behind it."
     found, cost = sorted(_uses(self.vocab, texts, uses, before, after), key=lambda u: len(u.ids)), {}
-    for b in tqdm([*chunked(found, bs)], disable=not progress, leave=False, desc='phrases'):
-        for u, c in zip(b, self._prices(b)): cost.setdefault(u.phrase, []).append(c)
-    return {j: sum(c)/len(c) for j, c in sorted(cost.items())}
+    for b in tqdm([*chunked(found, bs)], disable=not progress, leave=False, desc="phrases"):
+        for u, c in zip(b, self._prices(b)):
+            cost.setdefault(u.phrase, []).append(c)
+    return {j: sum(c) / len(c) for j, c in sorted(cost.items())}
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #8f85d475
 @patch
-def gate(self:PhraseReader,
-         texts,              # calibration texts
-         max_kl:float=.01,   # highest price of a phrase, in nats a token
-         **kw                # as for `prices`
-        )->tuple: # (SimpleAdaptiVocab with the phrases that are kept, {text of phrase: price})
+def gate(
+    self: PhraseReader,
+    texts,  # calibration texts
+    max_kl: float = 0.01,  # highest price of a phrase, in nats a token
+    **kw,  # as for `prices`
+) -> tuple:  # (SimpleAdaptiVocab with the phrases that are kept, {text of phrase: price})
     "The phrases that the model reads at a price of at most `max_kl`."
     cost, v = self.prices(texts, **kw), self.vocab
     kept = SimpleAdaptiVocab(v.tokenizer, [], v.segmentation)
@@ -218,46 +278,72 @@ def gate(self:PhraseReader,
     return kept, {v.tokenizer.decode(v.table.pieces[j]): c for j, c in cost.items()}
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #0a484208
-_ROWS = 'llmopt phrase rows 1'
+_ROWS = "llmopt phrase rows 1"
 
-def model_fingerprint(model)->str: # 16 hexadecimal digits
+
+def model_fingerprint(model) -> str:  # 16 hexadecimal digits
     "A short hash of the names, shapes and some numbers of the weights of `model`."
     h = hashlib.sha256()
     for name, p in model.named_parameters():
-        some = p.detach().flatten()[::max(1, p.numel()//1024)].to('cpu', torch.bfloat16)
-        h.update(f'{name} {tuple(p.shape)}'.encode()+some.view(torch.int16).numpy().tobytes())
+        some = p.detach().flatten()[:: max(1, p.numel() // 1024)].to("cpu", torch.bfloat16)
+        h.update(f"{name} {tuple(p.shape)}".encode() + some.view(torch.int16).numpy().tobytes())
     return h.hexdigest()[:16]
 
-def _phrases_fingerprint(table): return hashlib.sha256(json.dumps([table.base, table.pieces]).encode()).hexdigest()[:16]
+
+def _phrases_fingerprint(table):
+    return hashlib.sha256(json.dumps([table.base, table.pieces]).encode()).hexdigest()[:16]
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #42017f6d
-def _rows_of(reader): return dict(format=_ROWS, model=model_fingerprint(reader.model), phrases=_phrases_fingerprint(reader.vocab.table))
+def _rows_of(reader):
+    return dict(format=_ROWS, model=model_fingerprint(reader.model), phrases=_phrases_fingerprint(reader.vocab.table))
 
-def save_rows(rows,               # (phrases, D)
-              reader:PhraseReader,# whose model and phrases they are for
-              folder):            # is made
+
+def save_rows(
+    rows,  # (phrases, D)
+    reader: PhraseReader,  # whose model and phrases they are for
+    folder,
+):  # is made
     "Write trained vectors of phrases to `folder`."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    save_file({'rows': rows.detach().cpu().contiguous()}, folder/'rows.safetensors')
-    (folder/'rows.json').write_text(json.dumps(dict(_rows_of(reader), shape=[*rows.shape]), indent=1)+'\n', encoding='utf-8')
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"rows": rows.detach().cpu().contiguous()}, folder / "rows.safetensors")
+    (folder / "rows.json").write_text(
+        json.dumps(dict(_rows_of(reader), shape=[*rows.shape]), indent=1) + "\n", encoding="utf-8"
+    )
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #5fb22b10
-def load_rows(folder, reader:PhraseReader)->torch.Tensor: # (phrases, D)
+def load_rows(folder, reader: PhraseReader) -> torch.Tensor:  # (phrases, D)
     "The trained vectors in `folder`, for the model and the phrases of `reader`."
-    try: d, rows = json.loads((Path(folder)/'rows.json').read_text(encoding='utf-8')), load_file(Path(folder)/'rows.safetensors')['rows']
-    except FileNotFoundError: raise LlmoptError(f"no rows in '{folder}'; write them with `save_rows`") from None
-    except Exception as e: raise LlmoptError(f"the rows in '{folder}' are damaged ({type(e).__name__})") from None
+    try:
+        d, rows = (
+            json.loads((Path(folder) / "rows.json").read_text(encoding="utf-8")),
+            load_file(Path(folder) / "rows.safetensors")["rows"],
+        )
+    except FileNotFoundError:
+        raise LlmoptError(f"no rows in '{folder}'; write them with `save_rows`") from None
+    except Exception as e:
+        raise LlmoptError(f"the rows in '{folder}' are damaged ({type(e).__name__})") from None
     want = _rows_of(reader)
-    for k, what in dict(format='format', model='model', phrases='table of phrases').items():
-        if d.get(k) != want[k]: raise LlmoptError(f"the rows in '{folder}' belong to another {what}; train them again with `distill`")
-    if rows.shape != (len(reader.vocab.table), reader.model.get_input_embeddings().weight.shape[1]): raise LlmoptError(f"the rows in '{folder}' are damaged (shape {tuple(rows.shape)})")
+    for k, what in dict(format="format", model="model", phrases="table of phrases").items():
+        if d.get(k) != want[k]:
+            raise LlmoptError(f"the rows in '{folder}' belong to another {what}; train them again with `distill`")
+    if rows.shape != (len(reader.vocab.table), reader.model.get_input_embeddings().weight.shape[1]):
+        raise LlmoptError(f"the rows in '{folder}' are damaged (shape {tuple(rows.shape)})")
     return rows.to(reader.model.device)
 
 # %% ../nbs/02a_adaptivocab_model.ipynb #70fad186
 @patch
-def compare_prompts(self:PhraseReader, prompts, answers)->dict: # tokens read, mean divergence, share of equal first choices
+def compare_prompts(
+    self: PhraseReader, prompts, answers
+) -> dict:  # tokens read, mean divergence, share of equal first choices
     "Quality along `answers` when the `prompts` (both lists of ids) are read with phrases, against reading them plainly."
     ps, qs = ([self.score(i, a, fold=f) for i, a in zip(prompts, answers)] for f in (False, True))
     p, q = torch.cat(ps), torch.cat(qs)
     n, m = sum(map(len, prompts)), sum(len(self.vocab.fold(i).ids) for i in prompts)
-    return dict(tokens=n, read=m, saved=1-m/n, kl=kl(p, q).mean().item(), top1=(p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    return dict(
+        tokens=n,
+        read=m,
+        saved=1 - m / n,
+        kl=kl(p, q).mean().item(),
+        top1=(p.argmax(-1) == q.argmax(-1)).float().mean().item(),
+    )

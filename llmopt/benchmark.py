@@ -8,297 +8,537 @@ __all__ = ['NAIVE', 'SUITES', 'read_texts', 'survive', 'budgets', 'answers', 'me
            'benchmark_larosa', 'run', 'show']
 
 # %% ../nbs/10_benchmark.ipynb #65e3b7cc
-import copy, json, math, os, random, statistics, time
+import copy
+import json
+import math
+import os
+import random
+import statistics
+import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import pandas as pd, torch
+import pandas as pd
+import torch
 from fastcore.basics import chunked
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 import llmopt.kv_cache.speed as kv_speed
-from .kv_cache.restore import benchmark_restore
 from . import __version__
 from .adaptivocab import PhraseTable, SimpleAdaptiVocab, compare_selection, fold_speed
 from .adaptivocab_distill import measure_reading
 from .adaptivocab_finetune import measure_tuning, question_and_answer
 from .core import ASSETS, TINY, LlmoptError, environment, interleaved, kl, load, user
 from .evaluation import keyword_recall
+from .kv_cache.restore import benchmark_restore
 from .larosa import default_texts, windows
 from .larosa_ladder import Ladder
 from .phrase_drafts import PhraseDrafts, compare_drafts, extra_cost
 from .results import check_writable, now, write_text
 from .sparse_linear import benchmark_kernel, benchmark_step
-from .word_removal import MODEL_FREE, BudgetError, break_even, compress, model_surprisal, recall_table, time_scorers
+from llmopt.word_removal import (
+    MODEL_FREE,
+    BudgetError,
+    break_even,
+    compress,
+    model_surprisal,
+    recall_table,
+    time_scorers,
+)
 
 # %% ../nbs/10_benchmark.ipynb #2a0059a8
-def read_texts(path=None # JSON lines with a "text" each, and if you have them "reference", "questions" and "held_out"; None: the passages of the package
-              )->list:   # of dicts
+def read_texts(
+    path=None,  # JSON lines with a "text" each, and if you have them "reference", "questions" and "held_out"; None: the passages of the package
+) -> list:  # of dicts
     "Texts for a benchmark; `LlmoptError` with the line number for a bad line."
-    path, rows = Path(path or ASSETS/'reading.jsonl'), []
-    try: lines = path.read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as e: raise LlmoptError(f"cannot read texts from '{path}': {getattr(e, 'strerror', None) or e}") from None
+    path, rows = Path(path or ASSETS / "reading.jsonl"), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise LlmoptError(f"cannot read texts from '{path}': {getattr(e, 'strerror', None) or e}") from None
     for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: r = json.loads(line)
-        except json.JSONDecodeError as e: raise LlmoptError(f"{path}, line {n}: not JSON ({e.msg})") from None
-        if not isinstance(r, dict) or not isinstance(r.get('text'), str) or not r['text'].strip(): raise LlmoptError(f'{path}, line {n}: an object with a "text" is needed')
+        if not line.strip():
+            continue
+        try:
+            r = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise LlmoptError(f"{path}, line {n}: not JSON ({e.msg})") from None
+        if not isinstance(r, dict) or not isinstance(r.get("text"), str) or not r["text"].strip():
+            raise LlmoptError(f'{path}, line {n}: an object with a "text" is needed')
         rows.append(r)
-    if not rows: raise LlmoptError(f"no texts in '{path}'")
+    if not rows:
+        raise LlmoptError(f"no texts in '{path}'")
     return rows
 
 # %% ../nbs/10_benchmark.ipynb #fab8f64c
-NAIVE = 'every_nth', 'random'      # scorers that protect nothing
+NAIVE = "every_nth", "random"  # scorers that protect nothing
 
-def survive(rows, tokenizer=None, rate:float=.5)->list: # of dicts
+
+def survive(rows, tokenizer=None, rate: float = 0.5) -> list:  # of dicts
     "Share of content words and numbers that survive each scorer; the naive ones protect nothing."
-    t = recall_table([(r['text'], r.get('reference', r['text'])) for r in rows], rate, tokenizer)
-    return [dict(r, rate=rate, counted='words' if tokenizer is None else 'tokens', left_out=len(rows)-r['texts']) for r in t if (r['scorer'] in NAIVE) == (r['protect'] == 'nothing')]
+    t = recall_table([(r["text"], r.get("reference", r["text"])) for r in rows], rate, tokenizer)
+    return [
+        dict(r, rate=rate, counted="words" if tokenizer is None else "tokens", left_out=len(rows) - r["texts"])
+        for r in t
+        if (r["scorer"] in NAIVE) == (r["protect"] == "nothing")
+    ]
 
 # %% ../nbs/10_benchmark.ipynb #281c13b9
-def budgets(rows, tokenizer, n:int=1000, seed:int=0)->list: # one dict
+def budgets(rows, tokenizer, n: int = 1000, seed: int = 0) -> list:  # one dict
     "Whether `compress` keeps `n` random budgets on random pieces of the texts."
     rng, unused, over, refused = random.Random(seed), [], 0, 0
-    for _ in tqdm(range(n), desc='budgets', leave=False):
-        words = rng.choice(rows)['text'].split(' '); i = rng.randrange(len(words)); piece = ' '.join(words[i:i+rng.randrange(1, 200)])
-        try: c = compress(piece, target_tokens=rng.randrange(1, 120), tokenizer=tokenizer, scorer=rng.choice(MODEL_FREE), protect=rng.choice((None, 'numbers', ())))
-        except BudgetError: refused += 1; continue
-        over += c.tokens_after > c.target; unused.append(min(c.target, c.tokens_before)-c.tokens_after)
-    return [dict(texts=n, exceeded=over, refused=refused, exact=sum(u == 0 for u in unused), unused_max=max(unused), unused_mean=statistics.mean(unused))]
+    for _ in tqdm(range(n), desc="budgets", leave=False):
+        words = rng.choice(rows)["text"].split(" ")
+        i = rng.randrange(len(words))
+        piece = " ".join(words[i : i + rng.randrange(1, 200)])
+        try:
+            c = compress(
+                piece,
+                target_tokens=rng.randrange(1, 120),
+                tokenizer=tokenizer,
+                scorer=rng.choice(MODEL_FREE),
+                protect=rng.choice((None, "numbers", ())),
+            )
+        except BudgetError:
+            refused += 1
+            continue
+        over += c.tokens_after > c.target
+        unused.append(min(c.target, c.tokens_before) - c.tokens_after)
+    return [
+        dict(
+            texts=n,
+            exceeded=over,
+            refused=refused,
+            exact=sum(u == 0 for u in unused),
+            unused_max=max(unused),
+            unused_mean=statistics.mean(unused),
+        )
+    ]
 
 # %% ../nbs/10_benchmark.ipynb #495e3eee
 def _short(text, scorer, k, tokenizer, question=None, **kw):
     "`text` cut to `k` tokens by `scorer`."
-    if scorer in NAIVE: kw['protect'] = ()
+    if scorer in NAIVE:
+        kw["protect"] = ()
     return compress(text, target_tokens=k, tokenizer=tokenizer, scorer=scorer, question=question, **kw)
 
-def _prompt(lm, passage, question): return lm.encode_chat([user(f'{passage}\n\n{question}' if passage else question)])
 
+def _prompt(lm, passage, question):
+    return lm.encode_chat([user(f"{passage}\n\n{question}" if passage else question)])
 
 # %% ../nbs/10_benchmark.ipynb #8b542efe
 class _Read:
     "Several prompts of a model, read once, side by side: padded on the left, so that their answers begin at the same place."
+
     @torch.inference_mode()
     def __init__(self, lm, prompts):
         self.lm, n = lm, max(map(len, prompts))
-        self.ids = torch.tensor([[0]*(n-len(p))+p for p in prompts], device=lm.device)
-        self.mask = torch.tensor([[0]*(n-len(p))+[1]*len(p) for p in prompts], device=lm.device)
+        self.ids = torch.tensor([[0] * (n - len(p)) + p for p in prompts], device=lm.device)
+        self.mask = torch.tensor([[0] * (n - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
         self.cache = DynamicCache(config=lm.model.config)
-        if n > 1: self.forward(self.ids[:, :-1], self.cache, 1)
+        if n > 1:
+            self.forward(self.ids[:, :-1], self.cache, 1)
+
     def forward(self, x, cache, keep):
         "Logits behind the last `keep` of the tokens `x`, which follow what is in `cache`."
-        past, end = cache.get_seq_length(), cache.get_seq_length()+x.shape[1]
-        mask = torch.cat([self.mask, self.mask.new_ones(len(x), max(0, end-self.mask.shape[1]))], 1)[:, :end]
-        positions = (mask.cumsum(1)-1).clamp(min=0)[:, past:]
-        return self.lm.model(x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        past, end = cache.get_seq_length(), cache.get_seq_length() + x.shape[1]
+        mask = torch.cat([self.mask, self.mask.new_ones(len(x), max(0, end - self.mask.shape[1]))], 1)[:, :end]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        return self.lm.model(
+            x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        ).logits
+
     @torch.inference_mode()
-    def log_probs(self, answer)->torch.Tensor: # (prompts, n, V)
+    def log_probs(self, answer) -> torch.Tensor:  # (prompts, n, V)
         "Log-probabilities before each token of `answer`."
         rest = torch.tensor(answer[:-1], device=self.ids.device, dtype=torch.long).expand(len(self.ids), -1)
-        return self.forward(torch.cat([self.ids[:, -1:], rest], 1), copy.deepcopy(self.cache), len(answer)).float().log_softmax(-1)
-    @torch.inference_mode()
-    def answers(self, n)->list: # of lists of ids
-        "The greedy answers of up to `n` tokens, their end tokens included."
-        g = self.lm.model.generation_config; ends = {*(g.eos_token_id if isinstance(g.eos_token_id, list) else [g.eos_token_id])}
-        pad = g.pad_token_id if g.pad_token_id is not None else next(iter(ends)) or 0
-        out = self.lm.model.generate(self.ids, attention_mask=self.mask, past_key_values=copy.deepcopy(self.cache), max_new_tokens=n, do_sample=False, pad_token_id=pad)
-        rows = out[:, self.ids.shape[1]:].tolist()
-        return [r[:next((i for i, t in enumerate(r) if t in ends), n)+1] for r in rows]
+        return (
+            self.forward(torch.cat([self.ids[:, -1:], rest], 1), copy.deepcopy(self.cache), len(answer))
+            .float()
+            .log_softmax(-1)
+        )
 
+    @torch.inference_mode()
+    def answers(self, n) -> list:  # of lists of ids
+        "The greedy answers of up to `n` tokens, their end tokens included."
+        g = self.lm.model.generation_config
+        ends = {*(g.eos_token_id if isinstance(g.eos_token_id, list) else [g.eos_token_id])}
+        pad = g.pad_token_id if g.pad_token_id is not None else next(iter(ends)) or 0
+        out = self.lm.model.generate(
+            self.ids,
+            attention_mask=self.mask,
+            past_key_values=copy.deepcopy(self.cache),
+            max_new_tokens=n,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        rows = out[:, self.ids.shape[1] :].tolist()
+        return [r[: next((i for i, t in enumerate(r) if t in ends), n) + 1] for r in rows]
 
 # %% ../nbs/10_benchmark.ipynb #78550206
 def _losses(lm, prompts, base_ids, base_lp, ref_ids, keywords, n):
     "What each of some shortened prompts costs: KL along the model's own answer, nats of the reference answer, keywords found."
-    r = _Read(lm, prompts); lp, outs = r.log_probs(base_ids), r.answers(n)
-    ref = -r.log_probs(ref_ids).gather(2, torch.tensor(ref_ids, device=lm.device).expand(len(prompts), -1)[..., None]).mean((1, 2)) if ref_ids else None
+    r = _Read(lm, prompts)
+    lp, outs = r.log_probs(base_ids), r.answers(n)
+    ref = (
+        -r.log_probs(ref_ids)
+        .gather(2, torch.tensor(ref_ids, device=lm.device).expand(len(prompts), -1)[..., None])
+        .mean((1, 2))
+        if ref_ids
+        else None
+    )
     div, same = kl(base_lp, lp).mean(1), (base_lp.argmax(-1) == lp.argmax(-1)).float().mean(1)
-    return [dict(kl=div[i].item(), top1=same[i].item(), nll=ref[i].item() if ref_ids else None, keyword_recall=keyword_recall(lm.tokenizer.decode(o, skip_special_tokens=True), keywords))
-            for i, o in enumerate(outs)]
+    return [
+        dict(
+            kl=div[i].item(),
+            top1=same[i].item(),
+            nll=ref[i].item() if ref_ids else None,
+            keyword_recall=keyword_recall(lm.tokenizer.decode(o, skip_special_tokens=True), keywords),
+        )
+        for i, o in enumerate(outs)
+    ]
+
 
 def _variants(lm, r, q, rates, scorers, score):
     "(scorer, rate, prompt) for the whole passage, for each shortened one, and for none."
-    yield 'whole passage', 1., _prompt(lm, r['text'], q['question'])
-    yield 'no passage', 0., _prompt(lm, '', q['question'])
+    yield "whole passage", 1.0, _prompt(lm, r["text"], q["question"])
+    yield "no passage", 0.0, _prompt(lm, "", q["question"])
     for rate in rates:
-        k = math.ceil(rate*lm.count(r['text']))
-        try: shorts = {s: _short(r['text'], s, k, lm.tokenizer, q['question'], model_score=score if s == 'self_information' else None).text for s in scorers}
-        except BudgetError: continue
-        for s, text in shorts.items(): yield s, rate, _prompt(lm, text, q['question'])
+        k = math.ceil(rate * lm.count(r["text"]))
+        try:
+            shorts = {
+                s: _short(
+                    r["text"], s, k, lm.tokenizer, q["question"], model_score=score if s == "self_information" else None
+                ).text
+                for s in scorers
+            }
+        except BudgetError:
+            continue
+        for s, text in shorts.items():
+            yield s, rate, _prompt(lm, text, q["question"])
 
-def answers(rows, lm, rates=(.25, .5, .75), scorers=(*MODEL_FREE, 'self_information'), n:int=32,
-            bs:int=16 # prompts side by side
-           )->list: # one dict a question, rate and scorer
+
+def answers(
+    rows,
+    lm,
+    rates=(0.25, 0.5, 0.75),
+    scorers=(*MODEL_FREE, "self_information"),
+    n: int = 32,
+    bs: int = 16,  # prompts side by side
+) -> list:  # one dict a question, rate and scorer
     "Ask each question with the whole passage, with each shortened one, and with none."
     score, res = lru_cache(2)(model_surprisal(lm.model, lm.tokenizer)), []
-    for i, (r, q) in enumerate(tqdm([(r, q) for r in rows for q in r['questions']], desc='answers', leave=False)):
+    for i, (r, q) in enumerate(tqdm([(r, q) for r in rows for q in r["questions"]], desc="answers", leave=False)):
         vs = [*_variants(lm, r, q, rates, scorers, score)]
-        whole = _Read(lm, [vs[0][2]]); ids = whole.answers(n)[0]
-        lp, ref = whole.log_probs(ids), lm.tokenizer(q.get('answer', ''), add_special_tokens=False)['input_ids']
+        whole = _Read(lm, [vs[0][2]])
+        ids = whole.answers(n)[0]
+        lp, ref = whole.log_probs(ids), lm.tokenizer(q.get("answer", ""), add_special_tokens=False)["input_ids"]
         different, found = sorted({tuple(v[2]) for v in vs}, key=len), {}
-        for b in chunked(different, bs): found.update(zip(b, _losses(lm, [*map(list, b)], ids, lp, ref, q.get('keywords', []), n)))
-        res += [dict(text=r.get('id'), asked=i, question=q['question'], scorer=s, rate=rate, tokens=len(p), **found[tuple(p)]) for s, rate, p in vs]
+        for b in chunked(different, bs):
+            found.update(zip(b, _losses(lm, [*map(list, b)], ids, lp, ref, q.get("keywords", []), n)))
+        res += [
+            dict(
+                text=r.get("id"), asked=i, question=q["question"], scorer=s, rate=rate, tokens=len(p), **found[tuple(p)]
+            )
+            for s, rate, p in vs
+        ]
     return res
-
 
 # %% ../nbs/10_benchmark.ipynb #53770375
 def _interval(xs, seed=0, rounds=1000):
     "95 % of the means of resampled `xs`."
     rng = random.Random(seed)
     ms = sorted(statistics.fmean(rng.choices(xs, k=len(xs))) for _ in range(rounds))
-    return ms[int(.025*rounds)], ms[int(.975*rounds)]
+    return ms[int(0.025 * rounds)], ms[int(0.975 * rounds)]
 
-def mean_answers(rows:list)->list: # one dict a rate and scorer
+
+def mean_answers(rows: list) -> list:  # one dict a rate and scorer
     "Means of `answers` over the questions, with an interval for KL; `nll_rise` and `recall_lost` are against the whole passage on the same questions."
-    df = pd.DataFrame(rows); whole, res = df[df.scorer == 'whole passage'].set_index('asked'), []
-    for (rate, s), g in df.groupby(['rate', 'scorer']):
-        w = whole.loc[g.asked]; lo, hi = _interval(g.kl.tolist())
-        res.append(dict(scorer=s, rate=rate, questions=len(g), tokens=g.tokens.mean(), kl=g.kl.mean(), low=lo, high=hi, top1=g.top1.mean(),
-                        nll_rise=(g.nll.to_numpy()-w.nll.to_numpy()).mean(), keyword_recall=g.keyword_recall.mean(),
-                        recall_lost=(w.keyword_recall.to_numpy()-g.keyword_recall.to_numpy()).mean()))
+    df = pd.DataFrame(rows)
+    whole, res = df[df.scorer == "whole passage"].set_index("asked"), []
+    for (rate, s), g in df.groupby(["rate", "scorer"]):
+        w = whole.loc[g.asked]
+        lo, hi = _interval(g.kl.tolist())
+        res.append(
+            dict(
+                scorer=s,
+                rate=rate,
+                questions=len(g),
+                tokens=g.tokens.mean(),
+                kl=g.kl.mean(),
+                low=lo,
+                high=hi,
+                top1=g.top1.mean(),
+                nll_rise=(g.nll.to_numpy() - w.nll.to_numpy()).mean(),
+                keyword_recall=g.keyword_recall.mean(),
+                recall_lost=(w.keyword_recall.to_numpy() - g.keyword_recall.to_numpy()).mean(),
+            )
+        )
     return res
 
 # %% ../nbs/10_benchmark.ipynb #195854c8
-def pays(rows, lm, scorers=MODEL_FREE, rate:float=.5, words:int=600)->list: # of dicts
+def pays(rows, lm, scorers=MODEL_FREE, rate: float = 0.5, words: int = 600) -> list:  # of dicts
     "Milliseconds of compressing a prompt beside the milliseconds of prefill that it saves on this model."
-    text = ' '.join(' '.join(r['text'] for r in rows).split()[:words]); ids = lm.tokenizer(text, return_tensors='pt', verbose=False)['input_ids'][:, :lm.context].to(lm.device)
-    with torch.inference_mode(): t = interleaved(dict(prefill=lambda: lm.model(ids, logits_to_keep=1)), 5)['prefill']
-    speed, res = ids.shape[1]/statistics.median(t), []
+    text = " ".join(" ".join(r["text"] for r in rows).split()[:words])
+    ids = lm.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : lm.context].to(lm.device)
+    with torch.inference_mode():
+        t = interleaved(dict(prefill=lambda: lm.model(ids, logits_to_keep=1)), 5)["prefill"]
+    speed, res = ids.shape[1] / statistics.median(t), []
     for s in scorers:
-        c = min((_short(text, s, math.ceil(rate*ids.shape[1]), lm.tokenizer) for _ in range(3)), key=lambda c: c.seconds)
+        c = min(
+            (_short(text, s, math.ceil(rate * ids.shape[1]), lm.tokenizer) for _ in range(3)), key=lambda c: c.seconds
+        )
         b = break_even(c.seconds, c.tokens_before, c.tokens_after, speed)
-        res.append(dict(scorer=s, compress_ms=1000*c.seconds, prefill_tok_per_s=speed, saved_ms=1000*b.saved_s, net_ms=1000*b.net_s, tokens_needed=b.tokens_needed))
+        res.append(
+            dict(
+                scorer=s,
+                compress_ms=1000 * c.seconds,
+                prefill_tok_per_s=speed,
+                saved_ms=1000 * b.saved_s,
+                net_ms=1000 * b.net_s,
+                tokens_needed=b.tokens_needed,
+            )
+        )
     return res
 
 # %% ../nbs/10_benchmark.ipynb #8f1ed67f
-def benchmark_words(texts=None,    # see `read_texts`
-                    model=TINY, quick:bool=False)->dict: # table -> rows
+def benchmark_words(
+    texts=None,  # see `read_texts`
+    model=TINY,
+    quick: bool = False,
+) -> dict:  # table -> rows
     "Word removal: what survives, whether budgets hold, what answers lose, what it costs."
     rows, lm = read_texts(texts), load(model)
     some = rows[:4] if quick else rows
-    asked = [r for r in some if r.get('questions')]
-    long = ' '.join(r['text'] for r in rows)
-    return dict(survive=[x for t in (None, lm.tokenizer) for x in survive(some, t)], budgets=budgets(rows, lm.tokenizer, 50 if quick else 1000),
-                answers=mean_answers(answers(asked, lm, (.5,) if quick else (.25, .5, .75))) if asked else [],
-                speed=[dict(scorer=s, ms_per_1000_words=ms) for s, ms in time_scorers(long).items()], pays=pays(rows, lm))
+    asked = [r for r in some if r.get("questions")]
+    long = " ".join(r["text"] for r in rows)
+    return dict(
+        survive=[x for t in (None, lm.tokenizer) for x in survive(some, t)],
+        budgets=budgets(rows, lm.tokenizer, 50 if quick else 1000),
+        answers=mean_answers(answers(asked, lm, (0.5,) if quick else (0.25, 0.5, 0.75))) if asked else [],
+        speed=[dict(scorer=s, ms_per_1000_words=ms) for s, ms in time_scorers(long).items()],
+        pays=pays(rows, lm),
+    )
 
 # %% ../nbs/10_benchmark.ipynb #ac7c4abe
 def _bars():
     "An empty table, and a function that adds a row to it: what was measured, the bar, and whether it is met."
     rows = []
+
     def bar(what, value, at_least=None, at_most=None):
         met = value is not None and (value >= at_least if at_most is None else value <= at_most)
-        rows.append(dict(what=what, measured=value, at_least=at_least, at_most=at_most, met=None if value is None else met))
+        rows.append(
+            dict(what=what, measured=value, at_least=at_least, at_most=at_most, met=None if value is None else met)
+        )
+
     return rows, bar
 
-
 # %% ../nbs/10_benchmark.ipynb #b7bd3d87
-def vocab_bars(t # tables of `benchmark_vocab`
-              )->list:
+def vocab_bars(
+    t,  # tables of `benchmark_vocab`
+) -> list:
     "Measured figures beside what was asked for."
-    rows, bar = _bars(); most = max(r['asked'] for r in t['saved']); saved = {r['method']: r['saved'] for r in t['saved'] if r['asked'] == most}
-    bar(f'tokens saved on held-out texts, {most} phrases', saved['bpe'], at_least=.25)
-    bar("the same over those of the paper's Algorithm 1", saved['bpe']/saved['algorithm_1'] if saved['algorithm_1'] else None, at_least=1.)
-    bar('folding, million characters a second', min(r['fold'] for r in t['speed']), at_least=1.)
-    bar('folding a prompt: share of its prefill', max(r['overhead'] for r in t['overhead']), at_most=.1)
-    fewest = min(r['phrases'] for r in t['read'])
-    for r in t['read']:
-        if r['way'] == 'distilled' and r['phrases'] == fewest:
-            bar(f"level 2, {fewest} distilled rows: prompt tokens saved", r['saved'], at_least=.15); bar('the same: rise of bits per byte', r['rise'], at_most=.02)
-    for r in t['tuned']:
-        if r['model'] == 'appended, with prior':
-            for k in ('saved_in', 'saved_out'): bar(f"level 3, {r['new']} new tokens, {r['steps']} steps: {k.replace('_', ' ')}", r[k], at_least=.25)
-            bar('the same: rise of bits per byte over the model tuned as long', r['rise'], at_most=.01)
-    drafted = [r for r in t['drafts'] if r['way'] not in ('plain', 'prompt lookup')]
-    bar('drafts: share of answers that are identical', min(r['identical']/r['prompts'] for r in drafted), at_least=1.)
-    bar('drafts of the most phrases of the domain: passes spared', max(r['spared'] for r in drafted), at_least=.15)
+    rows, bar = _bars()
+    most = max(r["asked"] for r in t["saved"])
+    saved = {r["method"]: r["saved"] for r in t["saved"] if r["asked"] == most}
+    bar(f"tokens saved on held-out texts, {most} phrases", saved["bpe"], at_least=0.25)
+    bar(
+        "the same over those of the paper's Algorithm 1",
+        saved["bpe"] / saved["algorithm_1"] if saved["algorithm_1"] else None,
+        at_least=1.0,
+    )
+    bar("folding, million characters a second", min(r["fold"] for r in t["speed"]), at_least=1.0)
+    bar("folding a prompt: share of its prefill", max(r["overhead"] for r in t["overhead"]), at_most=0.1)
+    fewest = min(r["phrases"] for r in t["read"])
+    for r in t["read"]:
+        if r["way"] == "distilled" and r["phrases"] == fewest:
+            bar(f"level 2, {fewest} distilled rows: prompt tokens saved", r["saved"], at_least=0.15)
+            bar("the same: rise of bits per byte", r["rise"], at_most=0.02)
+    for r in t["tuned"]:
+        if r["model"] == "appended, with prior":
+            for k in ("saved_in", "saved_out"):
+                bar(f"level 3, {r['new']} new tokens, {r['steps']} steps: {k.replace('_', ' ')}", r[k], at_least=0.25)
+            bar("the same: rise of bits per byte over the model tuned as long", r["rise"], at_most=0.01)
+    drafted = [r for r in t["drafts"] if r["way"] not in ("plain", "prompt lookup")]
+    bar(
+        "drafts: share of answers that are identical", min(r["identical"] / r["prompts"] for r in drafted), at_least=1.0
+    )
+    bar("drafts of the most phrases of the domain: passes spared", max(r["spared"] for r in drafted), at_least=0.15)
     for r in drafted:
-        if r['way'] in ('nothing matches', 'phrases of another domain'): bar(f"drafts, {r['way']}: time over plain decoding", r['time_over_plain'], at_most=1.03)
+        if r["way"] in ("nothing matches", "phrases of another domain"):
+            bar(f"drafts, {r['way']}: time over plain decoding", r["time_over_plain"], at_most=1.03)
     return rows
 
-
 # %% ../nbs/10_benchmark.ipynb #3126d4ed
-def _saved(lm, train, test, counts)->list: # a row for each way to mine and number of phrases
+def _saved(lm, train, test, counts) -> list:  # a row for each way to mine and number of phrases
     "Tokens saved on texts not mined, by our mining and the paper's."
-    v = SimpleAdaptiVocab(lm.tokenizer, []); a, b = v.tokens(train), v.tokens(test)
-    return [dict(method=m, asked=n, **{k: x for k, x in r.items() if k != 'table'}) for n in counts for m, r in compare_selection(a, b, n, v.forbidden()).items()]
+    v = SimpleAdaptiVocab(lm.tokenizer, [])
+    a, b = v.tokens(train), v.tokens(test)
+    return [
+        dict(method=m, asked=n, **{k: x for k, x in r.items() if k != "table"})
+        for n in counts
+        for m, r in compare_selection(a, b, n, v.forbidden()).items()
+    ]
 
-def _overhead(lm, v, text, rounds:int=5)->dict:
+
+def _overhead(lm, v, text, rounds: int = 5) -> dict:
     "Milliseconds of folding a prompt beside those of its prefill."
-    ids = v.tokens([text])[0][:lm.context]; x = torch.as_tensor(ids, dtype=torch.long, device=lm.device)[None]
-    with torch.inference_mode(): t = interleaved(dict(fold=lambda: v.fold(ids), prefill=lambda: lm.model(x, logits_to_keep=1)), rounds)
-    fold, prefill = (1000*min(t[k]) for k in ('fold', 'prefill'))
-    return dict(tokens=len(ids), fold_ms=fold, prefill_ms=prefill, overhead=fold/prefill)
+    ids = v.tokens([text])[0][: lm.context]
+    x = torch.as_tensor(ids, dtype=torch.long, device=lm.device)[None]
+    with torch.inference_mode():
+        t = interleaved(dict(fold=lambda: v.fold(ids), prefill=lambda: lm.model(x, logits_to_keep=1)), rounds)
+    fold, prefill = (1000 * min(t[k]) for k in ("fold", "prefill"))
+    return dict(tokens=len(ids), fold_ms=fold, prefill_ms=prefill, overhead=fold / prefill)
+
 
 def _opening(text):
     "The first turn of a conversation, or the first sentence."
     said, _ = question_and_answer(text)
-    return said if said != text else text.split('. ')[0]
+    return said if said != text else text.split(". ")[0]
 
-def _drafts(lm, train, rows, counts, n, other=())->list: # a row for each way
+
+def _drafts(lm, train, rows, counts, n, other=()) -> list:  # a row for each way
     "Answers to the questions of `rows`, or to their first turns or sentences, decoded with drafts of phrases of `train`, and of texts from another domain."
-    asked = [q for r in rows for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get('questions', [])[:1]] or [_opening(r['text'])])]
-    prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context-n]
+    asked = [
+        q
+        for r in rows
+        for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get("questions", [])[:1]] or [_opening(r["text"])])
+    ]
+    prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context - n]
     (start, cost), makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
-    for name, texts, k in [*((f'{k} phrases', train, k) for k in counts), *[('phrases of another domain', other, max(counts))]*bool(other)]:
-        v = SimpleAdaptiVocab(lm.tokenizer, []).fit(texts, n_new=k); makers[name] = PhraseDrafts(v.table, v.tokens(texts), cost=cost, start=start)
-    makers['nothing matches'] = PhraseDrafts(PhraseTable([], v.base), [], cost=cost, start=start)
+    for name, texts, k in [
+        *((f"{k} phrases", train, k) for k in counts),
+        *[("phrases of another domain", other, max(counts))] * bool(other),
+    ]:
+        v = SimpleAdaptiVocab(lm.tokenizer, []).fit(texts, n_new=k)
+        makers[name] = PhraseDrafts(v.table, v.tokens(texts), cost=cost, start=start)
+    makers["nothing matches"] = PhraseDrafts(PhraseTable([], v.base), [], cost=cost, start=start)
     return compare_drafts(lm, prompts, makers, n)
 
-def benchmark_vocab(texts=None,    # see `read_texts`: of one domain
-                    model=TINY, quick:bool=False)->dict: # table -> rows
+
+def benchmark_vocab(
+    texts=None,  # see `read_texts`: of one domain
+    model=TINY,
+    quick: bool = False,
+) -> dict:  # table -> rows
     "AdaptiVocab: tokens saved; speed; reading phrases (level 2); writing them, tuned (level 3); phrases as drafts. All on texts that nothing was mined from or trained on."
     rows, lm = read_texts(texts), load(model)
-    held = [r for r in rows if r.get('held_out')] or rows[1::2]
-    out = {*map(id, held)}; train, test = [r['text'] for r in rows if id(r) not in out], [r['text'] for r in held]
+    held = [r for r in rows if r.get("held_out")] or rows[1::2]
+    out = {*map(id, held)}
+    train, test = [r["text"] for r in rows if id(r) not in out], [r["text"] for r in held]
     few, steps = (test[:3] if quick else test[:200]), (2 if quick else 400)
-    v, text = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=1000), '\n\n'.join(test)
+    v, text = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=1000), "\n\n".join(test)
     read = [measure_reading(lm, train, few, n, steps, progress=False) for n in ((50,) if quick else (200, 1000))]
-    try: tuned = measure_tuning(lm, train, few, *((50, 2) if quick else (1400, 400)), arms=('no new tokens', 'appended, with prior'), what='all', per_step=2 if quick else 16, progress=False)
-    except LlmoptError as e: tuned = [dict(model='none', why=str(e))]     # of this tokenizer's splitting
-    res = dict(saved=_saved(lm, train, test, (100,) if quick else (100, 1000, 10_000)), speed=[fold_speed(v, test, 1 if quick else 5)], overhead=[_overhead(lm, v, text)],
-                read=[dict(r, steps=steps) for ways, _ in read for r in ways], tuned=[{k: x for k, x in r.items() if k != 'curve'} for r in tuned],
-                drafts=_drafts(lm, train, held[:2] if quick else held[:40], (50,) if quick else (1000, 10_000), 8 if quick else 96, texts and [r['text'] for r in read_texts()]))
+    try:
+        tuned = measure_tuning(
+            lm,
+            train,
+            few,
+            *((50, 2) if quick else (1400, 400)),
+            arms=("no new tokens", "appended, with prior"),
+            what="all",
+            per_step=2 if quick else 16,
+            progress=False,
+        )
+    except LlmoptError as e:
+        tuned = [dict(model="none", why=str(e))]  # of this tokenizer's splitting
+    res = dict(
+        saved=_saved(lm, train, test, (100,) if quick else (100, 1000, 10_000)),
+        speed=[fold_speed(v, test, 1 if quick else 5)],
+        overhead=[_overhead(lm, v, text)],
+        read=[dict(r, steps=steps) for ways, _ in read for r in ways],
+        tuned=[{k: x for k, x in r.items() if k != "curve"} for r in tuned],
+        drafts=_drafts(
+            lm,
+            train,
+            held[:2] if quick else held[:40],
+            (50,) if quick else (1000, 10_000),
+            8 if quick else 96,
+            texts and [r["text"] for r in read_texts()],
+        ),
+    )
     return dict(bars=vocab_bars(res), **res)
 
-
 # %% ../nbs/10_benchmark.ipynb #c07d4c88
-def kv_bars(t # tables of `benchmark_kv`
-           )->list: # rows: what was measured, the bar, and whether it is met
+def kv_bars(
+    t,  # tables of `benchmark_kv`
+) -> list:  # rows: what was measured, the bar, and whether it is met
     "Measured ratios beside what was asked for."
     rows, bar = _bars()
-    for r in t['decode']:
-        if r['cache'] != 'slab_packed': continue
-        bar(f"decode at {r['context']}, {r['dtype']}: times faster than DynamicCache", r['slab_vs_dynamic'], at_least=2.5)
-        bar(f"decode at {r['context']}, {r['dtype']}: time against an exactly sized StaticCache", r['slab_time_vs_static'], at_most=1.05)
-    ms = {(r['cache'], r['context']): r['median_ms'] for r in t['append']}; first, last = (f(n for _, n in ms) for f in (min, max))
-    bar(f'append at {last} against {first} tokens: time', ms['slab', last]/ms['slab', first], at_most=1.5)
-    for r in t['evict']:
-        if r['arm'] != 'evicted': continue
-        bar(f"decode after eviction of {r['context']} to {r['held']}, {r['dtype']}: times faster than DynamicCache", r['faster'], at_least=6.)
-        bar(f"eviction of {r['context']} to {r['held']}, {r['dtype']}: share of the predicted bytes returned", r['returned'], at_least=.95)
-    bar('prefill under a budget (cake): overhead', next(r['overhead'] for r in t['prefill'] if r['arm'] == 'cake'), at_most=.10)
-    bar('restore, worst speed: time against the better of computing and loading', max(r['time_vs_better'] for r in t['restore']), at_most=1.1)
-    for r in t['restore']:
-        if r['speed'] == 1: bar('restore at equal speeds: times faster than either', min(r['speedup_vs_compute'], r['speedup_vs_load']), at_least=1.6)
+    for r in t["decode"]:
+        if r["cache"] != "slab_packed":
+            continue
+        bar(
+            f"decode at {r['context']}, {r['dtype']}: times faster than DynamicCache",
+            r["slab_vs_dynamic"],
+            at_least=2.5,
+        )
+        bar(
+            f"decode at {r['context']}, {r['dtype']}: time against an exactly sized StaticCache",
+            r["slab_time_vs_static"],
+            at_most=1.05,
+        )
+    ms = {(r["cache"], r["context"]): r["median_ms"] for r in t["append"]}
+    first, last = (f(n for _, n in ms) for f in (min, max))
+    bar(f"append at {last} against {first} tokens: time", ms["slab", last] / ms["slab", first], at_most=1.5)
+    for r in t["evict"]:
+        if r["arm"] != "evicted":
+            continue
+        bar(
+            f"decode after eviction of {r['context']} to {r['held']}, {r['dtype']}: times faster than DynamicCache",
+            r["faster"],
+            at_least=6.0,
+        )
+        bar(
+            f"eviction of {r['context']} to {r['held']}, {r['dtype']}: share of the predicted bytes returned",
+            r["returned"],
+            at_least=0.95,
+        )
+    bar(
+        "prefill under a budget (cake): overhead",
+        next(r["overhead"] for r in t["prefill"] if r["arm"] == "cake"),
+        at_most=0.10,
+    )
+    bar(
+        "restore, worst speed: time against the better of computing and loading",
+        max(r["time_vs_better"] for r in t["restore"]),
+        at_most=1.1,
+    )
+    for r in t["restore"]:
+        if r["speed"] == 1:
+            bar(
+                "restore at equal speeds: times faster than either",
+                min(r["speedup_vs_compute"], r["speedup_vs_load"]),
+                at_least=1.6,
+            )
     return rows
 
 # %% ../nbs/10_benchmark.ipynb #3bc24e4f
-def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows
+def benchmark_kv(quick: bool = False, **_) -> dict:  # table -> rows
     "KV cache: decoding beside stock caches and the byte bound; appends; after an eviction; restoring a prefix; and the bar of each."
     decode = []
-    for dtype in ('float32', 'bfloat16'):
+    for dtype in ("float32", "bfloat16"):
         r = kv_speed.benchmark_decode(512 if quick else 8192, dtype, 2 if quick else 15)
-        whole = {k: v for k, v in r.items() if k not in ('arms', 'config')}
-        decode += [dict(cache=k, **r['config'], **a, **whole) for k, a in r['arms'].items()]
+        whole = {k: v for k, v in r.items() if k not in ("arms", "config")}
+        decode += [dict(cache=k, **r["config"], **a, **whole) for k, a in r["arms"].items()]
     append = kv_speed.benchmark_append((256, 512) if quick else (1024, 4096, 16384, 32768))
-    evict = [r for dtype in ('float32', 'bfloat16') for r in kv_speed.benchmark_eviction(512 if quick else 8192, dtype=dtype, rounds=2 if quick else 9)]
+    evict = [
+        r
+        for dtype in ("float32", "bfloat16")
+        for r in kv_speed.benchmark_eviction(512 if quick else 8192, dtype=dtype, rounds=2 if quick else 9)
+    ]
     prefill = kv_speed.benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 3)
     restore = benchmark_restore(256, 64, (1,), 1) if quick else benchmark_restore(1024, 64)
-    res = dict(decode=decode, append=[dict(cache=k, context=n, **s) for k, d in append.items() for n, s in d.items()], evict=evict, prefill=prefill,
-               restore=[{k: v for k, v in r.items() if k != 'trace'} for r in restore],
-               fronts=[dict(speed=r['speed'], front=f, chunk=i, begin=b, end=e) for r in restore for f, i, b, e in r['trace']])
+    res = dict(
+        decode=decode,
+        append=[dict(cache=k, context=n, **s) for k, d in append.items() for n, s in d.items()],
+        evict=evict,
+        prefill=prefill,
+        restore=[{k: v for k, v in r.items() if k != "trace"} for r in restore],
+        fronts=[dict(speed=r["speed"], front=f, chunk=i, begin=b, end=e) for r in restore for f, i, b, e in r["trace"]],
+    )
     return dict(bars=kv_bars(res), **res)
 
 # %% ../nbs/10_benchmark.ipynb #777b53db
@@ -306,103 +546,198 @@ def benchmark_kv(quick:bool=False, **_)->dict: # table -> rows
 def _step_by_step(model, prompt, answer):
     "Log-probabilities before each token of `answer`: the prompt in one pass, then token by token. # (n, V)"
     cache, out = DynamicCache(config=model.config), []
-    for ids in (prompt, *([t] for t in answer[:-1])): out.append(model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1])
+    for ids in (prompt, *([t] for t in answer[:-1])):
+        out.append(model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1])
     return torch.stack(out).float().log_softmax(-1)
+
 
 @torch.inference_mode()
 def _answer(lm, prompt, n):
     "The greedy answer, its end token included."
     x = torch.tensor([prompt], device=lm.device)
-    return lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False)[0, len(prompt):].tolist()
+    return lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
+
 
 def _written(ladder, arm, p, lm, asked, n):
     "One row: keywords in the answers of one arm, and KL along the dense answers, of which `asked` holds ids and log-probabilities."
     cols, recall = [], []
-    with ladder.arm(arm, p, 'decode') as (model, _):
+    with ladder.arm(arm, p, "decode") as (model, _):
         for prompt, keywords, ids, lp in asked:
-            recall.append(keyword_recall(lm.tokenizer.decode(_answer(replace(lm, model=model), prompt, n), skip_special_tokens=True), keywords))
+            recall.append(
+                keyword_recall(
+                    lm.tokenizer.decode(_answer(replace(lm, model=model), prompt, n), skip_special_tokens=True),
+                    keywords,
+                )
+            )
             cols.append(kl(lp, _step_by_step(model, prompt, ids)))
-    at = lambda lo, hi: torch.cat([c[lo:hi] for c in cols]).mean().item()
-    parts = {f'kl_{lo+1}_{lo+n//4}': at(lo, lo+n//4) for lo in range(0, n, n//4) if any(len(c) > lo for c in cols)}
-    return dict(arm=arm, p=p, answers=len(asked), keyword_recall=statistics.fmean(recall), kl=at(0, n), kl_p99=torch.cat(cols).quantile(.99).item(), **parts)
 
+    def at(lo, hi):
+        return torch.cat([c[lo:hi] for c in cols]).mean().item()
+
+    parts = {
+        f"kl_{lo + 1}_{lo + n // 4}": at(lo, lo + n // 4)
+        for lo in range(0, n, n // 4)
+        if any(len(c) > lo for c in cols)
+    }
+    return dict(
+        arm=arm,
+        p=p,
+        answers=len(asked),
+        keyword_recall=statistics.fmean(recall),
+        kl=at(0, n),
+        kl_p99=torch.cat(cols).quantile(0.99).item(),
+        **parts,
+    )
 
 # %% ../nbs/10_benchmark.ipynb #3961b5ce
-def sparse_answers(lm, ladder:Ladder, rows:list, # what `read_texts` returned; those with questions that have keywords count
-                   shares=(.25, .4, .5, .6), arms=('top-k', 'published', 'basis learned'),
-                   n:int=32,                     # tokens of an answer, divisible by 4
-                   processes:int=1)->list:       # one dict an arm and share; the first is the dense model
+def sparse_answers(
+    lm,
+    ladder: Ladder,
+    rows: list,  # what `read_texts` returned; those with questions that have keywords count
+    shares=(0.25, 0.4, 0.5, 0.6),
+    arms=("top-k", "published", "basis learned"),
+    n: int = 32,  # tokens of an answer, divisible by 4
+    processes: int = 1,
+) -> list:  # one dict an arm and share; the first is the dense model
     "Questions about passages, answered with dense prompts and sparse new tokens."
     asked = []
-    for r, q in [(r, q) for r in rows for q in r.get('questions', []) if q.get('keywords')]:
-        prompt = _prompt(lm, r['text'], q['question']); ids = _answer(lm, prompt, n)
-        asked.append((prompt, q['keywords'], ids, _step_by_step(lm.model, prompt, ids)))
-    if not asked: return []
-    found = statistics.fmean(keyword_recall(lm.tokenizer.decode(ids, skip_special_tokens=True), k) for _, k, ids, _ in asked)
+    for r, q in [(r, q) for r in rows for q in r.get("questions", []) if q.get("keywords")]:
+        prompt = _prompt(lm, r["text"], q["question"])
+        ids = _answer(lm, prompt, n)
+        asked.append((prompt, q["keywords"], ids, _step_by_step(lm.model, prompt, ids)))
+    if not asked:
+        return []
+    found = statistics.fmean(
+        keyword_recall(lm.tokenizer.decode(ids, skip_special_tokens=True), k) for _, k, ids, _ in asked
+    )
     jobs = [(a, p, replace(lm, model=None), asked, n) for p in shares for a in arms]
-    return [dict(arm='dense', p=0., answers=len(asked), keyword_recall=found, kl=0., kl_p99=0.), *ladder.each(_written, jobs, processes)]
-
+    return [
+        dict(arm="dense", p=0.0, answers=len(asked), keyword_recall=found, kl=0.0, kl_p99=0.0),
+        *ladder.each(_written, jobs, processes),
+    ]
 
 # %% ../nbs/10_benchmark.ipynb #15829e05
-def larosa_bars(t # tables of `benchmark_larosa`
-               )->list:
+def larosa_bars(
+    t,  # tables of `benchmark_larosa`
+) -> list:
     "Measured ratios beside what was asked for."
-    (rows, bar), ours = _bars(), 'axpy' if any(r['arm'] == 'axpy' for r in t['kernel']) else 'bags'
-    for r in t['kernel']:
-        if r['arm'] != ours or r['sparsity'] not in (.4, .5, .75): continue
-        name = f"{r['D']} x {r['N']}, {r['dtype']}, {r['threads']} thread{'s'*(r['threads'] > 1)}, {r['sparsity']:.0%}"
-        bar(f'product {name}: times faster than the best dense', r['vs_best_dense'], at_least={.4: 1.4, .5: 1.7, .75: 3.}[r['sparsity']])
-        bar(f'product {name}: share of a plain read', r['share_of_read'], at_least=.85)
-    for r in t['step']:
-        if r['arm'] != 'sparse': continue
-        name = f"step, {r['dtype']}, {r['threads']} thread{'s'*(r['threads'] > 1)}, {r['sparsity']:.0%}"
-        if r['sparsity'] in (.4, .5, .75):
-            bar(f'{name}: times faster than the best dense', r['vs_best_dense'], at_least={.4: 1.25, .5: 1.4, .75: 1.8}[r['sparsity']]); bar(f'{name}: share of the byte bound', r['share_of_bound'], at_least=.9)
-        if not r['sparsity']: bar(f'{name}: speed against the best dense', r['vs_best_dense'], at_least=.97)
-    kl = {(r['p'], r['arm']): r['kl'] for r in t['ladder']}
+    (rows, bar), ours = _bars(), "axpy" if any(r["arm"] == "axpy" for r in t["kernel"]) else "bags"
+    for r in t["kernel"]:
+        if r["arm"] != ours or r["sparsity"] not in (0.4, 0.5, 0.75):
+            continue
+        name = (
+            f"{r['D']} x {r['N']}, {r['dtype']}, {r['threads']} thread{'s' * (r['threads'] > 1)}, {r['sparsity']:.0%}"
+        )
+        bar(
+            f"product {name}: times faster than the best dense",
+            r["vs_best_dense"],
+            at_least={0.4: 1.4, 0.5: 1.7, 0.75: 3.0}[r["sparsity"]],
+        )
+        bar(f"product {name}: share of a plain read", r["share_of_read"], at_least=0.85)
+    for r in t["step"]:
+        if r["arm"] != "sparse":
+            continue
+        name = f"step, {r['dtype']}, {r['threads']} thread{'s' * (r['threads'] > 1)}, {r['sparsity']:.0%}"
+        if r["sparsity"] in (0.4, 0.5, 0.75):
+            bar(
+                f"{name}: times faster than the best dense",
+                r["vs_best_dense"],
+                at_least={0.4: 1.25, 0.5: 1.4, 0.75: 1.8}[r["sparsity"]],
+            )
+            bar(f"{name}: share of the byte bound", r["share_of_bound"], at_least=0.9)
+        if not r["sparsity"]:
+            bar(f"{name}: speed against the best dense", r["vs_best_dense"], at_least=0.97)
+    kl = {(r["p"], r["arm"]): r["kl"] for r in t["ladder"]}
     for p in sorted({p for p, _ in kl}):
-        order = [kl[p, a] for a in ('threshold', 'top-k', 'published', 'basis learned')]
-        for worse, better, (x, y) in zip(('threshold', 'top-k', 'published'), ('top-k', 'published', 'ours'), zip(order, order[1:])): bar(f'{p:.0%} of the bytes: KL of {better} over that of {worse}', y/x, at_most=1.)
-    if (.5, 'published') in kl: bar('50% of the bytes: KL of ours over that of published', kl[.5, 'basis learned']/kl[.5, 'published'], at_most=.5)
+        order = [kl[p, a] for a in ("threshold", "top-k", "published", "basis learned")]
+        for worse, better, (x, y) in zip(
+            ("threshold", "top-k", "published"), ("top-k", "published", "ours"), zip(order, order[1:])
+        ):
+            bar(f"{p:.0%} of the bytes: KL of {better} over that of {worse}", y / x, at_most=1.0)
+    if (0.5, "published") in kl:
+        bar(
+            "50% of the bytes: KL of ours over that of published",
+            kl[0.5, "basis learned"] / kl[0.5, "published"],
+            at_most=0.5,
+        )
     return rows
 
-
 # %% ../nbs/10_benchmark.ipynb #3435b915
-def benchmark_larosa(texts=None, # see `read_texts`: what the ladder is tested on, and asked about
-                     model=TINY, quick:bool=False, processes:int|None=None # for ladder and answers; None is one a core, but one for models that do not ship with the package
-                    )->dict:     # table -> rows
+def benchmark_larosa(
+    texts=None,  # see `read_texts`: what the ladder is tested on, and asked about
+    model=TINY,
+    quick: bool = False,
+    processes: int
+    | None = None,  # for ladder and answers; None is one a core, but one for models that do not ship with the package
+) -> dict:  # table -> rows
     "LaRoSA: products and whole steps beside dense ones and the byte bound; the loss of each part of the method at equal bytes, and what answers lose."
-    rows, lm = read_texts(texts), load(model, 'cpu', dtype='float32')
+    rows, lm = read_texts(texts), load(model, "cpu", dtype="float32")
     processes = processes or (os.cpu_count() if model == TINY and not quick else 1)
     width, most = (64, 4) if quick else (256, 64)
-    test = windows([r['text'] for r in rows], lm.tokenizer, width, 4 if quick else 24)
-    if not len(test): raise LlmoptError(f'the ladder needs at least {width} tokens of text')
-    kernel = benchmark_kernel(((256, 512),), (.5,), rounds=2, nbytes=2**20) if quick else benchmark_kernel()
+    test = windows([r["text"] for r in rows], lm.tokenizer, width, 4 if quick else 24)
+    if not len(test):
+        raise LlmoptError(f"the ladder needs at least {width} tokens of text")
+    kernel = benchmark_kernel(((256, 512),), (0.5,), rounds=2, nbytes=2**20) if quick else benchmark_kernel()
     small = dict(hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=128) if quick else {}
-    step = [r for n in (1, 2) for r in benchmark_step(n_threads=n, **(dict(sparsities=(.5,), rounds=2, context=16) if quick else {}), **small)]
-    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, most*(width//16 if quick else 1)), test)
-    climbed = ladder.climb((.5,), ('threshold', 'top-k', 'published', 'basis learned')) if quick else ladder.climb(processes=processes)
-    res = dict(kernel=kernel, step=step, ladder=climbed, answers=sparse_answers(lm, ladder, rows[:2], (.5,), n=8) if quick else sparse_answers(lm, ladder, rows, processes=processes))
+    step = [
+        r
+        for n in (1, 2)
+        for r in benchmark_step(
+            n_threads=n, **(dict(sparsities=(0.5,), rounds=2, context=16) if quick else {}), **small
+        )
+    ]
+    ladder = Ladder(
+        lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, most * (width // 16 if quick else 1)), test
+    )
+    climbed = (
+        ladder.climb((0.5,), ("threshold", "top-k", "published", "basis learned"))
+        if quick
+        else ladder.climb(processes=processes)
+    )
+    res = dict(
+        kernel=kernel,
+        step=step,
+        ladder=climbed,
+        answers=sparse_answers(lm, ladder, rows[:2], (0.5,), n=8)
+        if quick
+        else sparse_answers(lm, ladder, rows, processes=processes),
+    )
     return dict(bars=larosa_bars(res), **res)
-
 
 # %% ../nbs/10_benchmark.ipynb #146b3236
 SUITES = dict(words=benchmark_words, vocab=benchmark_vocab, kv=benchmark_kv, larosa=benchmark_larosa)
 
-def run(name:str,        # one of `SUITES`
-        output='.',      # folder
-        **kw             # `texts`, `model`, `quick`
-       )->Path:          # of the file written
-    "Run a suite and write `benchmark_NAME.json`: tables, time taken, machine."
-    if name not in SUITES: raise LlmoptError(f"unknown benchmark '{name}'; known: {', '.join(SUITES)}")
-    path, start = Path(output)/f'benchmark_{name}.json', time.perf_counter()
-    check_writable(path)          # now, not after the work
-    tables = SUITES[name](**kw)
-    d = dict(benchmark=name, llmopt_version=__version__, created=now(), config={k: v if v is None else str(v) for k, v in kw.items()}, environment=environment(),
-             seconds=round(time.perf_counter()-start, 1), tables=tables)
-    return write_text(path, json.dumps(d, indent=1)+'\n')
 
-def show(path)->str:
+def run(
+    name: str,  # one of `SUITES`
+    output=".",  # folder
+    **kw,  # `texts`, `model`, `quick`
+) -> Path:  # of the file written
+    "Run a suite and write `benchmark_NAME.json`: tables, time taken, machine."
+    if name not in SUITES:
+        raise LlmoptError(f"unknown benchmark '{name}'; known: {', '.join(SUITES)}")
+    path, start = Path(output) / f"benchmark_{name}.json", time.perf_counter()
+    check_writable(path)  # now, not after the work
+    tables = SUITES[name](**kw)
+    d = dict(
+        benchmark=name,
+        llmopt_version=__version__,
+        created=now(),
+        config={k: v if v is None else str(v) for k, v in kw.items()},
+        environment=environment(),
+        seconds=round(time.perf_counter() - start, 1),
+        tables=tables,
+    )
+    return write_text(path, json.dumps(d, indent=1) + "\n")
+
+
+def show(path) -> str:
     "The tables of a benchmark file as text."
-    with pd.option_context('display.width', None, 'display.max_columns', None):
-        return '\n\n'.join(f'{name}\n{pd.DataFrame(rows).round(4).to_string(index=False)}' for name, rows in json.loads(Path(path).read_text(encoding='utf-8'))['tables'].items() if rows)
+    with pd.option_context("display.width", None, "display.max_columns", None):
+        return "\n\n".join(
+            f"{name}\n{pd.DataFrame(rows).round(4).to_string(index=False)}"
+            for name, rows in json.loads(Path(path).read_text(encoding="utf-8"))["tables"].items()
+            if rows
+        )

@@ -6,7 +6,10 @@
 __all__ = ['BENCHMARKS', 'COMMANDS', 'parser', 'main']
 
 # %% ../nbs/09_cli.ipynb #fe85ecff
-import argparse, os, sys, warnings
+import argparse
+import os
+import sys
+import warnings
 from pathlib import Path
 
 from .results import ResultsError
@@ -14,111 +17,202 @@ from .results import ResultsError
 # %% ../nbs/09_cli.ipynb #44237027
 def _common(p, tokens):
     "Options that `compare`, `ask` and `chat` share."
-    p.add_argument('--model', default='llmopt-tiny', help='bundled model, local folder, or hub id (default: %(default)s)')
-    p.add_argument('--device', default='cpu', help='cpu, cuda or auto (default: %(default)s)')
-    p.add_argument('--dtype', default='auto', help='float32, bfloat16, float16 or auto (default: %(default)s)')
-    p.add_argument('--max-new-tokens', type=int, default=tokens, help='length of an answer (default: %(default)s)')
+    p.add_argument(
+        "--model", default="llmopt-tiny", help="bundled model, local folder, or hub id (default: %(default)s)"
+    )
+    p.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: %(default)s)")
+    p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: %(default)s)")
+    p.add_argument("--max-new-tokens", type=int, default=tokens, help="length of an answer (default: %(default)s)")
 
 # %% ../nbs/09_cli.ipynb #37c4cf23
 def _measured(p, output):
     "Options that `compare` and `ask` share."
     _common(p, 64)
-    p.add_argument('--methods', nargs='+', metavar='M', help='method ids, or combinations such as words:n=2 (default: all)')
-    p.add_argument('--quick', action='store_true', help='30 new tokens and one round')
-    p.add_argument('--rounds', type=int, default=5, help='times each cell is timed (default: %(default)s)')
-    p.add_argument('--seed', type=int, default=0, help='order of the methods (default: %(default)s)')
-    p.add_argument('--no-memory', action='store_true', help='skip the memory arm (one fresh process a method)')
-    p.add_argument('--output', default=output, help='results file (default: %(default)s)')
-    p.add_argument('--resume', action='store_true', help='go on with an interrupted results file')
+    p.add_argument(
+        "--methods", nargs="+", metavar="M", help="method ids, or combinations such as words:n=2 (default: all)"
+    )
+    p.add_argument("--quick", action="store_true", help="30 new tokens and one round")
+    p.add_argument("--rounds", type=int, default=5, help="times each cell is timed (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="order of the methods (default: %(default)s)")
+    p.add_argument("--no-memory", action="store_true", help="skip the memory arm (one fresh process a method)")
+    p.add_argument("--output", default=output, help="results file (default: %(default)s)")
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted results file")
 
 # %% ../nbs/09_cli.ipynb #f8a323f3
-BENCHMARKS = 'words', 'vocab', 'kv', 'larosa'
-def parser()->argparse.ArgumentParser:
+BENCHMARKS = "words", "vocab", "kv", "larosa"
+
+
+def parser() -> argparse.ArgumentParser:
     "The parser of the `llmopt` command."
     from llmopt import __version__
-    top = argparse.ArgumentParser('llmopt', description='What LLM inference optimizations really buy and really cost, measured on your model, prompts and machine.')
-    top.add_argument('--version', action='version', version=f'llmopt {__version__}')
-    sub = top.add_subparsers(dest='command', required=True, metavar='command')
-    c = sub.add_parser('compare', help='queries x methods: speed, memory and quality of each', description='Compare methods over queries; prints a table and writes a results file.')
-    c.add_argument('--queries', metavar='FILE.jsonl', help='your own queries, one {"text": ..., "keywords": [...]} a line'); _measured(c, 'multi_query_results.json')
-    a = sub.add_parser('ask', help='one message, answered and measured by every method', description='Answer one message with every method; prints answers and a table and writes a results file.')
-    a.add_argument('--message', required=True, help='the question'); _measured(a, 'comprehensive_results.json')
-    h = sub.add_parser('chat', help='talk with a model in the terminal', description='Talk with a model; an empty line or Ctrl-D ends, /reset forgets, /stats shows what the last answer took.')
-    _common(h, 200); h.add_argument('--method', default='baseline', help='a method id or a combination (default: %(default)s)')
-    h.add_argument('--temperature', type=float, default=0., help='0 is greedy (default: %(default)s)'); h.add_argument('--system', help='system message')
-    p = sub.add_parser('plot', help='draw the charts of a results file', description='Draw the charts of a results file as PNG; reads that file and nothing else.')
-    p.add_argument('results', help='a file written by compare or ask'); p.add_argument('--output', default='plots', metavar='DIR', help='folder for the PNGs (default: %(default)s)')
-    p.add_argument('--kind', nargs='+', metavar='K', help='only these charts (default: all that suit the file)')
-    b = sub.add_parser('benchmark', help='one part alone, beside its rivals and the physical limit', description='Benchmark parts alone; prints tables and writes benchmark_NAME.json, with the machine.')
-    b.add_argument('names', nargs='*', metavar='NAME', help=f"{', '.join(BENCHMARKS)} or all (default: all)")
-    b.add_argument('--texts', metavar='FILE.jsonl', help='your own texts, one {"text": ..., "reference": ..., "questions": [...]} a line'); b.add_argument('--model', default='llmopt-tiny', help='for the suites that need one (default: %(default)s)')
-    b.add_argument('--quick', action='store_true', help='small shapes and few rounds'); b.add_argument('--output', default='.', metavar='DIR', help='folder for the files (default: here)')
+
+    top = argparse.ArgumentParser(
+        "llmopt",
+        description="What LLM inference optimizations really buy and really cost, measured on your model, prompts and machine.",
+    )
+    top.add_argument("--version", action="version", version=f"llmopt {__version__}")
+    sub = top.add_subparsers(dest="command", required=True, metavar="command")
+    c = sub.add_parser(
+        "compare",
+        help="queries x methods: speed, memory and quality of each",
+        description="Compare methods over queries; prints a table and writes a results file.",
+    )
+    c.add_argument(
+        "--queries", metavar="FILE.jsonl", help='your own queries, one {"text": ..., "keywords": [...]} a line'
+    )
+    _measured(c, "multi_query_results.json")
+    a = sub.add_parser(
+        "ask",
+        help="one message, answered and measured by every method",
+        description="Answer one message with every method; prints answers and a table and writes a results file.",
+    )
+    a.add_argument("--message", required=True, help="the question")
+    _measured(a, "comprehensive_results.json")
+    h = sub.add_parser(
+        "chat",
+        help="talk with a model in the terminal",
+        description="Talk with a model; an empty line or Ctrl-D ends, /reset forgets, /stats shows what the last answer took.",
+    )
+    _common(h, 200)
+    h.add_argument("--method", default="baseline", help="a method id or a combination (default: %(default)s)")
+    h.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    h.add_argument("--system", help="system message")
+    p = sub.add_parser(
+        "plot",
+        help="draw the charts of a results file",
+        description="Draw the charts of a results file as PNG; reads that file and nothing else.",
+    )
+    p.add_argument("results", help="a file written by compare or ask")
+    p.add_argument("--output", default="plots", metavar="DIR", help="folder for the PNGs (default: %(default)s)")
+    p.add_argument("--kind", nargs="+", metavar="K", help="only these charts (default: all that suit the file)")
+    b = sub.add_parser(
+        "benchmark",
+        help="one part alone, beside its rivals and the physical limit",
+        description="Benchmark parts alone; prints tables and writes benchmark_NAME.json, with the machine.",
+    )
+    b.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} or all (default: all)")
+    b.add_argument(
+        "--texts",
+        metavar="FILE.jsonl",
+        help='your own texts, one {"text": ..., "reference": ..., "questions": [...]} a line',
+    )
+    b.add_argument("--model", default="llmopt-tiny", help="for the suites that need one (default: %(default)s)")
+    b.add_argument("--quick", action="store_true", help="small shapes and few rounds")
+    b.add_argument("--output", default=".", metavar="DIR", help="folder for the files (default: here)")
     return top
 
 # %% ../nbs/09_cli.ipynb #774a591b
 def _finish(res, path):
     "Print the table, what it means, and where the file is."
-    from llmopt.evaluation import table
     import pandas as pd
-    with pd.option_context('display.width', None, 'display.max_columns', None): print(table(res).T.to_string())
-    print("\nbaseline* is the baseline a second time; a ratio in (parentheses) is within that noise. Medians over queries and rounds; [95 % interval].")
+
+    from llmopt.evaluation import table
+
+    with pd.option_context("display.width", None, "display.max_columns", None):
+        print(table(res).T.to_string())
+    print(
+        "\nbaseline* is the baseline a second time; a ratio in (parentheses) is within that noise. Medians over queries and rounds; [95 % interval]."
+    )
     for w in res.warnings:
-        if w not in _noted: print(f'note: {w}')
+        if w not in _noted:
+            print(f"note: {w}")
     for r in res.runs:
-        if r.error: print(f'failed: {r.arm} arm, query {r.query}, {r.method}: {r.error}')
-    print(f'results: {path}')
+        if r.error:
+            print(f"failed: {r.arm} arm, query {r.query}, {r.method}: {r.error}")
+    print(f"results: {path}")
     return 1 if all(r.error for r in res.runs) else 0
 
 # %% ../nbs/09_cli.ipynb #99d86f45
-def _compare(a, queries=None, kind='compare'):
+def _compare(a, queries=None, kind="compare"):
     "`llmopt compare`"
     from llmopt.evaluation import compare
-    res = compare(queries or a.queries, a.methods, a.model, a.device, a.dtype, a.rounds, a.max_new_tokens, a.output, a.resume, a.quick, not a.no_memory, kind, a.seed)
-    if kind == 'ask':
+
+    res = compare(
+        queries or a.queries,
+        a.methods,
+        a.model,
+        a.device,
+        a.dtype,
+        a.rounds,
+        a.max_new_tokens,
+        a.output,
+        a.resume,
+        a.quick,
+        not a.no_memory,
+        kind,
+        a.seed,
+    )
+    if kind == "ask":
         for r in res.runs:
-            if r.arm == 'quality' and not r.error: print(f'--- {r.method} ({r.prompt_tokens} prompt tokens)\n{r.output_text}\n')
+            if r.arm == "quality" and not r.error:
+                print(f"--- {r.method} ({r.prompt_tokens} prompt tokens)\n{r.output_text}\n")
     return _finish(res, a.output)
+
 
 def _ask(a):
     "`llmopt ask`"
-    return _compare(a, [a.message], 'ask')
+    return _compare(a, [a.message], "ask")
 
 # %% ../nbs/09_cli.ipynb #7b4d819d
 def _chat(a):
     "`llmopt chat`"
     from llmopt.core import LlmoptError
     from llmopt.engine import EnhancedFusedLLMEngine, Recipe
-    e = EnhancedFusedLLMEngine(a.model, recipe=Recipe.parse(a.method), device=a.device, dtype=a.dtype, max_new_tokens=a.max_new_tokens, system=a.system)
+
+    e = EnhancedFusedLLMEngine(
+        a.model,
+        recipe=Recipe.parse(a.method),
+        device=a.device,
+        dtype=a.dtype,
+        max_new_tokens=a.max_new_tokens,
+        system=a.system,
+    )
     print(f"{e.lm.name}, {e.recipe.id}. An empty line ends, /reset forgets, /stats shows what the last answer took.")
     while True:
-        try: text = input('> ').strip()
-        except EOFError: return 0
-        if not text: return 0
-        if text == '/reset': e.reset(); continue
-        if text == '/stats': print(_stats(getattr(e, 'last', None))); continue
-        try: _say(e, text, a.temperature)
-        except LlmoptError as err: print(f'llmopt: {err}')
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return 0
+        if not text:
+            return 0
+        if text == "/reset":
+            e.reset()
+            continue
+        if text == "/stats":
+            print(_stats(getattr(e, "last", None)))
+            continue
+        try:
+            _say(e, text, a.temperature)
+        except LlmoptError as err:
+            print(f"llmopt: {err}")
 
 # %% ../nbs/09_cli.ipynb #9668cdab
 def _say(e, text, temperature):
     "Stream one answer to the terminal; Ctrl-C stops the answer, not the chat."
     s = e.stream(text, temperature=temperature)
     try:
-        for piece in s: print(piece, end='', flush=True)
-    except KeyboardInterrupt: s.close(); print(' [stopped]', end='')
+        for piece in s:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        s.close()
+        print(" [stopped]", end="")
     print()
+
 
 def _stats(m):
     "One line about an answer."
-    if m is None: return 'nothing answered yet'
-    tpot = f', {m.tpot_ms:.1f} ms a token' if m.tpot_ms else ''
-    return f'{m.prompt_tokens} prompt tokens ({m.prompt_tokens_base} before), first token after {m.ttft_ms:.0f} ms, {m.completion_tokens} tokens{tpot}, KV {m.kv_bytes_peak/1024:,.0f} KiB'
+    if m is None:
+        return "nothing answered yet"
+    tpot = f", {m.tpot_ms:.1f} ms a token" if m.tpot_ms else ""
+    return f"{m.prompt_tokens} prompt tokens ({m.prompt_tokens_base} before), first token after {m.ttft_ms:.0f} ms, {m.completion_tokens} tokens{tpot}, KV {m.kv_bytes_peak / 1024:,.0f} KiB"
 
 # %% ../nbs/09_cli.ipynb #63a48883
 def _plot(a):
     "`llmopt plot`"
     from llmopt.visualization import plot_file
-    for p in plot_file(a.results, a.output, a.kind): print(p)
+
+    for p in plot_file(a.results, a.output, a.kind):
+        print(p)
     return 0
 
 # %% ../nbs/09_cli.ipynb #29632006
@@ -126,41 +220,64 @@ def _benchmark(a):
     "`llmopt benchmark`"
     from llmopt.benchmark import run, show
     from llmopt.core import LlmoptError
-    names = [n for n in a.names if n != 'all'] or BENCHMARKS
+
+    names = [n for n in a.names if n != "all"] or BENCHMARKS
     bad = [n for n in names if n not in BENCHMARKS]
-    if bad: raise LlmoptError(f"unknown benchmark '{bad[0]}'; known: {', '.join(BENCHMARKS)}, all")
-    for n in names: p = run(n, a.output, texts=a.texts, model=a.model, quick=a.quick); print(show(p), f'results: {p}', sep='\n')
+    if bad:
+        raise LlmoptError(f"unknown benchmark '{bad[0]}'; known: {', '.join(BENCHMARKS)}, all")
+    for n in names:
+        p = run(n, a.output, texts=a.texts, model=a.model, quick=a.quick)
+        print(show(p), f"results: {p}", sep="\n")
     return 0
 
 # %% ../nbs/09_cli.ipynb #09cde7d8
 _noted = set()
+
+
 def _one_line(message, category, filename, lineno, file=None, line=None):
     "A warning as one line, each once."
-    if str(message) not in _noted: _noted.add(str(message)); print(f'note: {message}', file=sys.stderr)
+    if str(message) not in _noted:
+        _noted.add(str(message))
+        print(f"note: {message}", file=sys.stderr)
+
 
 def _quiet():
     "Keep library chatter off the terminal."
-    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error'); os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
-    warnings.filterwarnings('ignore', category=FutureWarning); warnings.filterwarnings('ignore', category=DeprecationWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.showwarning = _one_line
 
 # %% ../nbs/09_cli.ipynb #858b4df2
 COMMANDS = dict(compare=_compare, ask=_ask, chat=_chat, plot=_plot, benchmark=_benchmark)
-def main(argv=None)->int: # exit code
+
+
+def main(argv=None) -> int:  # exit code
     "Entry point of the `llmopt` command."
     a = parser().parse_args(argv)
     _quiet()
-    try: return COMMANDS[a.command](a)
-    except ResultsError as e: msg = str(e)
+    try:
+        return COMMANDS[a.command](a)
+    except ResultsError as e:
+        msg = str(e)
     except KeyboardInterrupt:
-        keep = f"; what was measured is in {a.output}: the same command with --resume goes on" if Path(getattr(a, 'output', '') or '').is_file() else ''
-        print(f'\nllmopt: stopped{keep}', file=sys.stderr); return 130
+        keep = (
+            f"; what was measured is in {a.output}: the same command with --resume goes on"
+            if Path(getattr(a, "output", "") or "").is_file()
+            else ""
+        )
+        print(f"\nllmopt: stopped{keep}", file=sys.stderr)
+        return 130
     except Exception as e:
         from llmopt.core import LlmoptError
-        if not isinstance(e, LlmoptError): raise
+
+        if not isinstance(e, LlmoptError):
+            raise
         msg = str(e)
-    print(f'llmopt: error: {msg}', file=sys.stderr)
+    print(f"llmopt: error: {msg}", file=sys.stderr)
     return 2
 
 # %% ../nbs/09_cli.ipynb #ba7d6c24
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

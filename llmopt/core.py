@@ -8,7 +8,14 @@ __all__ = ['TINY', 'ASSETS', 'LlmoptError', 'warn_once', 'model_source', 'pick_d
            'environment', 'leave_out_flagged']
 
 # %% ../nbs/00_core.ipynb #97fa6e7f
-import os, platform, statistics, subprocess, sys, threading, time, warnings
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +23,9 @@ from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil, torch, transformers
+import psutil
+import torch
+import transformers
 import transformers.utils.logging as progress
 from fastcore.basics import patch
 
@@ -26,228 +35,357 @@ class LlmoptError(Exception):
 
 # %% ../nbs/00_core.ipynb #844b7632
 _said = set()
-def warn_once(msg:str): # one line
+
+
+def warn_once(msg: str):  # one line
     "Say `msg` as a warning, the first time only."
-    if msg not in _said: _said.add(msg); warnings.warn(msg, stacklevel=3)
+    if msg not in _said:
+        _said.add(msg)
+        warnings.warn(msg, stacklevel=3)
 
 # %% ../nbs/00_core.ipynb #9113c765
-TINY = 'llmopt-tiny'
-ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path.cwd().parent/'llmopt'/'assets'
+TINY = "llmopt-tiny"
+ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path.cwd().parent / "llmopt" / "assets"
 
 # %% ../nbs/00_core.ipynb #f49f0046
-def model_source(name:str # `llmopt-tiny`, a folder, or a hub id such as `gpt2`
-                )->str:   # what `from_pretrained` takes
+def model_source(
+    name: str,  # `llmopt-tiny`, a folder, or a hub id such as `gpt2`
+) -> str:  # what `from_pretrained` takes
     "Where the weights of `name` are: the bundled folder, a checked local folder, or the hub id itself."
-    if name == TINY: return str(ASSETS/TINY)
+    if name == TINY:
+        return str(ASSETS / TINY)
     p = Path(name).expanduser()
     if p.is_dir():
-        if not (p/'config.json').exists(): raise LlmoptError(f"folder '{name}' holds no config.json; write a model there with `model.save_pretrained` and `tokenizer.save_pretrained`")
+        if not (p / "config.json").exists():
+            raise LlmoptError(
+                f"folder '{name}' holds no config.json; write a model there with `model.save_pretrained` and `tokenizer.save_pretrained`"
+            )
         return str(p)
-    if p.is_absolute() or name.startswith(('.', '~')) or name.count('/') > 1 or '\\' in name or p.exists():
-        raise LlmoptError(f"no model folder at '{name}'; give an existing folder, a hub id such as 'gpt2', or '{TINY}' (bundled)")
+    if p.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name or p.exists():
+        raise LlmoptError(
+            f"no model folder at '{name}'; give an existing folder, a hub id such as 'gpt2', or '{TINY}' (bundled)"
+        )
     return name
 
 # %% ../nbs/00_core.ipynb #64916e36
-def pick_device(device:str='auto' # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
-               )->torch.device:
+def pick_device(
+    device: str = "auto",  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
+) -> torch.device:
     "The torch device for `device`; raises `LlmoptError` if this machine has none."
     acc = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device == 'auto': return acc or torch.device('cpu')
-    try: d = torch.device(device)
-    except RuntimeError: raise LlmoptError(f"unknown device '{device}'; use auto, cpu, cuda or cuda:N") from None
-    if d.type != 'cpu' and (acc is None or acc.type != d.type): raise LlmoptError(f"no {d.type} device on this machine; use --device cpu or auto")
+    if device == "auto":
+        return acc or torch.device("cpu")
+    try:
+        d = torch.device(device)
+    except RuntimeError:
+        raise LlmoptError(f"unknown device '{device}'; use auto, cpu, cuda or cuda:N") from None
+    if d.type != "cpu" and (acc is None or acc.type != d.type):
+        raise LlmoptError(f"no {d.type} device on this machine; use --device cpu or auto")
     return d
 
 # %% ../nbs/00_core.ipynb #358c2c7c
 @dataclass
 class LM:
     "A causal language model with its tokenizer."
-    model:torch.nn.Module # a transformers causal LM in eval mode
-    tokenizer:object      # its tokenizer
-    name:str              # the name it was asked for by
+
+    model: torch.nn.Module  # a transformers causal LM in eval mode
+    tokenizer: object  # its tokenizer
+    name: str  # the name it was asked for by
 
 # %% ../nbs/00_core.ipynb #73e65c15
 def _explain(name, e, local):
     "One line for an exception of `from_pretrained`."
-    text = ' '.join(str(e).split())
-    if local: return f"the model in '{name}' could not be loaded ({type(e).__name__}: {text[:200]}); it needs config.json, the weights and the tokenizer's files"
-    if any(s in text for s in ("couldn't connect", 'offline', 'ConnectionError', 'Connection error', 'not a local folder', 'Cannot find', 'not a valid model identifier')):
-        return (f"model '{name}' is not on this machine and the hub could not be asked; connect once and run `hf download {name}`, "
-                f"or give a local folder, or use '{TINY}' (bundled)")
+    text = " ".join(str(e).split())
+    if local:
+        return f"the model in '{name}' could not be loaded ({type(e).__name__}: {text[:200]}); it needs config.json, the weights and the tokenizer's files"
+    if any(
+        s in text
+        for s in (
+            "couldn't connect",
+            "offline",
+            "ConnectionError",
+            "Connection error",
+            "not a local folder",
+            "Cannot find",
+            "not a valid model identifier",
+        )
+    ):
+        return (
+            f"model '{name}' is not on this machine and the hub could not be asked; connect once and run `hf download {name}`, "
+            f"or give a local folder, or use '{TINY}' (bundled)"
+        )
     return f"model '{name}' could not be loaded ({type(e).__name__}: {text[:200]})"
 
 # %% ../nbs/00_core.ipynb #2b4d8a5b
-def load(model:str=TINY,    # `llmopt-tiny`, a folder, or a hub id
-         device:str='auto', # see `pick_device`
-         dtype:str='auto'   # `auto` is float32 on a CPU and the checkpoint's own type elsewhere
-        )->LM:
+def load(
+    model: str = TINY,  # `llmopt-tiny`, a folder, or a hub id
+    device: str = "auto",  # see `pick_device`
+    dtype: str = "auto",  # `auto` is float32 on a CPU and the checkpoint's own type elsewhere
+) -> LM:
     "Load a causal language model with its tokenizer; raises `LlmoptError` with the way out."
     src, dev = model_source(model), pick_device(device)
-    dt = (torch.float32 if dev.type == 'cpu' else 'auto') if dtype == 'auto' else getattr(torch, dtype, None)
-    if dt is None: raise LlmoptError(f"unknown dtype '{dtype}'; use float32, bfloat16, float16 or auto")
+    dt = (torch.float32 if dev.type == "cpu" else "auto") if dtype == "auto" else getattr(torch, dtype, None)
+    if dt is None:
+        raise LlmoptError(f"unknown dtype '{dtype}'; use float32, bfloat16, float16 or auto")
     bar = progress.is_progress_bar_enabled()
-    if bar and model == TINY: progress.disable_progress_bar()      # 12 MB load at once
+    if bar and model == TINY:
+        progress.disable_progress_bar()  # 12 MB load at once
     try:
         tok = transformers.AutoTokenizer.from_pretrained(src)
         m = transformers.AutoModelForCausalLM.from_pretrained(src, dtype=dt)
-    except Exception as e: raise LlmoptError(_explain(model, e, Path(src).is_dir())) from e
+    except Exception as e:
+        raise LlmoptError(_explain(model, e, Path(src).is_dir())) from e
     finally:
-        if bar: progress.enable_progress_bar()
+        if bar:
+            progress.enable_progress_bar()
     return LM(m.to(dev).eval(), tok, model)
 
 # %% ../nbs/00_core.ipynb #0bf2a427
 @patch(as_prop=True)
-def device(self:LM): return self.model.device
+def device(self: LM):
+    return self.model.device
+
 
 @patch(as_prop=True)
-def n_params(self:LM)->int: return sum(p.numel() for p in self.model.parameters())
+def n_params(self: LM) -> int:
+    return sum(p.numel() for p in self.model.parameters())
+
 
 @patch(as_prop=True)
-def weight_bytes(self:LM)->int: return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}.values())
+def weight_bytes(self: LM) -> int:
+    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}.values())
 
 # %% ../nbs/00_core.ipynb #38101374
-def max_positions(config, default:int=sys.maxsize)->int: # tokens
+def max_positions(config, default: int = sys.maxsize) -> int:  # tokens
     "Positions a model of `config` has, by whichever name; `default` where it does not say."
     cfg = config.get_text_config(decoder=True)
-    return next((v for k in ('max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length') if isinstance(v := getattr(cfg, k, None), int)), default)
+    return next(
+        (
+            v
+            for k in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+            if isinstance(v := getattr(cfg, k, None), int)
+        ),
+        default,
+    )
+
 
 @patch(as_prop=True)
-def context(self:LM)->int:
+def context(self: LM) -> int:
     "The number of tokens the model has positions for (prompt and answer together)."
     return max_positions(self.model.config)
 
 # %% ../nbs/00_core.ipynb #5bc3ae4c
-def user(text:str)->dict: return dict(role='user', content=text)
-def assistant(text:str)->dict: return dict(role='assistant', content=text)
+def user(text: str) -> dict:
+    return dict(role="user", content=text)
+
+
+def assistant(text: str) -> dict:
+    return dict(role="assistant", content=text)
 
 # %% ../nbs/00_core.ipynb #3d62a33c
 @patch
-def chat_text(self:LM,
-              messages:list # dicts with `role` and `content`
-             )->str:
+def chat_text(
+    self: LM,
+    messages: list,  # dicts with `role` and `content`
+) -> str:
     "The prompt for `messages` as text: by the chat template, or the plain contents where the model has none."
-    if getattr(self.tokenizer, 'chat_template', None): return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if getattr(self.tokenizer, "chat_template", None):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     warn_once(f"model '{self.name}' has no chat template: its prompts are the plain text")
-    return '\n'.join(m['content'] for m in messages)
+    return "\n".join(m["content"] for m in messages)
 
 # %% ../nbs/00_core.ipynb #6ae7b1e0
 @patch
-def encode_chat(self:LM, messages:list)->list: # token ids
+def encode_chat(self: LM, messages: list) -> list:  # token ids
     "Token ids of the prompt for `messages`."
-    return self.tokenizer(self.chat_text(messages), add_special_tokens=not getattr(self.tokenizer, 'chat_template', None), verbose=False)['input_ids']
+    return self.tokenizer(
+        self.chat_text(messages), add_special_tokens=not getattr(self.tokenizer, "chat_template", None), verbose=False
+    )["input_ids"]
 
 # %% ../nbs/00_core.ipynb #1c4ebdc2
 @patch
-def count(self:LM, text:str)->int: # tokens
+def count(self: LM, text: str) -> int:  # tokens
     "Tokens in `text`, without special ones."
-    return len(self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'])
+    return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 # %% ../nbs/00_core.ipynb #9ac25bbe
-def kv_bytes(cache # a transformers `Cache`, or one with a `kv_bytes()` of its own, or None
-            )->SimpleNamespace: # `live` and `reserved` bytes
+def kv_bytes(
+    cache,  # a transformers `Cache`, or one with a `kv_bytes()` of its own, or None
+) -> SimpleNamespace:  # `live` and `reserved` bytes
     "Bytes of keys and values in `cache`."
-    if cache is None: return SimpleNamespace(live=0, reserved=0)
-    if hasattr(cache, 'kv_bytes'): return cache.kv_bytes()
-    ts = [t for l in getattr(cache, 'layers', []) for t in (getattr(l, 'keys', None), getattr(l, 'values', None)) if t is not None]
+    if cache is None:
+        return SimpleNamespace(live=0, reserved=0)
+    if hasattr(cache, "kv_bytes"):
+        return cache.kv_bytes()
+    ts = [
+        t
+        for l in getattr(cache, "layers", [])
+        for t in (getattr(l, "keys", None), getattr(l, "values", None))
+        if t is not None
+    ]
     stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ts}
     return SimpleNamespace(live=sum(t.nbytes for t in ts), reserved=sum(stores.values()))
 
 # %% ../nbs/00_core.ipynb #55526b11
-def kl(p:torch.Tensor, # (…, V) log-probabilities of the reference
-       q:torch.Tensor  # (…, V) log-probabilities of what is compared with it
-      )->torch.Tensor: # (…) nats
+def kl(
+    p: torch.Tensor,  # (…, V) log-probabilities of the reference
+    q: torch.Tensor,  # (…, V) log-probabilities of what is compared with it
+) -> torch.Tensor:  # (…) nats
     "Kullback-Leibler divergence of `q` from `p`; a token that `p` excludes counts nothing."
-    return (p.exp()*(p-q)).nan_to_num(0.).sum(-1)
+    return (p.exp() * (p - q)).nan_to_num(0.0).sum(-1)
 
 # %% ../nbs/00_core.ipynb #b97e87bd
 class PeakRSS:
     "Context manager: `peak` resident bytes inside the block, and `delta` over the start."
+
     def __enter__(self):
         self.start, self.stop, self.seen = psutil.Process().memory_info().rss, threading.Event(), 0
-        try: Path('/proc/self/clear_refs').write_text('5'); self.thread = None
-        except OSError: self.thread = threading.Thread(target=self._watch, daemon=True); self.thread.start()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.thread = None
+        except OSError:
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
         return self
+
     def __exit__(self, *_):
-        if self.thread: self.stop.set(); self.thread.join(); self.peak = max(self.seen, self.start)
-        else: self.peak = next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith('VmHWM'))
-        self.delta = max(0, self.peak-self.start)
+        if self.thread:
+            self.stop.set()
+            self.thread.join()
+            self.peak = max(self.seen, self.start)
+        else:
+            self.peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+        self.delta = max(0, self.peak - self.start)
 
 # %% ../nbs/00_core.ipynb #64c0de2a
 @patch
-def _watch(self:PeakRSS):
+def _watch(self: PeakRSS):
     "Sample resident memory every 10 ms until told to stop."
     proc = psutil.Process()
-    while not self.stop.wait(.01): self.seen = max(self.seen, proc.memory_info().rss)
+    while not self.stop.wait(0.01):
+        self.seen = max(self.seen, proc.memory_info().rss)
 
 # %% ../nbs/00_core.ipynb #5d69923f
-def interleaved(arms:dict,  # name -> function of no arguments
-                rounds:int, # timed calls of each, after one that is not timed
-               )->dict:     # name -> seconds
+def interleaved(
+    arms: dict,  # name -> function of no arguments
+    rounds: int,  # timed calls of each, after one that is not timed
+) -> dict:  # name -> seconds
     "Call the functions in turn and time each call."
     times = {k: [] for k in arms}
-    for i in range(rounds+1):
+    for i in range(rounds + 1):
         for k, f in arms.items():
-            t = time.perf_counter(); f(); t = time.perf_counter()-t
-            if i: times[k].append(t)
+            t = time.perf_counter()
+            f()
+            t = time.perf_counter() - t
+            if i:
+                times[k].append(t)
     return times
 
-def spread(ts): # seconds
+
+def spread(ts):  # seconds
     "Median, quartiles and minimum in milliseconds."
-    q = statistics.quantiles(ts, n=4, method='inclusive') if len(ts) > 1 else ts*3
-    return dict(median_ms=1000*q[1], q1_ms=1000*q[0], q3_ms=1000*q[2], min_ms=1000*min(ts))
+    q = statistics.quantiles(ts, n=4, method="inclusive") if len(ts) > 1 else ts * 3
+    return dict(median_ms=1000 * q[1], q1_ms=1000 * q[0], q3_ms=1000 * q[2], min_ms=1000 * min(ts))
+
 
 @contextmanager
 def threads(n):
     "Run with `n` threads."
-    old = torch.get_num_threads(); torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(old)
+    old = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(old)
 
 # %% ../nbs/00_core.ipynb #205bb2fd
 def reader(nbytes=2**28):
     "A function that reads `nbytes` bytes."
-    x = torch.ones(nbytes//4)
+    x = torch.ones(nbytes // 4)
     return lambda: x.sum()
+
 
 def fill(cache, config, n, dtype, seed=0):
     "Put `n` random tokens into every layer of `cache`."
     gen = torch.Generator().manual_seed(seed)
     shape = 2, 1, config.num_key_value_heads, n, config.head_dim
-    for i in range(config.num_hidden_layers): cache.update(*torch.randn(shape, generator=gen).to(dtype), i)
+    for i in range(config.num_hidden_layers):
+        cache.update(*torch.randn(shape, generator=gen).to(dtype), i)
     return cache
 
 # %% ../nbs/00_core.ipynb #5dd99770
 def _cpu_name():
     "The processor's own name for itself."
-    try: return next(l.split(':', 1)[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 # %% ../nbs/00_core.ipynb #c778a63a
 def _git_sha():
     "Commit of the source tree this runs from, if it is one."
-    root = Path(__file__).parents[1] if '__file__' in globals() else Path.cwd().parent
-    if not (root/'.git').exists(): return None
-    try: return subprocess.run(['git', '-C', str(root), 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except OSError: return None
+    root = Path(__file__).parents[1] if "__file__" in globals() else Path.cwd().parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        return (
+            subprocess.run(
+                ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5
+            ).stdout.strip()
+            or None
+        )
+    except OSError:
+        return None
 
 # %% ../nbs/00_core.ipynb #bcebf631
-def environment()->dict:
+def environment() -> dict:
     "What a measurement depends on: versions, processor, threads, memory, accelerators."
-    acc, bat = torch.accelerator.is_available(), getattr(psutil, 'sensors_battery', lambda: None)()
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [str(torch.accelerator.current_accelerator())] if acc else []
-    return dict(python=platform.python_version(), platform=platform.platform(), torch=torch.__version__, transformers=transformers.__version__,
-                numpy=version('numpy'), torch_num_threads=torch.get_num_threads(), cpu_model=_cpu_name(), cores_logical=os.cpu_count(),
-                cores_physical=psutil.cpu_count(logical=False), ram_bytes=psutil.virtual_memory().total, accelerators=names,
-                on_battery=None if bat is None else not bat.power_plugged, git_sha=_git_sha())
+    acc, bat = torch.accelerator.is_available(), getattr(psutil, "sensors_battery", lambda: None)()
+    names = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else [str(torch.accelerator.current_accelerator())]
+        if acc
+        else []
+    )
+    return dict(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        numpy=version("numpy"),
+        torch_num_threads=torch.get_num_threads(),
+        cpu_model=_cpu_name(),
+        cores_logical=os.cpu_count(),
+        cores_physical=psutil.cpu_count(logical=False),
+        ram_bytes=psutil.virtual_memory().total,
+        accelerators=names,
+        on_battery=None if bat is None else not bat.power_plugged,
+        git_sha=_git_sha(),
+    )
 
 # %% ../nbs/00_core.ipynb #d266d7b0
 def leave_out_flagged():
     "In a notebook: a cell that begins with `#| slow`, `#| gpu` or `#| hub` only says that it was left out, unless `LLMOPT_FLAGS` in the environment names the flag."
     from IPython import get_ipython
-    if (shell := get_ipython()) is None: return
-    def leave_out(lines):
-        flags = {l[2:].strip() for l in takewhile(lambda l: l.startswith('#|'), lines)} & {'slow', 'gpu', 'hub'} - {*os.environ.get('LLMOPT_FLAGS', '').split()}
-        return lines if not flags else [f"print('left out, since it is marked {', '.join(sorted(flags))}: to run it, delete that line, or start Jupyter with LLMOPT_FLAGS={' '.join(sorted(flags))}')\n"]
-    leave_out.marks_flags = True
-    shell.input_transformers_cleanup[:] = [*(f for f in shell.input_transformers_cleanup if not hasattr(f, 'marks_flags')), leave_out]
 
+    if (shell := get_ipython()) is None:
+        return
+
+    def leave_out(lines):
+        flags = {l[2:].strip() for l in takewhile(lambda l: l.startswith("#|"), lines)} & {"slow", "gpu", "hub"} - {
+            *os.environ.get("LLMOPT_FLAGS", "").split()
+        }
+        return (
+            lines
+            if not flags
+            else [
+                f"print('left out, since it is marked {', '.join(sorted(flags))}: to run it, delete that line, or start Jupyter with LLMOPT_FLAGS={' '.join(sorted(flags))}')\n"
+            ]
+        )
+
+    leave_out.marks_flags = True
+    shell.input_transformers_cleanup[:] = [
+        *(f for f in shell.input_transformers_cleanup if not hasattr(f, "marks_flags")),
+        leave_out,
+    ]

@@ -7,9 +7,13 @@ __all__ = ['SLOTS', 'Slot', 'known_methods', 'Recipe', 'Events', 'ChatMetrics', 
            'ContextError', 'Feed', 'ComprehensiveChatEngine']
 
 # %% ../nbs/05_engine.ipynb #3343752b
-import ast, queue, re, threading, time
+import ast
+import queue
+import re
+import threading
+import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -18,8 +22,8 @@ from fastcore.basics import patch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .core import LM, LlmoptError, TINY, load, user, assistant, kv_bytes
 from .adaptivocab_model import Vocab
+from .core import LM, TINY, LlmoptError, assistant, kv_bytes, load, user
 from .kv_cache.hybrid import KVCache
 from .larosa import LaRoSA, traffic
 from .word_removal import Words
@@ -27,93 +31,130 @@ from .word_removal import Words
 # %% ../nbs/05_engine.ipynb #0e7801b7
 class Slot(NamedTuple):
     "A place where one optimization acts."
-    name:str          # field of `Recipe`
-    short:str         # in combinations: `words+kv`
-    method:str        # the method id that switches on this slot alone
-    config:type       # its configuration
 
-SLOTS = (Slot('words', 'words', 'word_removal', Words), Slot('vocab', 'vocab', 'simple_adaptivocab', Vocab),
-         Slot('larosa', 'larosa', 'larosa', LaRoSA), Slot('cache', 'kv', 'hybrid_kv_cache', KVCache))
+    name: str  # field of `Recipe`
+    short: str  # in combinations: `words+kv`
+    method: str  # the method id that switches on this slot alone
+    config: type  # its configuration
+
+
+SLOTS = (
+    Slot("words", "words", "word_removal", Words),
+    Slot("vocab", "vocab", "simple_adaptivocab", Vocab),
+    Slot("larosa", "larosa", "larosa", LaRoSA),
+    Slot("cache", "kv", "hybrid_kv_cache", KVCache),
+)
 
 # %% ../nbs/05_engine.ipynb #9ab296fc
-def known_methods()->list: # ids
+def known_methods() -> list:  # ids
     "All method ids."
-    return ['baseline', *(s.method for s in SLOTS), 'all_combined']
+    return ["baseline", *(s.method for s in SLOTS), "all_combined"]
 
 # %% ../nbs/05_engine.ipynb #a91da12d
 @dataclass(frozen=True)
 class Recipe:
     "Which optimizations are on, each by its own configuration; None is off."
-    words:Words|None = None
-    vocab:Vocab|None = None
-    larosa:LaRoSA|None = None
-    cache:KVCache|None = None
+
+    words: Words | None = None
+    vocab: Vocab | None = None
+    larosa: LaRoSA | None = None
+    cache: KVCache | None = None
 
 # %% ../nbs/05_engine.ipynb #4e11fd53
 @patch(as_prop=True)
-def on(self:Recipe)->list: return [s for s in SLOTS if getattr(self, s.name) is not None]
+def on(self: Recipe) -> list:
+    return [s for s in SLOTS if getattr(self, s.name) is not None]
+
 
 @patch(as_prop=True)
-def factors(self:Recipe)->dict: return {s.name: int(getattr(self, s.name) is not None) for s in SLOTS}
+def factors(self: Recipe) -> dict:
+    return {s.name: int(getattr(self, s.name) is not None) for s in SLOTS}
+
 
 @patch
-def to_dict(self:Recipe)->dict: return {s.name: asdict(getattr(self, s.name)) for s in self.on}
+def to_dict(self: Recipe) -> dict:
+    return {s.name: asdict(getattr(self, s.name)) for s in self.on}
 
 # %% ../nbs/05_engine.ipynb #fc8a45bc
 def _value(text):
     "A parameter as Python reads it: number, True, False, None, else text."
     text = unquote(text)
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
 
 def _written(v):
     "What `_value` reads as `v`, without the signs that part parameters and methods."
     s = repr(v) if isinstance(v, str) and _value(v) != v else str(v)
-    return re.sub('[%,+]', lambda m: f'%{ord(m[0]):02X}', s)
+    return re.sub("[%,+]", lambda m: f"%{ord(m[0]):02X}", s)
+
 
 def _args(cfg):
     "The parameters of a configuration that differ from its defaults, as `k=v,k=v`."
-    return ','.join(f'{f.name}={_written(getattr(cfg, f.name))}' for f in fields(cfg) if getattr(cfg, f.name) != getattr(type(cfg)(), f.name))
+    return ",".join(
+        f"{f.name}={_written(getattr(cfg, f.name))}"
+        for f in fields(cfg)
+        if getattr(cfg, f.name) != getattr(type(cfg)(), f.name)
+    )
+
 
 @patch(as_prop=True)
-def id(self:Recipe)->str:
+def id(self: Recipe) -> str:
     parts = [(s, _args(getattr(self, s.name))) for s in self.on]
-    if not parts: return 'baseline'
-    if len(parts) == 1: return parts[0][0].method + (':' + parts[0][1] if parts[0][1] else '')
-    if len(parts) == len(SLOTS) and not any(a for _, a in parts): return 'all_combined'
-    return '+'.join(s.short + (':' + a if a else '') for s, a in parts)
+    if not parts:
+        return "baseline"
+    if len(parts) == 1:
+        return parts[0][0].method + (":" + parts[0][1] if parts[0][1] else "")
+    if len(parts) == len(SLOTS) and not any(a for _, a in parts):
+        return "all_combined"
+    return "+".join(s.short + (":" + a if a else "") for s, a in parts)
 
 # %% ../nbs/05_engine.ipynb #230b2c73
 def _config(slot, args):
     "`Words`, … from `k=v,k=v`."
-    try: return slot.config(**{k.strip(): _value(v) for k, v in (a.split('=', 1) for a in args.split(',') if a)})
-    except (TypeError, ValueError) as e: raise LlmoptError(f"bad parameters '{args}' for {slot.method}: {e}") from None
+    try:
+        return slot.config(**{k.strip(): _value(v) for k, v in (a.split("=", 1) for a in args.split(",") if a)})
+    except (TypeError, ValueError) as e:
+        raise LlmoptError(f"bad parameters '{args}' for {slot.method}: {e}") from None
 
 # %% ../nbs/05_engine.ipynb #c1e7d0c1
 @patch(cls_method=True)
-def parse(cls:Recipe, text:str # `baseline`, a method id, `words+kv`, `words:n=2+kv`
-         )->Recipe:
+def parse(
+    cls: Recipe,
+    text: str,  # `baseline`, a method id, `words+kv`, `words:n=2+kv`
+) -> Recipe:
     "The recipe that `text` names; `LlmoptError` with the known names if there is none."
-    if text == 'baseline': return cls()
-    if text == 'all_combined': return cls(**{s.name: s.config() for s in SLOTS})
+    if text == "baseline":
+        return cls()
+    if text == "all_combined":
+        return cls(**{s.name: s.config() for s in SLOTS})
     on = {}
-    for part in text.split('+'):
-        name, _, args = part.partition(':')
+    for part in text.split("+"):
+        name, _, args = part.partition(":")
         slot = next((s for s in SLOTS if name in (s.name, s.short, s.method)), None)
-        if slot is None: raise LlmoptError(f"unknown method '{name}'; known: {', '.join(known_methods())}, or {', '.join(s.short for s in SLOTS)} joined by '+'")
+        if slot is None:
+            raise LlmoptError(
+                f"unknown method '{name}'; known: {', '.join(known_methods())}, or {', '.join(s.short for s in SLOTS)} joined by '+'"
+            )
         on[slot.name] = _config(slot, args)
     return cls(**on)
 
 # %% ../nbs/05_engine.ipynb #255ae212
 @patch(cls_method=True)
-def named(cls:Recipe, method:str # one of `known_methods()`
-         )->Recipe:
+def named(
+    cls: Recipe,
+    method: str,  # one of `known_methods()`
+) -> Recipe:
     "The recipe of a method id, with default parameters."
-    if method not in known_methods(): raise LlmoptError(f"unknown method '{method}'; known: {', '.join(known_methods())}")
+    if method not in known_methods():
+        raise LlmoptError(f"unknown method '{method}'; known: {', '.join(known_methods())}")
     return cls.parse(method)
 
+
 @patch(cls_method=True)
-def from_dict(cls:Recipe, d:dict)->Recipe:
+def from_dict(cls: Recipe, d: dict) -> Recipe:
     "The recipe that `to_dict` wrote."
     return cls(**{s.name: s.config(**d[s.name]) for s in SLOTS if s.name in d})
 
@@ -121,61 +162,99 @@ def from_dict(cls:Recipe, d:dict)->Recipe:
 @dataclass
 class Events:
     "Clock readings of one request, in nanoseconds."
-    submit:int = field(default_factory=time.perf_counter_ns)
-    ready:int = 0
-    tokens:list = field(default_factory=list) # one reading a step
-    counts:list = field(default_factory=list) # tokens that came with it
-    done:int = 0
+
+    submit: int = field(default_factory=time.perf_counter_ns)
+    ready: int = 0
+    tokens: list = field(default_factory=list)  # one reading a step
+    counts: list = field(default_factory=list)  # tokens that came with it
+    done: int = 0
 
 # %% ../nbs/05_engine.ipynb #854cb6bb
 @patch
-def times(self:Events)->dict:
+def times(self: Events) -> dict:
     "The times of `DEFINITIONS`, in milliseconds."
-    t, ms = self.tokens, lambda a, b: (b-a)/1e6
+    t, ms = self.tokens, lambda a, b: (b - a) / 1e6
     n = sum(self.counts)
-    return dict(ttft_ms=ms(self.submit, t[0]), preprocess_ms=ms(self.submit, self.ready), prefill_ms=ms(self.ready, t[0]),
-                tpot_ms=ms(t[0], t[-1])/(n-1) if n > 1 else None, e2el_ms=ms(self.submit, self.done), itl_ms=[ms(a, b) for a, b in zip(t, t[1:])])
+    return dict(
+        ttft_ms=ms(self.submit, t[0]),
+        preprocess_ms=ms(self.submit, self.ready),
+        prefill_ms=ms(self.ready, t[0]),
+        tpot_ms=ms(t[0], t[-1]) / (n - 1) if n > 1 else None,
+        e2el_ms=ms(self.submit, self.done),
+        itl_ms=[ms(a, b) for a, b in zip(t, t[1:])],
+    )
 
 # %% ../nbs/05_engine.ipynb #95b0dece
 @dataclass
 class ChatMetrics:
     "One answer with its measurements; definitions in `llmopt.results.DEFINITIONS`."
-    method:str; input_text:str; prompt_text:str; output_text:str; finish_reason:str
-    ttft_ms:float; preprocess_ms:float; prefill_ms:float; tpot_ms:float|None; e2el_ms:float; itl_ms:list
-    prompt_tokens:int; prompt_tokens_base:int; completion_tokens:int; completion_tokens_base:int
-    kv_bytes_live:int; kv_bytes_peak:int; kv_bytes_reserved:int; kv_bytes_resident:int|None; weight_bytes:int
-    prefill_tok_per_s:float; prefill_eff_tok_per_s:float
-    decode_tok_per_s:float|None; decode_base_tok_per_s:float|None; decode_char_per_s:float|None
-    skipped_weight_bytes:int|None = None
-    factors:dict = field(default_factory=dict)
-    output_ids:list = field(default_factory=list, repr=False)
+
+    method: str
+    input_text: str
+    prompt_text: str
+    output_text: str
+    finish_reason: str
+    ttft_ms: float
+    preprocess_ms: float
+    prefill_ms: float
+    tpot_ms: float | None
+    e2el_ms: float
+    itl_ms: list
+    prompt_tokens: int
+    prompt_tokens_base: int
+    completion_tokens: int
+    completion_tokens_base: int
+    kv_bytes_live: int
+    kv_bytes_peak: int
+    kv_bytes_reserved: int
+    kv_bytes_resident: int | None
+    weight_bytes: int
+    prefill_tok_per_s: float
+    prefill_eff_tok_per_s: float
+    decode_tok_per_s: float | None
+    decode_base_tok_per_s: float | None
+    decode_char_per_s: float | None
+    skipped_weight_bytes: int | None = None
+    factors: dict = field(default_factory=dict)
+    output_ids: list = field(default_factory=list, repr=False)
 
 # %% ../nbs/05_engine.ipynb #2730e1b9
 def _rates(t, n_prompt, n_prompt_base, n, n_base, chars):
     "Throughputs from the times `t`."
-    decode = t['tpot_ms']*(n-1)/1000 if n > 1 else None
-    per = lambda x: x/decode if decode else None
-    return dict(prefill_tok_per_s=1000*n_prompt/t['prefill_ms'], prefill_eff_tok_per_s=1000*n_prompt_base/t['ttft_ms'],
-                decode_tok_per_s=per(n-1), decode_base_tok_per_s=per(n_base-1), decode_char_per_s=per(chars))
+    decode = t["tpot_ms"] * (n - 1) / 1000 if n > 1 else None
+
+    def per(x):
+        return x / decode if decode else None
+
+    return dict(
+        prefill_tok_per_s=1000 * n_prompt / t["prefill_ms"],
+        prefill_eff_tok_per_s=1000 * n_prompt_base / t["ttft_ms"],
+        decode_tok_per_s=per(n - 1),
+        decode_base_tok_per_s=per(n_base - 1),
+        decode_char_per_s=per(chars),
+    )
 
 # %% ../nbs/05_engine.ipynb #2891612a
 class EnhancedFusedLLMEngine:
     "A model with any subset of the optimizations around it."
-    def __init__(self,
-                 model_name=TINY,                # name, folder or hub id; or a loaded `LM`
-                 simple_adaptivocab:bool=False,  # phrases as single tokens
-                 larosa_sparsity:float=0.0,      # share of the weight bytes that a new token skips
-                 vattention_enabled:bool=False,  # hybrid KV cache
-                 word_removal:int=0,             # drop every n-th word; 0 is off
-                 device:str='cpu',               # where a model given by name goes
-                 recipe:Recipe|None=None,        # instead of the four keywords
-                 dtype:str='auto',               # of a model given by name
-                 max_new_tokens:int=256,         # default length of an answer
-                 system:str|None=None,           # system message of the chat
-                ):
+
+    def __init__(
+        self,
+        model_name=TINY,  # name, folder or hub id; or a loaded `LM`
+        simple_adaptivocab: bool = False,  # phrases as single tokens
+        larosa_sparsity: float = 0.0,  # share of the weight bytes that a new token skips
+        vattention_enabled: bool = False,  # hybrid KV cache
+        word_removal: int = 0,  # drop every n-th word; 0 is off
+        device: str = "cpu",  # where a model given by name goes
+        recipe: Recipe | None = None,  # instead of the four keywords
+        dtype: str = "auto",  # of a model given by name
+        max_new_tokens: int = 256,  # default length of an answer
+        system: str | None = None,  # system message of the chat
+    ):
         self.recipe = recipe or _keywords(simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal)
         self.lm = model_name if isinstance(model_name, LM) else load(model_name, device, dtype)
-        if self.recipe.larosa: self.lm = _sparse(self.recipe.larosa, self.lm)
+        if self.recipe.larosa:
+            self.lm = _sparse(self.recipe.larosa, self.lm)
         self.reader = _reader(self.recipe.vocab, self.lm) if self.recipe.vocab else None
         self.max_new_tokens, self.system = max_new_tokens, system
         self.reset()
@@ -183,147 +262,203 @@ class EnhancedFusedLLMEngine:
 # %% ../nbs/05_engine.ipynb #5bf85c90
 def _keywords(vocab, larosa, cache, words):
     "The recipe for the keyword form of the engine."
-    try: return Recipe(words=Words(n=words) if words else None, vocab=Vocab() if vocab else None,
-                       larosa=LaRoSA(sparsity=larosa) if larosa else None, cache=KVCache() if cache else None)
-    except ValueError as e: raise LlmoptError(str(e)) from None
+    try:
+        return Recipe(
+            words=Words(n=words) if words else None,
+            vocab=Vocab() if vocab else None,
+            larosa=LaRoSA(sparsity=larosa) if larosa else None,
+            cache=KVCache() if cache else None,
+        )
+    except ValueError as e:
+        raise LlmoptError(str(e)) from None
 
 # %% ../nbs/05_engine.ipynb #295c78cf
 class Unsuited(LlmoptError):
     "A method that cannot be applied to this model."
 
+
 def _sparse(cfg, lm):
     "`lm` with a converted copy of its model; the original stays as it is. An artifact was named by the user, so a bad one is an error and no property of the model."
-    try: return cfg.prepare(lm)
-    except LlmoptError as e: raise (LlmoptError if cfg.artifact else Unsuited)(str(e)) from None
+    try:
+        return cfg.prepare(lm)
+    except LlmoptError as e:
+        raise (LlmoptError if cfg.artifact else Unsuited)(str(e)) from None
 
 # %% ../nbs/05_engine.ipynb #331ff6d6
 def _reader(vocab, lm):
     "The reader that folds phrases for `lm`."
-    try: return vocab.reader(lm)
-    except (ValueError, OSError, TypeError) as e: raise LlmoptError(f"phrases: {e}") from None
+    try:
+        return vocab.reader(lm)
+    except (ValueError, OSError, TypeError) as e:
+        raise LlmoptError(f"phrases: {e}") from None
 
 # %% ../nbs/05_engine.ipynb #2f48dd1d
 @patch
-def reset(self:EnhancedFusedLLMEngine):
+def reset(self: EnhancedFusedLLMEngine):
     "Forget the conversation."
-    self.history = [dict(role='system', content=self.system)] if self.system else []
+    self.history = [dict(role="system", content=self.system)] if self.system else []
 
 # %% ../nbs/05_engine.ipynb #04c1381f
 @patch
-def shorten(self:EnhancedFusedLLMEngine, messages:list)->list:
+def shorten(self: EnhancedFusedLLMEngine, messages: list) -> list:
     "The messages after word removal (unchanged when it is off)."
     w = self.recipe.words
-    if w is None: return messages
-    try: return [dict(m, content=w.apply(m['content'], tokenizer=self.lm.tokenizer).text) if m['role'] == 'user' else m for m in messages]
-    except ValueError as e: raise LlmoptError(f"word removal: {e}") from None
+    if w is None:
+        return messages
+    try:
+        return [
+            dict(m, content=w.apply(m["content"], tokenizer=self.lm.tokenizer).text) if m["role"] == "user" else m
+            for m in messages
+        ]
+    except ValueError as e:
+        raise LlmoptError(f"word removal: {e}") from None
 
 # %% ../nbs/05_engine.ipynb #b01f795d
 class ContextError(LlmoptError):
     "The prompt and the answer do not fit the model's context."
 
+
 @patch
-def encode(self:EnhancedFusedLLMEngine, messages:list, room:int=0)->list: # token ids
+def encode(self: EnhancedFusedLLMEngine, messages: list, room: int = 0) -> list:  # token ids
     "The tokens the model reads for `messages`, with `room` positions left for the answer."
-    if not messages[-1]['content'].strip(): raise LlmoptError('the query is empty; write a question')
+    if not messages[-1]["content"].strip():
+        raise LlmoptError("the query is empty; write a question")
     short = self.shorten(messages)
-    ids = self.lm.encode_chat(short if short[-1]['content'].strip() else messages)
-    if len(ids)+room > self.lm.context:
-        raise ContextError(f"the prompt has {len(ids):,} tokens and the answer may take {room:,}, but {self.lm.name} has a context of {self.lm.context:,}; shorten the prompt or ask for fewer tokens")
+    ids = self.lm.encode_chat(short if short[-1]["content"].strip() else messages)
+    if len(ids) + room > self.lm.context:
+        raise ContextError(
+            f"the prompt has {len(ids):,} tokens and the answer may take {room:,}, but {self.lm.name} has a context of {self.lm.context:,}; shorten the prompt or ask for fewer tokens"
+        )
     return ids
 
 # %% ../nbs/05_engine.ipynb #213b7d1b
 class Feed(NamedTuple):
     "A prompt as the model takes it."
-    inputs:dict # arguments of the model's forward
-    ids:list    # what it reads, one id a position
-    next:int    # the position of the first new token
+
+    inputs: dict  # arguments of the model's forward
+    ids: list  # what it reads, one id a position
+    next: int  # the position of the first new token
+
 
 @patch
-def feed(self:EnhancedFusedLLMEngine, ids:list):
+def feed(self: EnhancedFusedLLMEngine, ids: list):
     "The inputs for a prompt of token `ids`."
-    if self.reader: return self.reader.read(ids)
+    if self.reader:
+        return self.reader.read(ids)
     x = torch.tensor([ids], device=self.lm.device)
     return Feed(dict(input_ids=x, attention_mask=torch.ones_like(x)), ids, len(ids))
 
 # %% ../nbs/05_engine.ipynb #94017924
 class _Meter(BaseStreamer):
     "Reads the clock at every step, then the bytes of the cache; passes new tokens on."
+
     def __init__(self, events, cache, on_token=None):
         self.events, self.cache, self.on_token, self.ids, self.peak, self.prompt = events, cache, on_token, [], 0, True
+
     def put(self, value):
-        if self.prompt: self.prompt = False; return
+        if self.prompt:
+            self.prompt = False
+            return
         self.events.tokens.append(time.perf_counter_ns())
         new = value.flatten().tolist()
-        self.events.counts.append(len(new)); self.ids += new
+        self.events.counts.append(len(new))
+        self.ids += new
         self.peak = max(self.peak, kv_bytes(self.cache).live)
-        if self.on_token: self.on_token(new)
-    def end(self): self.events.done = time.perf_counter_ns()
+        if self.on_token:
+            self.on_token(new)
+
+    def end(self):
+        self.events.done = time.perf_counter_ns()
 
 # %% ../nbs/05_engine.ipynb #e0648932
 class _Stop(StoppingCriteria):
     "Stops a generation from outside."
-    def __init__(self, flag): self.flag = flag
-    def __call__(self, input_ids, scores, **kw): return torch.full((input_ids.shape[0],), self.flag.is_set(), device=input_ids.device)
+
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __call__(self, input_ids, scores, **kw):
+        return torch.full((input_ids.shape[0],), self.flag.is_set(), device=input_ids.device)
 
 # %% ../nbs/05_engine.ipynb #06996fed
 @patch
-def make_cache(self:EnhancedFusedLLMEngine):
+def make_cache(self: EnhancedFusedLLMEngine):
     "A fresh KV cache for one answer."
     kv = self.recipe.cache
-    if kv is None: return DynamicCache(config=self.lm.model.config)
-    try: return kv.make_cache(self.lm)
-    except ValueError as e: raise LlmoptError(f"KV cache: {e}") from None
+    if kv is None:
+        return DynamicCache(config=self.lm.model.config)
+    try:
+        return kv.make_cache(self.lm)
+    except ValueError as e:
+        raise LlmoptError(f"KV cache: {e}") from None
+
 
 @patch
-def attention(self:EnhancedFusedLLMEngine):
+def attention(self: EnhancedFusedLLMEngine):
     "Context manager: inside it the model runs with the attention that the cache asks for."
     return self.recipe.cache.attach(self.lm) if self.recipe.cache else nullcontext()
 
 # %% ../nbs/05_engine.ipynb #c398b212
 @patch
-def _gen_kwargs(self:EnhancedFusedLLMEngine, n, fixed, temperature, seed):
+def _gen_kwargs(self: EnhancedFusedLLMEngine, n, fixed, temperature, seed):
     "Arguments for `generate`."
-    if temperature and seed is not None: torch.manual_seed(seed)
-    mode = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    if temperature and seed is not None:
+        torch.manual_seed(seed)
+    mode = (
+        dict(do_sample=True, temperature=temperature)
+        if temperature
+        else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    )
     pad = self.lm.tokenizer.pad_token_id
-    if pad is None: pad = self.lm.tokenizer.eos_token_id
+    if pad is None:
+        pad = self.lm.tokenizer.eos_token_id
     return dict(max_new_tokens=n, min_new_tokens=n if fixed else None, num_beams=1, pad_token_id=pad, **mode)
 
 # %% ../nbs/05_engine.ipynb #fb2473db
 @patch
 @torch.inference_mode()
-def _generate(self:EnhancedFusedLLMEngine, feed, events, n, fixed=False, temperature=0., seed=None, on_token=None, stop=None):
+def _generate(
+    self: EnhancedFusedLLMEngine, feed, events, n, fixed=False, temperature=0.0, seed=None, on_token=None, stop=None
+):
     "Generate up to `n` tokens after the prompt; the meter holds tokens, clock and cache."
     meter = _Meter(events, self.make_cache(), on_token)
     crit = StoppingCriteriaList([_Stop(stop)]) if stop else None
     with self.attention():
-        self.lm.model.generate(**feed.inputs, past_key_values=meter.cache, streamer=meter, stopping_criteria=crit,
-                               **self._gen_kwargs(n, fixed, temperature, seed))
+        self.lm.model.generate(
+            **feed.inputs,
+            past_key_values=meter.cache,
+            streamer=meter,
+            stopping_criteria=crit,
+            **self._gen_kwargs(n, fixed, temperature, seed),
+        )
     return meter
 
 # %% ../nbs/05_engine.ipynb #46aeff7a
 @patch
-def _text(self:EnhancedFusedLLMEngine, ids):
+def _text(self: EnhancedFusedLLMEngine, ids):
     "The answer as text, without the special tokens at its end."
     return self.lm.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
+
 @patch
-def _messages(self:EnhancedFusedLLMEngine, text):
+def _messages(self: EnhancedFusedLLMEngine, text):
     "The messages for a question outside the history."
-    if not isinstance(text, str): return text
-    return ([dict(role='system', content=self.system)] if self.system else []) + [user(text)]
+    if not isinstance(text, str):
+        return text
+    return ([dict(role="system", content=self.system)] if self.system else []) + [user(text)]
 
 # %% ../nbs/05_engine.ipynb #182192bf
 @patch
-def run(self:EnhancedFusedLLMEngine,
-        text,                        # question, or list of messages
-        max_new_tokens:int|None=None,
-        fixed:bool=False,            # exactly `max_new_tokens`, no early stop
-        temperature:float=0.,        # 0 is greedy
-        seed:int|None=None,
-        on_token=None,               # called with the new token ids of each step
-        stop:threading.Event|None=None,
-       )->ChatMetrics:
+def run(
+    self: EnhancedFusedLLMEngine,
+    text,  # question, or list of messages
+    max_new_tokens: int | None = None,
+    fixed: bool = False,  # exactly `max_new_tokens`, no early stop
+    temperature: float = 0.0,  # 0 is greedy
+    seed: int | None = None,
+    on_token=None,  # called with the new token ids of each step
+    stop: threading.Event | None = None,
+) -> ChatMetrics:
     "Answer once, outside the conversation's history, and measure it."
     events, n = Events(), max_new_tokens or self.max_new_tokens
     messages = self._messages(text)
@@ -335,93 +470,142 @@ def run(self:EnhancedFusedLLMEngine,
 
 # %% ../nbs/05_engine.ipynb #47a1269e
 @patch
-def _metrics(self:EnhancedFusedLLMEngine, messages, ids, n_read, events, meter):
+def _metrics(self: EnhancedFusedLLMEngine, messages, ids, n_read, events, meter):
     "`ChatMetrics` from the events and the meter of one answer."
     out, t, kv = self._text(meter.ids), events.times(), kv_bytes(meter.cache)
     n, base, n_base = len(meter.ids), len(self.lm.encode_chat(messages)), self.lm.count(out)
     eos = self.lm.model.generation_config.eos_token_id
     stopped = meter.ids[-1] in (eos if isinstance(eos, list) else [eos])
-    return ChatMetrics(method=self.recipe.id, input_text=messages[-1]['content'], prompt_text=self.lm.tokenizer.decode(ids), output_text=out,
-                       finish_reason='stop' if stopped else 'length', **t, prompt_tokens=n_read, prompt_tokens_base=base, completion_tokens=n,
-                       completion_tokens_base=n_base, kv_bytes_live=kv.live, kv_bytes_peak=max(meter.peak, kv.live, getattr(meter.cache, 'peak', 0)), kv_bytes_reserved=kv.reserved, kv_bytes_resident=getattr(kv, 'resident', None),
-                       weight_bytes=self.lm.weight_bytes, skipped_weight_bytes=traffic(self.lm.model).skipped if self.recipe.larosa else None, **_rates(t, n_read, base, n, n_base, len(out)), factors=self.recipe.factors, output_ids=meter.ids)
+    return ChatMetrics(
+        method=self.recipe.id,
+        input_text=messages[-1]["content"],
+        prompt_text=self.lm.tokenizer.decode(ids),
+        output_text=out,
+        finish_reason="stop" if stopped else "length",
+        **t,
+        prompt_tokens=n_read,
+        prompt_tokens_base=base,
+        completion_tokens=n,
+        completion_tokens_base=n_base,
+        kv_bytes_live=kv.live,
+        kv_bytes_peak=max(meter.peak, kv.live, getattr(meter.cache, "peak", 0)),
+        kv_bytes_reserved=kv.reserved,
+        kv_bytes_resident=getattr(kv, "resident", None),
+        weight_bytes=self.lm.weight_bytes,
+        skipped_weight_bytes=traffic(self.lm.model).skipped if self.recipe.larosa else None,
+        **_rates(t, n_read, base, n, n_base, len(out)),
+        factors=self.recipe.factors,
+        output_ids=meter.ids,
+    )
 
 # %% ../nbs/05_engine.ipynb #d48b137c
 @patch
 @torch.inference_mode()
-def score(self:EnhancedFusedLLMEngine,
-          text,           # question, or list of messages
-          answer_ids:list # token ids of the answer to be led along
-         )->torch.Tensor: # (n, vocabulary) log-probabilities, float32
+def score(
+    self: EnhancedFusedLLMEngine,
+    text,  # question, or list of messages
+    answer_ids: list,  # token ids of the answer to be led along
+) -> torch.Tensor:  # (n, vocabulary) log-probabilities, float32
     "Log-probabilities before each token of `answer_ids`, given `text`."
-    feed, cache, rows, dev = self.feed(self.encode(self._messages(text), room=len(answer_ids))), self.make_cache(), [], self.lm.device
+    feed, cache, rows, dev = (
+        self.feed(self.encode(self._messages(text), room=len(answer_ids))),
+        self.make_cache(),
+        [],
+        self.lm.device,
+    )
     step = feed.inputs
     with self.attention():
         for i, t in enumerate(answer_ids):
             rows.append(self.lm.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
             step = dict(input_ids=torch.tensor([[t]], device=dev))
-            if 'position_ids' in feed.inputs: step['position_ids'] = torch.tensor([[feed.next+i]], device=dev)
+            if "position_ids" in feed.inputs:
+                step["position_ids"] = torch.tensor([[feed.next + i]], device=dev)
     return torch.stack(rows).float().log_softmax(-1)
 
 # %% ../nbs/05_engine.ipynb #718b904a
 @patch
-def chat(self:EnhancedFusedLLMEngine, text:str, **kw)->str:
+def chat(self: EnhancedFusedLLMEngine, text: str, **kw) -> str:
     "Answer `text` within the conversation. `kw` as for `run`."
-    self.last = self.run(self.history+[user(text)], **kw)
+    self.last = self.run(self.history + [user(text)], **kw)
     self.history += [user(text), assistant(self.last.output_text)]
     return self.last.output_text
 
 # %% ../nbs/05_engine.ipynb #cff138c6
 @patch
-def stream(self:EnhancedFusedLLMEngine, text:str, **kw):
+def stream(self: EnhancedFusedLLMEngine, text: str, **kw):
     "Answer `text` within the conversation, yielding pieces of text as they are made. Closing the iterator stops the model."
     q, stop, box, ids = queue.Queue(), threading.Event(), {}, []
+
     def work():
-        try: box['m'] = self.run(self.history+[user(text)], on_token=q.put, stop=stop, **kw)
-        except BaseException as e: box['e'] = e
-        finally: q.put(None)
-    th = threading.Thread(target=work, name='llmopt-stream', daemon=True); th.start()
-    try: yield from self._pieces(iter(q.get, None), ids)
-    finally: stop.set(); th.join()
-    if 'e' in box: raise box['e']
-    self.last = box['m']; self.history += [user(text), assistant(self.last.output_text)]
+        try:
+            box["m"] = self.run(self.history + [user(text)], on_token=q.put, stop=stop, **kw)
+        except BaseException as e:
+            box["e"] = e
+        finally:
+            q.put(None)
+
+    th = threading.Thread(target=work, name="llmopt-stream", daemon=True)
+    th.start()
+    try:
+        yield from self._pieces(iter(q.get, None), ids)
+    finally:
+        stop.set()
+        th.join()
+    if "e" in box:
+        raise box["e"]
+    self.last = box["m"]
+    self.history += [user(text), assistant(self.last.output_text)]
 
 # %% ../nbs/05_engine.ipynb #c0e15f22
 @patch
-def _pieces(self:EnhancedFusedLLMEngine, steps, ids):
+def _pieces(self: EnhancedFusedLLMEngine, steps, ids):
     "Text pieces from token steps; incomplete UTF-8 waits."
-    sent = ''
+    sent = ""
     for new in steps:
         ids += new
         text = self.lm.tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith('\ufffd') and len(text) > len(sent): yield text[len(sent):]; sent = text
+        if not text.endswith("\ufffd") and len(text) > len(sent):
+            yield text[len(sent) :]
+            sent = text
     text = self.lm.tokenizer.decode(ids, skip_special_tokens=True)
-    if len(text) > len(sent): yield text[len(sent):]
+    if len(text) > len(sent):
+        yield text[len(sent) :]
 
 # %% ../nbs/05_engine.ipynb #f858ae5b
 class _Refused:
     "Stands for an engine that could not be made: whatever is asked of it ends in the reason."
-    def __init__(self, reason): self.reason = reason
-    def run(self, *a, **kw): raise self.reason
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def run(self, *a, **kw):
+        raise self.reason
 
 # %% ../nbs/05_engine.ipynb #668b1e5d
 class ComprehensiveChatEngine:
     "One engine for each method, sharing one model."
-    def __init__(self,
-                 model_name=TINY,            # name, folder, hub id, or a loaded `LM`
-                 methods:list|None=None,     # ids or combinations; all of them by default
-                 device:str='cpu', dtype:str='auto', max_new_tokens:int=256):
+
+    def __init__(
+        self,
+        model_name=TINY,  # name, folder, hub id, or a loaded `LM`
+        methods: list | None = None,  # ids or combinations; all of them by default
+        device: str = "cpu",
+        dtype: str = "auto",
+        max_new_tokens: int = 256,
+    ):
         self.recipes = {m: Recipe.parse(m) for m in methods or known_methods()}
         self.lm = model_name if isinstance(model_name, LM) else load(model_name, device, dtype)
         self.engines, self.setup_s = {}, {}
         for m, r in self.recipes.items():
             t = time.perf_counter()
-            try: self.engines[m] = EnhancedFusedLLMEngine(self.lm, recipe=r, max_new_tokens=max_new_tokens)
-            except Unsuited as e: self.engines[m] = _Refused(e)
-            self.setup_s[m] = time.perf_counter()-t
+            try:
+                self.engines[m] = EnhancedFusedLLMEngine(self.lm, recipe=r, max_new_tokens=max_new_tokens)
+            except Unsuited as e:
+                self.engines[m] = _Refused(e)
+            self.setup_s[m] = time.perf_counter() - t
 
 # %% ../nbs/05_engine.ipynb #ae61e6ab
 @patch
-def chat(self:ComprehensiveChatEngine, text:str, **kw)->dict: # method -> ChatMetrics
+def chat(self: ComprehensiveChatEngine, text: str, **kw) -> dict:  # method -> ChatMetrics
     "The answer of every method to `text`, outside any history."
     return {m: e.run(text, **kw) for m, e in self.engines.items()}

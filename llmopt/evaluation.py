@@ -8,84 +8,120 @@ __all__ = ['AA', 'TIMES', 'COLUMNS', 'read_queries', 'default_queries', 'keyword
            'summarize', 'compare', 'table', 'side_by_side']
 
 # %% ../nbs/06_evaluation.ipynb #4fc5f07a
-import hashlib, json, math, random, subprocess, sys
+import hashlib
+import json
+import math
+import random
+import subprocess
+import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 import llmopt.results as R
-from .core import ASSETS, LlmoptError, PeakRSS, TINY, environment, kl, load
+from .core import ASSETS, TINY, LlmoptError, PeakRSS, environment, kl, load
 from .engine import ComprehensiveChatEngine, EnhancedFusedLLMEngine, Recipe, known_methods
 from .results import DEFINITIONS, Query, Results, Run
 
 # %% ../nbs/06_evaluation.ipynb #99d6047a
 def _query(line, n, path):
     "One line of a queries file as a `Query`; errors name the line."
-    try: d = json.loads(line)
-    except json.JSONDecodeError as e: raise LlmoptError(f"{path}, line {n}: not JSON ({e.msg}); each line must be an object such as {{\"text\": \"What is rain?\"}}") from None
-    if not isinstance(d, dict) or not isinstance(d.get('text'), str): raise LlmoptError(f"{path}, line {n}: an object with a \"text\" is needed")
-    kw = d.get('keywords', [])
-    if not isinstance(kw, list) or not all(isinstance(k, str) for k in kw): raise LlmoptError(f"{path}, line {n}: \"keywords\" must be a list of words")
-    return Query(id=str(d.get('id', f'q{n}')), text=d['text'], keywords=kw)
+    try:
+        d = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise LlmoptError(
+            f'{path}, line {n}: not JSON ({e.msg}); each line must be an object such as {{"text": "What is rain?"}}'
+        ) from None
+    if not isinstance(d, dict) or not isinstance(d.get("text"), str):
+        raise LlmoptError(f'{path}, line {n}: an object with a "text" is needed')
+    kw = d.get("keywords", [])
+    if not isinstance(kw, list) or not all(isinstance(k, str) for k in kw):
+        raise LlmoptError(f'{path}, line {n}: "keywords" must be a list of words')
+    return Query(id=str(d.get("id", f"q{n}")), text=d["text"], keywords=kw)
 
 # %% ../nbs/06_evaluation.ipynb #69cf6a86
-def read_queries(path)->list: # of `Query`
+def read_queries(path) -> list:  # of `Query`
     "The queries in a JSONL file; `LlmoptError` with the line number for a bad line."
-    try: lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as e: raise LlmoptError(f"cannot read queries from '{path}': {getattr(e, 'strerror', None) or e}") from None
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise LlmoptError(f"cannot read queries from '{path}': {getattr(e, 'strerror', None) or e}") from None
     qs = [_query(l, n, path) for n, l in enumerate(lines, 1) if l.strip()]
-    if not qs: raise LlmoptError(f"no queries in '{path}'")
+    if not qs:
+        raise LlmoptError(f"no queries in '{path}'")
     twice = {q.id for q in qs if sum(q.id == p.id for p in qs) > 1}
-    if twice: raise LlmoptError(f"{path}: the id '{min(twice)}' occurs twice")
+    if twice:
+        raise LlmoptError(f"{path}: the id '{min(twice)}' occurs twice")
     return qs
 
-def default_queries()->list: return read_queries(ASSETS/'queries.jsonl')
+
+def default_queries() -> list:
+    return read_queries(ASSETS / "queries.jsonl")
 
 # %% ../nbs/06_evaluation.ipynb #0921dc17
-def keyword_recall(text:str, keywords:list)->float|None: # None without keywords
+def keyword_recall(text: str, keywords: list) -> float | None:  # None without keywords
     "Share of `keywords` that begin at a word of `text`, ignoring case."
-    if not keywords: return None
-    t = ' ' + ' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())
-    return sum(' ' + ' '.join(k.lower().split()) in t for k in keywords)/len(keywords)
+    if not keywords:
+        return None
+    t = " " + " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+    return sum(" " + " ".join(k.lower().split()) in t for k in keywords) / len(keywords)
 
 # %% ../nbs/06_evaluation.ipynb #d061e5a5
 @cache
-def _rouge(): return RougeScorer(['rougeL'], use_stemmer=True)
+def _rouge():
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
-def rouge_l(text:str, reference:str)->float: # F1
+
+def rouge_l(text: str, reference: str) -> float:  # F1
     "ROUGE-L F1 of `text` against `reference`."
-    return _rouge().score(reference, text)['rougeL'].fmeasure
+    return _rouge().score(reference, text)["rougeL"].fmeasure
 
 # %% ../nbs/06_evaluation.ipynb #30c03f81
-def likelihoods(base:torch.Tensor,   # (n, V) log-probabilities of the baseline
-                method:torch.Tensor, # (n, V) the same of the method
-                ids:list,            # the n tokens of the answer
-                n_bytes:int,         # bytes of the answer as text
-               )->dict:
+def likelihoods(
+    base: torch.Tensor,  # (n, V) log-probabilities of the baseline
+    method: torch.Tensor,  # (n, V) the same of the method
+    ids: list,  # the n tokens of the answer
+    n_bytes: int,  # bytes of the answer as text
+) -> dict:
     "KL, agreement and bits per byte of `method` against `base` along one answer."
     d = kl(base, method).double().clamp_min(0)
     i = torch.tensor(ids, device=base.device)[:, None]
-    nll = lambda lp: -lp.gather(1, i).sum().double().item()/math.log(2)/n_bytes
-    return dict(kl_mean=d.mean().item(), kl_p99=d.quantile(.99).item(), top1_agree=(base.argmax(-1) == method.argmax(-1)).double().mean().item(),
-                bits_per_byte_delta=nll(method)-nll(base))
+
+    def nll(lp):
+        return -lp.gather(1, i).sum().double().item() / math.log(2) / n_bytes
+
+    return dict(
+        kl_mean=d.mean().item(),
+        kl_p99=d.quantile(0.99).item(),
+        top1_agree=(base.argmax(-1) == method.argmax(-1)).double().mean().item(),
+        bits_per_byte_delta=nll(method) - nll(base),
+    )
 
 # %% ../nbs/06_evaluation.ipynb #0913f954
-def quality(engine, base_metrics, base_lp, metrics, query)->dict:
+def quality(engine, base_metrics, base_lp, metrics, query) -> dict:
     "The quality columns of one answer against the baseline's."
     ids, out = base_metrics.output_ids, base_metrics.output_text
     lp = engine.score(query.text, ids)
-    return dict(**likelihoods(base_lp, lp, ids, max(1, len(out.encode()))), exact_match=int(metrics.output_text == out),
-                rougeL_vs_base=rouge_l(metrics.output_text, out), keyword_recall=keyword_recall(metrics.output_text, query.keywords))
+    return dict(
+        **likelihoods(base_lp, lp, ids, max(1, len(out.encode()))),
+        exact_match=int(metrics.output_text == out),
+        rougeL_vs_base=rouge_l(metrics.output_text, out),
+        keyword_recall=keyword_recall(metrics.output_text, query.keywords),
+    )
 
 # %% ../nbs/06_evaluation.ipynb #29b58bfb
-AA = 'baseline*'
-def plan(queries, methods, rounds:int, seed:int)->list: # of (query, round, methods in order)
+AA = "baseline*"
+
+
+def plan(queries, methods, rounds: int, seed: int) -> list:  # of (query, round, methods in order)
     "Blocks of the speed arm, each with its own random order of methods."
     rng, arms = random.Random(seed), [*methods, AA]
     return [(q, r, rng.sample(arms, len(arms))) for r in range(rounds) for q in queries]
@@ -93,116 +129,185 @@ def plan(queries, methods, rounds:int, seed:int)->list: # of (query, round, meth
 # %% ../nbs/06_evaluation.ipynb #ef731a9e
 def _row(arm, q, method, r=0, order=0, m=None, error=None, **kw):
     "A `Run` from `ChatMetrics` or from an error."
-    d = {k: v for k, v in asdict(m).items() if k in Run.model_fields and k != 'method'} if m else {}
-    if arm == 'quality': d = {k: v for k, v in d.items() if k not in DEFINITIONS or DEFINITIONS[k].unit in ('token', 'byte')}
+    d = {k: v for k, v in asdict(m).items() if k in Run.model_fields and k != "method"} if m else {}
+    if arm == "quality":
+        d = {k: v for k, v in d.items() if k not in DEFINITIONS or DEFINITIONS[k].unit in ("token", "byte")}
     return Run(arm=arm, query=q.id, method=method, round=r, order=order, error=error, **{**d, **kw})
 
 # %% ../nbs/06_evaluation.ipynb #5b7c86d2
 def _try(f, *a, **kw):
     "`(result, None)`, or `(None, message)` for what went wrong."
-    try: return f(*a, **kw), None
-    except LlmoptError as e: return None, str(e)
-    except (RuntimeError, ValueError, MemoryError) as e: return None, f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
+    try:
+        return f(*a, **kw), None
+    except LlmoptError as e:
+        return None, str(e)
+    except (RuntimeError, ValueError, MemoryError) as e:
+        return None, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 # %% ../nbs/06_evaluation.ipynb #b15d2dca
 class Comparison:
     "Queries x methods x rounds on one model, resumable."
-    def __init__(self, queries, methods=None, model=TINY, device='cpu', dtype='auto', rounds=5, max_new_tokens=64, quality_tokens=None,
-                 warmup=2, seed=0, memory=True, kind='compare', output=None, resume=False, progress=True):
+
+    def __init__(
+        self,
+        queries,
+        methods=None,
+        model=TINY,
+        device="cpu",
+        dtype="auto",
+        rounds=5,
+        max_new_tokens=64,
+        quality_tokens=None,
+        warmup=2,
+        seed=0,
+        memory=True,
+        kind="compare",
+        output=None,
+        resume=False,
+        progress=True,
+    ):
         methods = list(dict.fromkeys(methods or known_methods()))
-        methods = ['baseline'] + [m for m in methods if m != 'baseline']
-        for m in methods: Recipe.parse(m)
+        methods = ["baseline"] + [m for m in methods if m != "baseline"]
+        for m in methods:
+            Recipe.parse(m)
         self.queries, self.methods, self.output, self.progress = queries, methods, output, progress
-        self.config = dict(model_id=str(model), dtype=dtype, device=device, rounds=rounds, max_new_tokens=max_new_tokens,
-                           quality_tokens=quality_tokens or 2*max_new_tokens, warmup=warmup, seed=seed, memory=memory, decoding='greedy',
-                           order='random-interleaved', design='custom', methods=methods)
-        if output: R.check_writable(output)
+        self.config = dict(
+            model_id=str(model),
+            dtype=dtype,
+            device=device,
+            rounds=rounds,
+            max_new_tokens=max_new_tokens,
+            quality_tokens=quality_tokens or 2 * max_new_tokens,
+            warmup=warmup,
+            seed=seed,
+            memory=memory,
+            decoding="greedy",
+            order="random-interleaved",
+            design="custom",
+            methods=methods,
+        )
+        if output:
+            R.check_writable(output)
         self.results = self._resumed(kind) if resume else Results(kind=kind, queries=queries, config=self.config)
 
 # %% ../nbs/06_evaluation.ipynb #525902d2
 @patch
-def _resumed(self:Comparison, kind):
+def _resumed(self: Comparison, kind):
     "The results so far in `output`, checked against this comparison."
-    if not self.output: raise LlmoptError('--resume needs --output: the file to go on with')
-    if not Path(self.output).exists(): return Results(kind=kind, queries=self.queries, config=self.config)
+    if not self.output:
+        raise LlmoptError("--resume needs --output: the file to go on with")
+    if not Path(self.output).exists():
+        return Results(kind=kind, queries=self.queries, config=self.config)
     old = R.load(self.output)
     diff = [k for k, v in self.config.items() if old.config.get(k) != v]
-    if [(q.id, q.text) for q in old.queries] != [(q.id, q.text) for q in self.queries]: diff.append('queries')
-    if diff: raise LlmoptError(f"cannot resume '{self.output}': it was made with other {', '.join(diff)}; use the same options or another output")
+    if [(q.id, q.text) for q in old.queries] != [(q.id, q.text) for q in self.queries]:
+        diff.append("queries")
+    if diff:
+        raise LlmoptError(
+            f"cannot resume '{self.output}': it was made with other {', '.join(diff)}; use the same options or another output"
+        )
     old.runs = [r for r in old.runs if r.error is None]
     return old
 
 # %% ../nbs/06_evaluation.ipynb #d16a85c7
 @patch
-def _has(self:Comparison, arm, q, method, r=0):
+def _has(self: Comparison, arm, q, method, r=0):
     return any((x.arm, x.query, x.method, x.round) == (arm, q.id, method, r) for x in self.results.runs)
 
+
 @patch
-def save(self:Comparison):
+def save(self: Comparison):
     "Write the file as it stands, so that even a crash loses no more than one block."
-    if self.output: R.save(self.results, self.output)
+    if self.output:
+        R.save(self.results, self.output)
 
 # %% ../nbs/06_evaluation.ipynb #167d7a2f
 @patch
-def setup(self:Comparison):
+def setup(self: Comparison):
     "Load the model, make and warm up the engines, describe them in the results."
     c, res = self.config, self.results
-    lm = load(c['model_id'], c['device'], c['dtype'])
+    lm = load(c["model_id"], c["device"], c["dtype"])
     self.bench = ComprehensiveChatEngine(lm, self.methods)
     self.bench.engines[AA] = EnhancedFusedLLMEngine(lm)
-    template = getattr(lm.tokenizer, 'chat_template', None)
-    c |= dict(dtype_used=str(lm.model.dtype), attn_implementation=lm.model.config._attn_implementation, parameters=lm.n_params, context=lm.context,
-              chat_template_sha=template and hashlib.sha256(str(template).encode()).hexdigest()[:12])
+    template = getattr(lm.tokenizer, "chat_template", None)
+    c |= dict(
+        dtype_used=str(lm.model.dtype),
+        attn_implementation=lm.model.config._attn_implementation,
+        parameters=lm.n_params,
+        context=lm.context,
+        chat_template_sha=template and hashlib.sha256(str(template).encode()).hexdigest()[:12],
+    )
     res.config, res.environment, res.llmopt_version = {**c}, environment(), _version()
-    if not template: self._warn(f"model '{lm.name}' has no chat template: its prompts are the plain text")
+    if not template:
+        self._warn(f"model '{lm.name}' has no chat template: its prompts are the plain text")
     res.created = res.created or R.now()
-    res.methods = [R.Method(id=m, factors=r.factors, params=r.to_dict(), setup_s=self.bench.setup_s[m]) for m, r in self.bench.recipes.items()]
-    for q in self.queries: q.sha256, q.prompt_tokens_base = hashlib.sha256(q.text.encode()).hexdigest(), q.text.strip() and lm.count(lm.chat_text([dict(role='user', content=q.text)])) or 0
+    res.methods = [
+        R.Method(id=m, factors=r.factors, params=r.to_dict(), setup_s=self.bench.setup_s[m])
+        for m, r in self.bench.recipes.items()
+    ]
+    for q in self.queries:
+        q.sha256, q.prompt_tokens_base = (
+            hashlib.sha256(q.text.encode()).hexdigest(),
+            q.text.strip() and lm.count(lm.chat_text([dict(role="user", content=q.text)])) or 0,
+        )
 
 # %% ../nbs/06_evaluation.ipynb #ffb1ab24
 def _version():
     import llmopt
+
     return llmopt.__version__
 
+
 @patch
-def _warn(self:Comparison, msg):
-    if msg not in self.results.warnings: self.results.warnings.append(msg)
+def _warn(self: Comparison, msg):
+    if msg not in self.results.warnings:
+        self.results.warnings.append(msg)
 
 # %% ../nbs/06_evaluation.ipynb #8490e95d
 @patch
-def warm_up(self:Comparison):
+def warm_up(self: Comparison):
     "Run each method until its last two times per token differ by less than 10 %, at least `warmup` and at most five times as often."
     q = next((q for q in self.queries if q.text.strip()), None)
     for e in self.bench.engines.values():
         last = None
-        for i in range(5*self.config['warmup']):
-            m, err = _try(e.run, q.text[:200] if q else 'Hello', max_new_tokens=min(16, self.config['max_new_tokens']), fixed=True)
-            if err: break
-            if i+1 >= self.config['warmup'] and last and m.tpot_ms and abs(m.tpot_ms/last-1) < .1: break
+        for i in range(5 * self.config["warmup"]):
+            m, err = _try(
+                e.run, q.text[:200] if q else "Hello", max_new_tokens=min(16, self.config["max_new_tokens"]), fixed=True
+            )
+            if err:
+                break
+            if i + 1 >= self.config["warmup"] and last and m.tpot_ms and abs(m.tpot_ms / last - 1) < 0.1:
+                break
             last = m.tpot_ms
 
 # %% ../nbs/06_evaluation.ipynb #e1470681
 @patch
-def speed_block(self:Comparison, q, r, order):
+def speed_block(self: Comparison, q, r, order):
     "All methods once on one query, in the given order."
     for i, m in enumerate(order):
-        if self._has('speed', q, m, r): self.tick(m, q); continue
-        x, err = _try(self.bench.engines[m].run, q.text, max_new_tokens=self.config['max_new_tokens'], fixed=True)
-        self.results.runs.append(_row('speed', q, m, r, i, x, err)); self.tick(m, q)
+        if self._has("speed", q, m, r):
+            self.tick(m, q)
+            continue
+        x, err = _try(self.bench.engines[m].run, q.text, max_new_tokens=self.config["max_new_tokens"], fixed=True)
+        self.results.runs.append(_row("speed", q, m, r, i, x, err))
+        self.tick(m, q)
     self.save()
 
 # %% ../nbs/06_evaluation.ipynb #dfdaa791
 @patch
-def quality_block(self:Comparison, q):
+def quality_block(self: Comparison, q):
     "All methods on one query with a natural stop, compared with the baseline's answer."
-    if all(self._has('quality', q, m) for m in self.methods): self.bar.update(len(self.methods)); return
-    n, es = self.config['quality_tokens'], self.bench.engines
-    base, err = _try(es['baseline'].run, q.text, max_new_tokens=n)
-    lp, err = _try(es['baseline'].score, q.text, base.output_ids) if base else (None, err)
+    if all(self._has("quality", q, m) for m in self.methods):
+        self.bar.update(len(self.methods))
+        return
+    n, es = self.config["quality_tokens"], self.bench.engines
+    base, err = _try(es["baseline"].run, q.text, max_new_tokens=n)
+    lp, err = _try(es["baseline"].score, q.text, base.output_ids) if base else (None, err)
     for i, m in enumerate(self.methods):
-        x, e = (base, err) if m == 'baseline' else _try(es[m].run, q.text, max_new_tokens=n)
+        x, e = (base, err) if m == "baseline" else _try(es[m].run, q.text, max_new_tokens=n)
         v, e2 = _try(quality, es[m], base, lp, x, q) if x and lp is not None else ({}, None)
-        if not self._has('quality', q, m): self.results.runs.append(_row('quality', q, m, 0, i, x, e or e2, **(v or {})))
+        if not self._has("quality", q, m):
+            self.results.runs.append(_row("quality", q, m, 0, i, x, e or e2, **(v or {})))
         self.tick(m, q)
     self.save()
 
@@ -210,99 +315,157 @@ def quality_block(self:Comparison, q):
 def _memory_child():
     "Body of the fresh process: load, answer once, report peak resident memory as JSON."
     a = json.load(sys.stdin)
-    torch.set_num_threads(a['threads'])
-    e = EnhancedFusedLLMEngine(a['model'], recipe=Recipe.parse(a['method']), device=a['device'], dtype=a['dtype'])
-    with PeakRSS() as p: e.run(a['text'], max_new_tokens=a['n'], fixed=True)
-    print('\n' + json.dumps(dict(peak_rss_bytes=p.peak, peak_rss_delta_bytes=p.delta)))
+    torch.set_num_threads(a["threads"])
+    e = EnhancedFusedLLMEngine(a["model"], recipe=Recipe.parse(a["method"]), device=a["device"], dtype=a["dtype"])
+    with PeakRSS() as p:
+        e.run(a["text"], max_new_tokens=a["n"], fixed=True)
+    print("\n" + json.dumps(dict(peak_rss_bytes=p.peak, peak_rss_delta_bytes=p.delta)))
 
 # %% ../nbs/06_evaluation.ipynb #888068f4
-def peak_memory(method, text, model=TINY, device='cpu', dtype='auto', n=30)->dict: # `peak_rss_bytes`, `peak_rss_delta_bytes`
+def peak_memory(
+    method, text, model=TINY, device="cpu", dtype="auto", n=30
+) -> dict:  # `peak_rss_bytes`, `peak_rss_delta_bytes`
     "Peak resident memory of one answer by `method`, in a process of its own."
     a = dict(method=method, text=text, model=model, device=device, dtype=dtype, n=n, threads=torch.get_num_threads())
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from llmopt.evaluation import _memory_child; _memory_child()'], input=json.dumps(a), capture_output=True, text=True)
-    if p.returncode: raise LlmoptError(f"the memory process failed: {(p.stderr.strip().splitlines() or ['no message'])[-1][:300]}")
+    p = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "from llmopt.evaluation import _memory_child; _memory_child()"],
+        input=json.dumps(a),
+        capture_output=True,
+        text=True,
+    )
+    if p.returncode:
+        raise LlmoptError(f"the memory process failed: {(p.stderr.strip().splitlines() or ['no message'])[-1][:300]}")
     return json.loads(p.stdout.strip().splitlines()[-1])
 
 # %% ../nbs/06_evaluation.ipynb #aee12a94
 @patch
-def memory_arm(self:Comparison):
+def memory_arm(self: Comparison):
     "Peak memory of every method, on the longest query that a method answered."
-    c, ok = self.config, {r.query for r in self.results.runs if r.arm == 'speed' and not r.error}
+    c, ok = self.config, {r.query for r in self.results.runs if r.arm == "speed" and not r.error}
     q = max((q for q in self.queries if q.id in ok), key=lambda q: len(q.text), default=None)
     for m in self.methods:
-        if q is None or self._has('memory', q, m): self.bar.update(); continue
-        x, err = _try(peak_memory, m, q.text, c['model_id'], c['device'], c['dtype'], c['max_new_tokens'])
-        self.results.runs.append(_row('memory', q, m, error=err, **(x or {}))); self.tick(m, q); self.save()
+        if q is None or self._has("memory", q, m):
+            self.bar.update()
+            continue
+        x, err = _try(peak_memory, m, q.text, c["model_id"], c["device"], c["dtype"], c["max_new_tokens"])
+        self.results.runs.append(_row("memory", q, m, error=err, **(x or {})))
+        self.tick(m, q)
+        self.save()
 
 # %% ../nbs/06_evaluation.ipynb #41e6dc65
 @patch
-def tick(self:Comparison, method, q):
-    self.bar.set_postfix_str(f'{method}, {q.id}'); self.bar.update()
+def tick(self: Comparison, method, q):
+    self.bar.set_postfix_str(f"{method}, {q.id}")
+    self.bar.update()
+
 
 @patch
-def run(self:Comparison)->Results:
+def run(self: Comparison) -> Results:
     "Measure what is still missing, summarize, write the file."
-    blocks = plan(self.queries, self.methods, self.config['rounds'], self.config['seed'])
-    total = len(blocks)*(len(self.methods)+1) + len(self.queries)*len(self.methods) + (len(self.methods) if self.config['memory'] else 0)
-    self.results.warnings = [w for w in self.results.warnings if not w.startswith('interrupted')]
-    self.setup(); self.warm_up()
-    with tqdm(total=total, desc='measuring', **({} if self.progress else dict(disable=True))) as self.bar:
-        try: self._measure(blocks)
-        except KeyboardInterrupt: self._warn(f'interrupted: {self.bar.n} of {total} measurements; go on with --resume'); raise
-        finally: self.finish()
+    blocks = plan(self.queries, self.methods, self.config["rounds"], self.config["seed"])
+    total = (
+        len(blocks) * (len(self.methods) + 1)
+        + len(self.queries) * len(self.methods)
+        + (len(self.methods) if self.config["memory"] else 0)
+    )
+    self.results.warnings = [w for w in self.results.warnings if not w.startswith("interrupted")]
+    self.setup()
+    self.warm_up()
+    with tqdm(total=total, desc="measuring", **({} if self.progress else dict(disable=True))) as self.bar:
+        try:
+            self._measure(blocks)
+        except KeyboardInterrupt:
+            self._warn(f"interrupted: {self.bar.n} of {total} measurements; go on with --resume")
+            raise
+        finally:
+            self.finish()
     return self.results
 
 # %% ../nbs/06_evaluation.ipynb #900060aa
 @patch
-def _measure(self:Comparison, blocks):
-    for q in self.queries: self.quality_block(q)
-    for q, r, order in blocks: self.speed_block(q, r, order)
-    if self.config['memory']: self.memory_arm()
+def _measure(self: Comparison, blocks):
+    for q in self.queries:
+        self.quality_block(q)
+    for q, r, order in blocks:
+        self.speed_block(q, r, order)
+    if self.config["memory"]:
+        self.memory_arm()
+
 
 @patch
-def finish(self:Comparison):
+def finish(self: Comparison):
     "Fill in summary, noise floor and warnings from the rows, and write the file."
     self.results = summarize(self.results)
     self.save()
 
 # %% ../nbs/06_evaluation.ipynb #8d4055cb
-TIMES = ['ttft_ms', 'preprocess_ms', 'prefill_ms', 'tpot_ms', 'e2el_ms', 'decode_base_tok_per_s', 'prefill_eff_tok_per_s']
-def block_ratios(df, method, metric, base='baseline'): # Series of log ratios, indexed by (query, round)
+TIMES = [
+    "ttft_ms",
+    "preprocess_ms",
+    "prefill_ms",
+    "tpot_ms",
+    "e2el_ms",
+    "decode_base_tok_per_s",
+    "prefill_eff_tok_per_s",
+]
+
+
+def block_ratios(df, method, metric, base="baseline"):  # Series of log ratios, indexed by (query, round)
     "log(method/base) in each block of the speed arm where both were measured."
-    t = df[(df.arm == 'speed') & df.error.isna() & df[metric].notna()].set_index(['query', 'round', 'method'])[metric].astype(float).unstack()
-    if method not in t or base not in t: return None
-    x = (t[method]/t[base]).dropna()
+    t = (
+        df[(df.arm == "speed") & df.error.isna() & df[metric].notna()]
+        .set_index(["query", "round", "method"])[metric]
+        .astype(float)
+        .unstack()
+    )
+    if method not in t or base not in t:
+        return None
+    x = (t[method] / t[base]).dropna()
     x = x[(x > 0) & np.isfinite(x)]
     return np.log(x) if len(x) else None
 
 # %% ../nbs/06_evaluation.ipynb #59510bbf
-def ratio_interval(x, seed=0, n=2000): # (ratio, low, high)
+def ratio_interval(x, seed=0, n=2000):  # (ratio, low, high)
     "exp of the median of `x` with a 95 % bootstrap interval over its queries (rounds stay together)."
-    groups = [g.to_numpy() for _, g in x.groupby(level='query')]
+    groups = [g.to_numpy() for _, g in x.groupby(level="query")]
     est = math.exp(x.median())
-    if len(groups) < 2: groups = [np.array([v]) for v in x.to_numpy()]
-    if len(groups) < 2: return est, None, None
-    rows = np.full((len(groups), max(map(len, groups))), np.nan)       # a failed round leaves a gap
-    for row, g in zip(rows, groups): row[:len(g)] = g
-    stat = lambda i, axis: np.nanmedian(rows[i.astype(int)].reshape(*i.shape[:-1], -1), axis)
-    ci = bootstrap((np.arange(len(groups)),), stat, n_resamples=n, method='percentile', rng=np.random.default_rng(seed)).confidence_interval
+    if len(groups) < 2:
+        groups = [np.array([v]) for v in x.to_numpy()]
+    if len(groups) < 2:
+        return est, None, None
+    rows = np.full((len(groups), max(map(len, groups))), np.nan)  # a failed round leaves a gap
+    for row, g in zip(rows, groups):
+        row[: len(g)] = g
+
+    def stat(i, axis):
+        return np.nanmedian(rows[i.astype(int)].reshape(*i.shape[:-1], -1), axis)
+
+    ci = bootstrap(
+        (np.arange(len(groups)),), stat, n_resamples=n, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
     return est, math.exp(ci.low), math.exp(ci.high)
 
 # %% ../nbs/06_evaluation.ipynb #4002fc8f
-def noise_floor(df)->dict:
+def noise_floor(df) -> dict:
     "Metric -> interval of baseline/baseline over all blocks (2.5 to 97.5 percentile)."
     out = {}
     for k in TIMES:
         x = block_ratios(df, AA, k)
-        if x is not None and len(x) > 1: out[k] = R.Floor(median=math.exp(x.median()), low=math.exp(min(x.quantile(.025), 0)), high=math.exp(max(x.quantile(.975), 0)))
+        if x is not None and len(x) > 1:
+            out[k] = R.Floor(
+                median=math.exp(x.median()),
+                low=math.exp(min(x.quantile(0.025), 0)),
+                high=math.exp(max(x.quantile(0.975), 0)),
+            )
     return out
 
 # %% ../nbs/06_evaluation.ipynb #c414e921
-def verdict(metric, low, high, floor)->str:
+def verdict(metric, low, high, floor) -> str:
     "better, worse, or within noise."
-    lo, hi = (floor.low, floor.high) if floor else (1., 1.)
-    if low is None or not (high < min(1, lo) or low > max(1, hi)): return 'within noise'
-    return 'better' if (high < 1) == (DEFINITIONS[metric].better == 'lower') else 'worse'
+    lo, hi = (floor.low, floor.high) if floor else (1.0, 1.0)
+    if low is None or not (high < min(1, lo) or low > max(1, hi)):
+        return "within noise"
+    return "better" if (high < 1) == (DEFINITIONS[metric].better == "lower") else "worse"
 
 # %% ../nbs/06_evaluation.ipynb #2a65e8a5
 def _parts(method):
@@ -310,19 +473,24 @@ def _parts(method):
     r = Recipe.parse(method)
     return frozenset(Recipe(**{s.name: getattr(r, s.name)}).id for s in r.on)
 
+
 def _effect(df, factors, metric, combine):
     "An `Effect` from the log ratios of several methods, joined block by block."
     xs = [block_ratios(df, m, metric) for m in combine]
-    if any(x is None for x in xs): return None
-    d = (xs[0]-sum(xs[1:])).dropna()
-    if not len(d): return None
+    if any(x is None for x in xs):
+        return None
+    d = (xs[0] - sum(xs[1:])).dropna()
+    if not len(d):
+        return None
     r, lo, hi = ratio_interval(d)
-    return R.Effect(factors=factors, metric=metric, log_ratio=math.log(r), low=lo and math.log(lo), high=hi and math.log(hi))
+    return R.Effect(
+        factors=factors, metric=metric, log_ratio=math.log(r), low=lo and math.log(lo), high=hi and math.log(hi)
+    )
 
 # %% ../nbs/06_evaluation.ipynb #0d2cd7e3
-def effects(df, methods, metrics=('ttft_ms', 'tpot_ms', 'e2el_ms'))->list: # of `Effect`
+def effects(df, methods, metrics=("ttft_ms", "tpot_ms", "e2el_ms")) -> list:  # of `Effect`
     "Main effect of every single method, interaction of every pair that was measured alone and together."
-    of = {_parts(m): m for m in methods if m not in ('baseline', 'all_combined')}
+    of = {_parts(m): m for m in methods if m not in ("baseline", "all_combined")}
     out = [_effect(df, sorted(p), k, [m]) for p, m in of.items() if len(p) == 1 for k in metrics]
     pairs = [(p, m, [of.get(frozenset([f])) for f in sorted(p)]) for p, m in of.items() if len(p) == 2]
     out += [_effect(df, sorted(p), k, [m, *alone]) for p, m, alone in pairs if all(alone) for k in metrics]
@@ -332,70 +500,137 @@ def effects(df, methods, metrics=('ttft_ms', 'tpot_ms', 'e2el_ms'))->list: # of 
 def _summary(df, method, metric, floors):
     "One row of the summary, or None if nothing was measured."
     d = df[(df.method == method) & (df.arm == (DEFINITIONS[metric].arm)) & df[metric].notna()]
-    if not len(d): return None
+    if not len(d):
+        return None
     x, kw = d[metric].astype(float), {}
-    ratios = block_ratios(df, method, metric) if metric in TIMES and method != 'baseline' else None
+    ratios = block_ratios(df, method, metric) if metric in TIMES and method != "baseline" else None
     if ratios is not None:
         r, lo, hi = ratio_interval(ratios)
         kw = dict(ratio=r, ratio_low=lo, ratio_high=hi, verdict=verdict(metric, lo, hi, floors.get(metric)))
-    return R.Summary(method=method, metric=metric, median=x.median(), low=x.quantile(.25), high=x.quantile(.75), n_queries=d['query'].nunique(), n_rounds=d['round'].nunique(), **kw)
+    return R.Summary(
+        method=method,
+        metric=metric,
+        median=x.median(),
+        low=x.quantile(0.25),
+        high=x.quantile(0.75),
+        n_queries=d["query"].nunique(),
+        n_rounds=d["round"].nunique(),
+        **kw,
+    )
 
 # %% ../nbs/06_evaluation.ipynb #85415c5c
-def summarize(res:Results)->Results:
+def summarize(res: Results) -> Results:
     "Fill `summary`, `noise_floor` and the warnings of `res` from its rows."
     df = res.frame
     res.noise_floor = noise_floor(df)
-    nums = [k for k in DEFINITIONS if k != 'itl_ms']
+    nums = [k for k in DEFINITIONS if k != "itl_ms"]
     res.summary = [s for m in dict.fromkeys(df.method) for k in nums if (s := _summary(df, m, k, res.noise_floor))]
     res.effects = effects(df, [m.id for m in res.methods])
-    res.warnings = [w for w in res.warnings if 'measurements failed' not in w and "the intervals speak" not in w]
+    res.warnings = [w for w in res.warnings if "measurements failed" not in w and "the intervals speak" not in w]
     n, bad = len(res.queries), int(df.error.notna().sum())
-    if n < 6: res.warnings.append(f'{n} quer{"y" if n == 1 else "ies"}: the intervals speak of these prompts, not of prompts in general')
-    if bad: res.warnings.append(f'{bad} measurements failed; their rows say why')
+    if n < 6:
+        res.warnings.append(
+            f"{n} quer{'y' if n == 1 else 'ies'}: the intervals speak of these prompts, not of prompts in general"
+        )
+    if bad:
+        res.warnings.append(f"{bad} measurements failed; their rows say why")
     return res
 
 # %% ../nbs/06_evaluation.ipynb #7f2a044e
-def compare(queries=None,            # `Query` objects, texts, or a JSONL file; the five default queries if None
-            methods:list|None=None,  # ids or combinations; all of them if None; the baseline is always there
-            model:str=TINY,          # name, folder or hub id
-            device:str='cpu', dtype:str='auto',
-            rounds:int=5,            # of the speed arm
-            max_new_tokens:int=64,   # of the speed arm; answers of the quality arm may be twice as long
-            output=None,             # results file, written on the way
-            resume:bool=False,       # go on with that file
-            quick:bool=False,        # 30 new tokens and one round
-            memory:bool=True,        # measure peak memory in fresh processes
-            kind:str='compare', seed:int=0, progress:bool=True)->Results:
+def compare(
+    queries=None,  # `Query` objects, texts, or a JSONL file; the five default queries if None
+    methods: list | None = None,  # ids or combinations; all of them if None; the baseline is always there
+    model: str = TINY,  # name, folder or hub id
+    device: str = "cpu",
+    dtype: str = "auto",
+    rounds: int = 5,  # of the speed arm
+    max_new_tokens: int = 64,  # of the speed arm; answers of the quality arm may be twice as long
+    output=None,  # results file, written on the way
+    resume: bool = False,  # go on with that file
+    quick: bool = False,  # 30 new tokens and one round
+    memory: bool = True,  # measure peak memory in fresh processes
+    kind: str = "compare",
+    seed: int = 0,
+    progress: bool = True,
+) -> Results:
     "Compare methods over queries; returns (and writes) a results file."
-    if queries is None: qs = default_queries()
-    elif isinstance(queries, (str, Path)): qs = read_queries(queries)
-    else: qs = [q if isinstance(q, Query) else Query(id=f'q{i}', text=q) for i, q in enumerate(queries, 1)]
-    if quick: rounds, max_new_tokens = 1, 30
-    if rounds < 1 or max_new_tokens < 2: raise LlmoptError('rounds must be at least 1 and max_new_tokens at least 2')
-    return Comparison(qs, methods, model, device, dtype, rounds, max_new_tokens, memory=memory, kind=kind, seed=seed, output=output, resume=resume, progress=progress).run()
+    if queries is None:
+        qs = default_queries()
+    elif isinstance(queries, (str, Path)):
+        qs = read_queries(queries)
+    else:
+        qs = [q if isinstance(q, Query) else Query(id=f"q{i}", text=q) for i, q in enumerate(queries, 1)]
+    if quick:
+        rounds, max_new_tokens = 1, 30
+    if rounds < 1 or max_new_tokens < 2:
+        raise LlmoptError("rounds must be at least 1 and max_new_tokens at least 2")
+    return Comparison(
+        qs,
+        methods,
+        model,
+        device,
+        dtype,
+        rounds,
+        max_new_tokens,
+        memory=memory,
+        kind=kind,
+        seed=seed,
+        output=output,
+        resume=resume,
+        progress=progress,
+    ).run()
 
 # %% ../nbs/06_evaluation.ipynb #f006d976
-def _cell(s, digits=1, scale=1.):
+def _cell(s, digits=1, scale=1.0):
     "Median, and for times the ratio with its interval."
-    if s is None: return '-'
-    text = f'{s.median*scale:,.{digits}f}'
-    if s.ratio is None: return text
-    ratio = f'x{s.ratio:.2f}' + (f' [{s.ratio_low:.2f}, {s.ratio_high:.2f}]' if s.ratio_low is not None else '')
-    return f'{text} ({ratio})' if s.verdict == 'within noise' else f'{text} {ratio}'
+    if s is None:
+        return "-"
+    text = f"{s.median * scale:,.{digits}f}"
+    if s.ratio is None:
+        return text
+    ratio = f"x{s.ratio:.2f}" + (f" [{s.ratio_low:.2f}, {s.ratio_high:.2f}]" if s.ratio_low is not None else "")
+    return f"{text} ({ratio})" if s.verdict == "within noise" else f"{text} {ratio}"
 
 # %% ../nbs/06_evaluation.ipynb #36b6fc83
-COLUMNS = dict(ttft_ms=('TTFT ms', 1, 1), tpot_ms=('TPOT ms', 2, 1), e2el_ms=('total ms', 0, 1), prompt_tokens=('prompt tokens', 0, 1), kv_bytes_peak=('KV KiB', 0, 2**-10),
-               peak_rss_bytes=('peak MiB', 0, 2**-20), skipped_weight_bytes=('skipped MiB', 1, 2**-20), kl_mean=('KL', 3, 1), top1_agree=('same top', 2, 1), bits_per_byte_delta=('bits/byte +', 3, 1), rougeL_vs_base=('ROUGE-L', 2, 1), keyword_recall=('keywords', 2, 1))
-def table(res:Results):
+COLUMNS = dict(
+    ttft_ms=("TTFT ms", 1, 1),
+    tpot_ms=("TPOT ms", 2, 1),
+    e2el_ms=("total ms", 0, 1),
+    prompt_tokens=("prompt tokens", 0, 1),
+    kv_bytes_peak=("KV KiB", 0, 2**-10),
+    peak_rss_bytes=("peak MiB", 0, 2**-20),
+    skipped_weight_bytes=("skipped MiB", 1, 2**-20),
+    kl_mean=("KL", 3, 1),
+    top1_agree=("same top", 2, 1),
+    bits_per_byte_delta=("bits/byte +", 3, 1),
+    rougeL_vs_base=("ROUGE-L", 2, 1),
+    keyword_recall=("keywords", 2, 1),
+)
+
+
+def table(res: Results):
     "The results as one table: a row a method."
     by = {(s.method, s.metric): s for s in res.summary}
-    rows = {m: {name: _cell(by.get((m, k)), d, sc) for k, (name, d, sc) in COLUMNS.items()} for m in dict.fromkeys(s.method for s in res.summary)}
+    rows = {
+        m: {name: _cell(by.get((m, k)), d, sc) for k, (name, d, sc) in COLUMNS.items()}
+        for m in dict.fromkeys(s.method for s in res.summary)
+    }
     for m in res.methods:
-        if 'larosa' in m.params and m.id in rows: rows[m.id]['skipped MiB'] += f" (sparsity {m.params['larosa']['sparsity']:g})"
+        if "larosa" in m.params and m.id in rows:
+            rows[m.id]["skipped MiB"] += f" (sparsity {m.params['larosa']['sparsity']:g})"
     return pd.DataFrame(rows).T
 
 # %% ../nbs/06_evaluation.ipynb #dddb3e88
-def side_by_side(text:str, methods=('baseline', 'word_removal'), model=TINY, max_new_tokens:int=60):
+def side_by_side(text: str, methods=("baseline", "word_removal"), model=TINY, max_new_tokens: int = 60):
     "The answers of several methods to one text, in a table."
     out = ComprehensiveChatEngine(model, list(methods)).chat(text, max_new_tokens=max_new_tokens)
-    return pd.DataFrame({m: dict(prompt_tokens=x.prompt_tokens, keeps=f'{x.prompt_tokens/x.prompt_tokens_base:.0%}', answer=x.output_text) for m, x in out.items()}).T
+    return pd.DataFrame(
+        {
+            m: dict(
+                prompt_tokens=x.prompt_tokens,
+                keeps=f"{x.prompt_tokens / x.prompt_tokens_base:.0%}",
+                answer=x.output_text,
+            )
+            for m, x in out.items()
+        }
+    ).T

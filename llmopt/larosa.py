@@ -11,7 +11,10 @@ __all__ = ['FAMILIES', 'ROTATIONS', 'TOKENS', 'SPLITS', 'LEVELS', 'BUNDLED', 'ke
            'load_calibration', 'Drafted', 'dense', 'self_draft']
 
 # %% ../nbs/03_larosa.ipynb #5232304c
-import copy, hashlib, json, weakref
+import copy
+import hashlib
+import json
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,153 +29,220 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from .core import ASSETS, LM, LlmoptError, TINY, kl, max_positions
+from .core import ASSETS, LM, TINY, LlmoptError, kl, max_positions
 from .sparse_linear import SparseLinear, select
 
 # %% ../nbs/03_larosa.ipynb #3c7d311b
-def keep_topk(x:torch.Tensor, # (…, D)
-              k:int           # entries to keep, 0 to D
-             )->torch.Tensor: # (…, D)
+def keep_topk(
+    x: torch.Tensor,  # (…, D)
+    k: int,  # entries to keep, 0 to D
+) -> torch.Tensor:  # (…, D)
     "`x` with all but the `k` largest magnitudes of each vector set to zero; of equal ones the first stay."
-    if k == x.shape[-1]: return x
+    if k == x.shape[-1]:
+        return x
     kept = select(x, k)
     return torch.zeros_like(x).scatter_(-1, kept, x.gather(-1, kept))
 
 # %% ../nbs/03_larosa.ipynb #a30f8949
 class Block(NamedTuple):
     "A branch of the residual stream: paths of its parts within a layer."
-    norm:str   # normalizes the stream
-    read:tuple # linear maps that read it, the one that holds the values last
-    write:str  # the linear map that writes back
+
+    norm: str  # normalizes the stream
+    read: tuple  # linear maps that read it, the one that holds the values last
+    write: str  # the linear map that writes back
+
 
 class Family(NamedTuple):
     "Where a model keeps what a rotation touches: paths within the model."
-    layers:str
-    embed:tuple # tables whose sum begins the stream
-    norm:str    # the last norm, in front of `lm_head`
-    blocks:tuple
+
+    layers: str
+    embed: tuple  # tables whose sum begins the stream
+    norm: str  # the last norm, in front of `lm_head`
+    blocks: tuple
 
 # %% ../nbs/03_larosa.ipynb #05238d76
-_QKV = tuple(f'self_attn.{p}_proj' for p in 'qkv')
+_QKV = tuple(f"self_attn.{p}_proj" for p in "qkv")
 
-def _llama(qkv=_QKV, up=('mlp.gate_proj', 'mlp.up_proj')):
-    blocks = Block('input_layernorm', qkv, 'self_attn.o_proj'), Block('post_attention_layernorm', up, 'mlp.down_proj')
-    return Family('model.layers', ('model.embed_tokens',), 'model.norm', blocks)
 
-FAMILIES = dict.fromkeys(('llama', 'mistral', 'qwen2', 'qwen3'), _llama()) | {
-    'phi3': _llama(('self_attn.qkv_proj',), ('mlp.gate_up_proj',)),
-    'phi': Family('model.layers', ('model.embed_tokens',), 'model.final_layernorm',
-                  (Block('input_layernorm', _QKV, 'self_attn.dense'), Block('input_layernorm', ('mlp.fc1',), 'mlp.fc2'))),
-    'gpt2': Family('transformer.h', ('transformer.wte', 'transformer.wpe'), 'transformer.ln_f',
-                   (Block('ln_1', ('attn.c_attn',), 'attn.c_proj'), Block('ln_2', ('mlp.c_fc',), 'mlp.c_proj')))}
+def _llama(qkv=_QKV, up=("mlp.gate_proj", "mlp.up_proj")):
+    blocks = Block("input_layernorm", qkv, "self_attn.o_proj"), Block("post_attention_layernorm", up, "mlp.down_proj")
+    return Family("model.layers", ("model.embed_tokens",), "model.norm", blocks)
+
+
+FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _llama()) | {
+    "phi3": _llama(("self_attn.qkv_proj",), ("mlp.gate_up_proj",)),
+    "phi": Family(
+        "model.layers",
+        ("model.embed_tokens",),
+        "model.final_layernorm",
+        (Block("input_layernorm", _QKV, "self_attn.dense"), Block("input_layernorm", ("mlp.fc1",), "mlp.fc2")),
+    ),
+    "gpt2": Family(
+        "transformer.h",
+        ("transformer.wte", "transformer.wpe"),
+        "transformer.ln_f",
+        (Block("ln_1", ("attn.c_attn",), "attn.c_proj"), Block("ln_2", ("mlp.c_fc",), "mlp.c_proj")),
+    ),
+}
 
 # %% ../nbs/03_larosa.ipynb #71aad46c
-def family(model)->Family: # `model`: a transformers causal LM
+def family(model) -> Family:  # `model`: a transformers causal LM
     "The description of `model`; `LlmoptError` with the reason if it cannot be rotated."
-    kind = getattr(getattr(model, 'config', None), 'model_type', type(model).__name__)
-    if kind not in FAMILIES: raise LlmoptError(f"LaRoSA cannot convert '{kind}' models; it knows {', '.join(FAMILIES)}")
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise LlmoptError(f"LaRoSA cannot convert '{kind}' models; it knows {', '.join(FAMILIES)}")
     fam, places = FAMILIES[kind], {str(p.device) for p in model.parameters()}
-    if len(places) > 1 or 'meta' in places: raise LlmoptError(f"the weights lie on {', '.join(sorted(places))}; LaRoSA needs them all on one device")
-    for path in ('lm_head', *fam.embed): _check(model.get_submodule(path), path)
+    if len(places) > 1 or "meta" in places:
+        raise LlmoptError(f"the weights lie on {', '.join(sorted(places))}; LaRoSA needs them all on one device")
+    for path in ("lm_head", *fam.embed):
+        _check(model.get_submodule(path), path)
     for i, layer in enumerate(model.get_submodule(fam.layers)):
-        if hasattr(layer, 'crossattention'): raise LlmoptError('LaRoSA cannot convert models with cross-attention')
-        for path in {p for b in fam.blocks for p in (*b.read, b.write)}: _check(layer.get_submodule(path), f'layer {i}, {path}')
-    if type(model.get_submodule(fam.norm)) is nn.RMSNorm: raise LlmoptError('the model is already converted; load the plain model')
+        if hasattr(layer, "crossattention"):
+            raise LlmoptError("LaRoSA cannot convert models with cross-attention")
+        for path in {p for b in fam.blocks for p in (*b.read, b.write)}:
+            _check(layer.get_submodule(path), f"layer {i}, {path}")
+    if type(model.get_submodule(fam.norm)) is nn.RMSNorm:
+        raise LlmoptError("the model is already converted; load the plain model")
     return fam
+
 
 _PLAIN = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
+
 def _check(m, where):
     "Refuse what is no plain linear map or table in floating point."
-    w = getattr(m, 'weight', None)
-    if type(m) in (nn.Linear, Conv1D, nn.Embedding) and w.dtype in _PLAIN: return
-    kind = type(m).__name__+(f' of {w.dtype}' if isinstance(w, torch.Tensor) else '')
-    raise LlmoptError(f'{where} is a {kind}: quantized, wrapped or already converted weights cannot be rotated; load the plain model')
-
+    w = getattr(m, "weight", None)
+    if type(m) in (nn.Linear, Conv1D, nn.Embedding) and w.dtype in _PLAIN:
+        return
+    kind = type(m).__name__ + (f" of {w.dtype}" if isinstance(w, torch.Tensor) else "")
+    raise LlmoptError(
+        f"{where} is a {kind}: quantized, wrapped or already converted weights cannot be rotated; load the plain model"
+    )
 
 # %% ../nbs/03_larosa.ipynb #96142108
-def _eps(norm): return norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
+def _eps(norm):
+    return norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
 
-def gain_free(x:torch.Tensor, # (…, D) residual stream
-              norm            # the model's own norm
-             )->torch.Tensor: # (…, D) float64
+
+def gain_free(
+    x: torch.Tensor,  # (…, D) residual stream
+    norm,  # the model's own norm
+) -> torch.Tensor:  # (…, D) float64
     "What `norm` makes of `x` before its gain and bias."
     x = x.double()
-    if isinstance(norm, nn.LayerNorm): x = x-x.mean(-1, keepdim=True)
-    return x*torch.rsqrt(x.square().mean(-1, keepdim=True)+_eps(norm))
+    if isinstance(norm, nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _eps(norm))
 
 # %% ../nbs/03_larosa.ipynb #688901ee
 def _hooks(hooks):
     "Context manager that removes `hooks` at its end."
+
     @contextmanager
     def cm():
-        try: yield
-        finally: [h.remove() for h in hooks]
+        try:
+            yield
+        finally:
+            [h.remove() for h in hooks]
+
     return cm()
 
+
 @torch.inference_mode()
-def moments(model,            # a transformers causal LM
-            ids:torch.Tensor, # (n, length) token ids
-            bs:int=8          # windows in a batch
-           )->dict:           # (layer, block) -> (D, D) float64
+def moments(
+    model,  # a transformers causal LM
+    ids: torch.Tensor,  # (n, length) token ids
+    bs: int = 8,  # windows in a batch
+) -> dict:  # (layer, block) -> (D, D) float64
     "Second moments of the gain-free input of every block of `model` on `ids`."
     fam, sums, hooks = family(model), {}, []
+
     def add(norm, args, key):
         z = gain_free(args[0], norm).flatten(0, -2)
-        sums[key] = sums.get(key, 0)+z.T@z/ids.numel()
+        sums[key] = sums.get(key, 0) + z.T @ z / ids.numel()
+
     for i, layer in enumerate(model.get_submodule(fam.layers)):
-        for j, b in enumerate(fam.blocks): hooks.append(layer.get_submodule(b.norm).register_forward_pre_hook(partial(add, key=(i, j))))
+        for j, b in enumerate(fam.blocks):
+            hooks.append(layer.get_submodule(b.norm).register_forward_pre_hook(partial(add, key=(i, j))))
     with _hooks(hooks):
-        for x in ids.to(model.device).split(bs): model(x, use_cache=False)
+        for x in ids.to(model.device).split(bs):
+            model(x, use_cache=False)
     return sums
 
 # %% ../nbs/03_larosa.ipynb #f3037a18
-ROTATIONS = 'none', 'random', 'model', 'layer', 'block'
+ROTATIONS = "none", "random", "model", "layer", "block"
 
-def eigenbasis(c:torch.Tensor # (D, D) second moments
-              )->torch.Tensor: # (D, D), columns by falling eigenvalue
+
+def eigenbasis(
+    c: torch.Tensor,  # (D, D) second moments
+) -> torch.Tensor:  # (D, D), columns by falling eigenvalue
     "Orthonormal eigenvectors of `c`."
     return torch.linalg.eigh(c)[1].flip(-1)
 
-def _random(d, seed, device): return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0].to(device)
 
-def bases(c:dict,          # what `moments` returned
-          rotation:str='layer' # one of `ROTATIONS`
-         )->dict:          # (layer, block) -> (D, D) float64; blocks that share a basis share the tensor
+def _random(d, seed, device):
+    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0].to(
+        device
+    )
+
+
+def bases(
+    c: dict,  # what `moments` returned
+    rotation: str = "layer",  # one of `ROTATIONS`
+) -> dict:  # (layer, block) -> (D, D) float64; blocks that share a basis share the tensor
     "The basis in which each block reads."
     d, dev = (t := next(iter(c.values()))).shape[0], t.device
-    if rotation in ('none', 'model'): return dict.fromkeys(c, torch.eye(d, dtype=t.dtype, device=dev) if rotation == 'none' else eigenbasis(sum(c.values())))
-    if rotation == 'block': return {k: eigenbasis(v) for k, v in c.items()}
-    if rotation not in ROTATIONS: raise LlmoptError(f"rotation is one of {', '.join(ROTATIONS)}, not '{rotation}'")
-    one = {i: _random(d, i, dev) if rotation == 'random' else eigenbasis(c[i, 0]) for i, _ in c}
+    if rotation in ("none", "model"):
+        return dict.fromkeys(
+            c, torch.eye(d, dtype=t.dtype, device=dev) if rotation == "none" else eigenbasis(sum(c.values()))
+        )
+    if rotation == "block":
+        return {k: eigenbasis(v) for k, v in c.items()}
+    if rotation not in ROTATIONS:
+        raise LlmoptError(f"rotation is one of {', '.join(ROTATIONS)}, not '{rotation}'")
+    one = {i: _random(d, i, dev) if rotation == "random" else eigenbasis(c[i, 0]) for i, _ in c}
     return {(i, j): one[i] for i, j in c}
 
 # %% ../nbs/03_larosa.ipynb #d4e6306b
 class Turn(nn.Module):
     "A change of basis, on the right."
-    def __init__(self, matrix:torch.Tensor): super().__init__(); self.matrix = nn.Parameter(matrix, requires_grad=False)
-    def forward(self, x): return x@self.matrix
 
-def _turn_stream(layer, args): return layer.turn(args[0]), *args[1:]
+    def __init__(self, matrix: torch.Tensor):
+        super().__init__()
+        self.matrix = nn.Parameter(matrix, requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+def _turn_stream(layer, args):
+    return layer.turn(args[0]), *args[1:]
 
 # %% ../nbs/03_larosa.ipynb #77488071
 def _set(linear, w, b=None):
     "Give `linear` the float64 weight `w` and bias `b`, rounded to its own type."
-    frozen = lambda t: nn.Parameter(t.to(linear.weight.dtype).contiguous(), requires_grad=False)
+
+    def frozen(t):
+        return nn.Parameter(t.to(linear.weight.dtype).contiguous(), requires_grad=False)
+
     linear.weight, linear.bias = frozen(w), None if b is None else frozen(b)
+
 
 def _get(linear):
     "Weight and bias of `linear` in float64."
     return linear.weight.double(), None if linear.bias is None else linear.bias.double()
 
+
 def _put(root, path, new):
     "Replace the submodule of `root` at `path`."
-    parent, _, name = path.rpartition('.')
+    parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, new)
+
 
 def _as_linear(m):
     "`m` as `nn.Linear`."
-    if not isinstance(m, Conv1D): return m
+    if not isinstance(m, Conv1D):
+        return m
     res = nn.Linear(*m.weight.shape, device=m.weight.device, dtype=m.weight.dtype)
     _set(res, m.weight.T, m.bias)
     return res
@@ -180,24 +250,29 @@ def _as_linear(m):
 # %% ../nbs/03_larosa.ipynb #584d3afa
 def _read_from(linear, norm, q):
     "Let `linear` read what `norm` makes without gain and bias, in the basis `q`."
-    (w, b), shift = _get(linear), getattr(norm, 'bias', None)
-    if shift is not None: b = w@shift.double()+(0 if b is None else b)
-    _set(linear, w*norm.weight.double()@q, b)
+    (w, b), shift = _get(linear), getattr(norm, "bias", None)
+    if shift is not None:
+        b = w @ shift.double() + (0 if b is None else b)
+    _set(linear, w * norm.weight.double() @ q, b)
+
 
 def _write_to(linear, q, centred):
     "Let `linear` write in the basis `q`; vectors of mean zero if `centred`."
     w, b = _get(linear)
-    if centred: w, b = w-w.mean(0), None if b is None else b-b.mean()
-    _set(linear, q.T@w, None if b is None else b@q)
+    if centred:
+        w, b = w - w.mean(0), None if b is None else b - b.mean()
+    _set(linear, q.T @ w, None if b is None else b @ q)
 
 # %% ../nbs/03_larosa.ipynb #8304d98f
 def _turn_heads(values, write, r):
     "Carry the values of KV head h in the basis `r[h]`; `r` (KV heads, d, d). They are the last rows of `values`."
     n, d, _ = r.shape
     (w, b), (o, ob) = _get(values), _get(write)
-    w[-n*d:] = (r.mT@w[-n*d:].view(n, d, -1)).flatten(0, 1)
-    if b is not None: b[-n*d:] = (r.mT@b[-n*d:].view(n, d, 1)).flatten()
-    _set(values, w, b); _set(write, (o.view(len(o), n, -1, d)@r).flatten(1), ob)
+    w[-n * d :] = (r.mT @ w[-n * d :].view(n, d, -1)).flatten(0, 1)
+    if b is not None:
+        b[-n * d :] = (r.mT @ b[-n * d :].view(n, d, 1)).flatten()
+    _set(values, w, b)
+    _set(write, (o.view(len(o), n, -1, d) @ r).flatten(1), ob)
 
 # %% ../nbs/03_larosa.ipynb #04b1e0e8
 def _untie(model):
@@ -206,21 +281,24 @@ def _untie(model):
     _set(head, *_get(model.lm_head))
     model.lm_head, model.config.tie_word_embeddings = head, False
 
+
 def _plain_norm(norm, turn=None):
     "`norm` without gain, bias and mean, followed by `turn`."
     new = nn.RMSNorm(norm.weight.shape[0], eps=_eps(norm), elementwise_affine=False)
     return new if turn is None else nn.Sequential(new, turn)
 
+
 def _turn(a, b, like):
     "The change from basis `a` to basis `b`; None if they are the same."
-    return None if torch.equal(a, b) else Turn((a.T@b).to(like))
+    return None if torch.equal(a, b) else Turn((a.T @ b).to(like))
 
 # %% ../nbs/03_larosa.ipynb #16e5acf2
 @torch.no_grad()
-def convert(model,          # a transformers causal LM of a known family
-            q:dict,         # what `bases` returned
-            r:dict|None=None# layer -> (KV heads, d, d): bases of the values
-           ):               # a new model, equal to `model` within rounding
+def convert(
+    model,  # a transformers causal LM of a known family
+    q: dict,  # what `bases` returned
+    r: dict | None = None,  # layer -> (KV heads, d, d): bases of the values
+):  # a new model, equal to `model` within rounding
     "`model` with gains folded and rotations absorbed."
     fam, m = family(model), copy.deepcopy(model).eval().requires_grad_(False)
     layers, last = m.get_submodule(fam.layers), m.get_submodule(fam.norm)
@@ -228,12 +306,16 @@ def convert(model,          # a transformers causal LM of a known family
     _untie(m)
     for e in map(m.get_submodule, fam.embed):
         w = e.weight.double()
-        e.weight = nn.Parameter(((w-w.mean(-1, keepdim=True) if centred else w)@stream[0]).to(e.weight.dtype), requires_grad=False)
+        e.weight = nn.Parameter(
+            ((w - w.mean(-1, keepdim=True) if centred else w) @ stream[0]).to(e.weight.dtype), requires_grad=False
+        )
     for i, layer in enumerate(layers):
         _convert_layer(layer, fam.blocks, [q[i, j] for j in range(len(fam.blocks))], centred, r and r[i])
-        if i and (turn := _turn(stream[i-1], stream[i], m.lm_head.weight)):
-            layer.turn = turn; layer.register_forward_pre_hook(_turn_stream)
-    _read_from(m.lm_head, last, stream[-1]); _put(m, fam.norm, _plain_norm(last))
+        if i and (turn := _turn(stream[i - 1], stream[i], m.lm_head.weight)):
+            layer.turn = turn
+            layer.register_forward_pre_hook(_turn_stream)
+    _read_from(m.lm_head, last, stream[-1])
+    _put(m, fam.norm, _plain_norm(last))
     return m
 
 # %% ../nbs/03_larosa.ipynb #1501d028
@@ -241,208 +323,293 @@ def _convert_layer(layer, blocks, q, centred, r):
     "Fold the gains of `layer` and absorb the bases `q` of its `blocks`; the first is that of the stream."
     norms = {b.norm: layer.get_submodule(b.norm) for b in blocks}
     for b, qb in zip(blocks, q):
-        for p in (*b.read, b.write): _put(layer, p, _as_linear(layer.get_submodule(p)))
-        for p in b.read: _read_from(layer.get_submodule(p), norms[b.norm], qb)
+        for p in (*b.read, b.write):
+            _put(layer, p, _as_linear(layer.get_submodule(p)))
+        for p in b.read:
+            _read_from(layer.get_submodule(p), norms[b.norm], qb)
         _write_to(layer.get_submodule(b.write), q[0], centred)
         _put(layer, b.norm, _plain_norm(norms[b.norm], _turn(q[0], qb, layer.get_submodule(b.write).weight)))
-    if r is not None: _turn_heads(layer.get_submodule(blocks[0].read[-1]), layer.get_submodule(blocks[0].write), r)
+    if r is not None:
+        _turn_heads(layer.get_submodule(blocks[0].read[-1]), layer.get_submodule(blocks[0].write), r)
 
 # %% ../nbs/03_larosa.ipynb #18e69131
-TOKENS = 'decode', 'all', 'none'
+TOKENS = "decode", "all", "none"
+
 
 class Selection(nn.Module):
     "The channels of one input that are read; shared by all who read it."
-    def __init__(self, tokens='decode'): super().__init__(); self.tokens, self.seen, self.by_k = tokens, None, {}
-    def on(self, x): return self.tokens == 'all' or self.tokens == 'decode' and x.shape[-2] == 1
-    def kept(self, x, k): # (…, D) -> (…, k)
-        if self.seen is not x: self.seen, self.by_k = x, {}
-        if k not in self.by_k: self.by_k[k] = select(x, k)
+
+    def __init__(self, tokens="decode"):
+        super().__init__()
+        self.tokens, self.seen, self.by_k = tokens, None, {}
+
+    def on(self, x):
+        return self.tokens == "all" or self.tokens == "decode" and x.shape[-2] == 1
+
+    def kept(self, x, k):  # (…, D) -> (…, k)
+        if self.seen is not x:
+            self.seen, self.by_k = x, {}
+        if k not in self.by_k:
+            self.by_k[k] = select(x, k)
         return self.by_k[k]
 
 # %% ../nbs/03_larosa.ipynb #9bd68972
 class Masked(nn.Module):
     "A linear map and its sparse form, by a dense product."
+
     def __init__(self, weight, bias=None):
         super().__init__()
         self.weight, self.bias = weight, bias
-    def forward(self, x): return nn.functional.linear(x, self.weight, self.bias)
-    def sparse(self, x, kept): return self(torch.zeros_like(x).scatter_(-1, kept, x.gather(-1, kept))) # (n, D), (n, k) -> (n, out)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def sparse(self, x, kept):
+        return self(torch.zeros_like(x).scatter_(-1, kept, x.gather(-1, kept)))  # (n, D), (n, k) -> (n, out)
+
 
 class Sparsified(nn.Module):
     "A linear map that reads the channels its selection keeps."
-    def __init__(self, linear:nn.Module, selection:Selection, width:int):
+
+    def __init__(self, linear: nn.Module, selection: Selection, width: int):
         super().__init__()
         self.linear, self.selection, self.width, self.first = linear, selection, width, 0
-        self.level = 0.
+        self.level = 0.0
+
     @property
-    def k(self)->int: return self.width-round(self.level*self.width) # channels that are kept
+    def k(self) -> int:
+        return self.width - round(self.level * self.width)  # channels that are kept
 
 # %% ../nbs/03_larosa.ipynb #44bbf7c9
 @patch
-def forward(self:Sparsified, x):
+def forward(self: Sparsified, x):
     "Sparse where the selection is on, dense elsewhere."
-    if self.k == self.width or not self.selection.on(x): return self.linear(x)
+    if self.k == self.width or not self.selection.on(x):
+        return self.linear(x)
     kept = self.selection.kept(x, self.k)
     y = self.linear.sparse(x.flatten(0, -2), kept.flatten(0, -2)).unflatten(0, x.shape[:-1])
-    if self.first and x.shape[-2] > 1: y[..., :self.first, :] = self.linear(x[..., :self.first, :])
+    if self.first and x.shape[-2] > 1:
+        y[..., : self.first, :] = self.linear(x[..., : self.first, :])
     return y
 
 # %% ../nbs/03_larosa.ipynb #c29e64e2
-def projections(model)->dict: # 'layer.path' -> module
+def projections(model) -> dict:  # 'layer.path' -> module
     "The linear maps that LaRoSA makes sparse, by name."
     fam = FAMILIES[model.config.model_type]
-    return {f'{i}.{p}': layer.get_submodule(p) for i, layer in enumerate(model.get_submodule(fam.layers)) for b in fam.blocks for p in (*b.read, b.write)}
+    return {
+        f"{i}.{p}": layer.get_submodule(p)
+        for i, layer in enumerate(model.get_submodule(fam.layers))
+        for b in fam.blocks
+        for p in (*b.read, b.write)
+    }
 
-def sparsify(model,        # what `convert` returned; changed in place
-             tokens='decode', # `decode`, `all` or `none`
-             first:int=0,  # tokens at the beginning of a text that stay dense, in passes of several tokens
-             linear=Masked # class of the linear maps, made from weight and bias
-            ):
+
+def sparsify(
+    model,  # what `convert` returned; changed in place
+    tokens="decode",  # `decode`, `all` or `none`
+    first: int = 0,  # tokens at the beginning of a text that stay dense, in passes of several tokens
+    linear=Masked,  # class of the linear maps, made from weight and bias
+):
     "Let every projection of `model` choose its channels; all levels are 0."
     fam = FAMILIES[model.config.model_type]
     for layer in model.get_submodule(fam.layers):
         shared = {}
-        for path, source in [(p, s) for b in fam.blocks for p, s in [*((p, b.norm) for p in b.read), (b.write, b.write)]]:
+        for path, source in [
+            (p, s) for b in fam.blocks for p, s in [*((p, b.norm) for p in b.read), (b.write, b.write)]
+        ]:
             old, sel = layer.get_submodule(path), shared.setdefault(source, Selection(tokens))
             _put(layer, path, new := Sparsified(linear(old.weight, old.bias), sel, old.in_features))
             new.first = first
-    if linear is SparseLinear: model.lm_head = SparseLinear(model.lm_head.weight, model.lm_head.bias)   # for its quick dense product
+    if linear is SparseLinear:
+        model.lm_head = SparseLinear(model.lm_head.weight, model.lm_head.bias)  # for its quick dense product
     return model
 
-def set_levels(model, levels:dict): # 'layer.path' -> share of channels dropped
+
+def set_levels(model, levels: dict):  # 'layer.path' -> share of channels dropped
     "Set the level of every projection that `levels` names."
-    for name, m in projections(model).items(): m.level = levels.get(name, m.level)
+    for name, m in projections(model).items():
+        m.level = levels.get(name, m.level)
     return model
 
-def set_tokens(model, tokens:str)->str: # `tokens`: one of `TOKENS`
+
+def set_tokens(model, tokens: str) -> str:  # `tokens`: one of `TOKENS`
     "Say which passes of `model` are sparse; returns which were."
-    if tokens not in TOKENS: raise LlmoptError(f"tokens are one of {', '.join(TOKENS)}, not '{tokens}'")
+    if tokens not in TOKENS:
+        raise LlmoptError(f"tokens are one of {', '.join(TOKENS)}, not '{tokens}'")
     for m in model.modules():
-        if isinstance(m, Selection): was, m.tokens = m.tokens, tokens
+        if isinstance(m, Selection):
+            was, m.tokens = m.tokens, tokens
     return was
 
 # %% ../nbs/03_larosa.ipynb #075fdc48
-SPLITS = 'uniform', 'published', 'neutral'
+SPLITS = "uniform", "published", "neutral"
 
-def _writers(model): return {f'{i}.{b.write}' for i in range(model.config.num_hidden_layers) for b in FAMILIES[model.config.model_type].blocks}
 
-def split_levels(model,          # a sparsified model
-                 sparsity:float, # p, in [0, 1)
-                 split:str='neutral', # one of `SPLITS`
-                )->dict:         # name -> level
+def _writers(model):
+    return {
+        f"{i}.{b.write}"
+        for i in range(model.config.num_hidden_layers)
+        for b in FAMILIES[model.config.model_type].blocks
+    }
+
+
+def split_levels(
+    model,  # a sparsified model
+    sparsity: float,  # p, in [0, 1)
+    split: str = "neutral",  # one of `SPLITS`
+) -> dict:  # name -> level
     "Levels of all projections by a rule."
-    if split not in SPLITS: raise LlmoptError(f"split is one of {', '.join(SPLITS)}, not '{split}'")
+    if split not in SPLITS:
+        raise LlmoptError(f"split is one of {', '.join(SPLITS)}, not '{split}'")
     size, write = {n: m.linear.weight.numel() for n, m in projections(model).items()}, _writers(model)
-    w = sum(size[n] for n in write)/sum(size.values())
-    a, b = dict(uniform=(1, 1), published=(.8, 1.2), neutral=(1/(1+w/2), 1.5/(1+w/2)))[split]
-    b = min(b*sparsity, .99)
-    a = (sparsity-w*b)/(1-w) if split == 'neutral' else a*sparsity
+    w = sum(size[n] for n in write) / sum(size.values())
+    a, b = dict(uniform=(1, 1), published=(0.8, 1.2), neutral=(1 / (1 + w / 2), 1.5 / (1 + w / 2)))[split]
+    b = min(b * sparsity, 0.99)
+    a = (sparsity - w * b) / (1 - w) if split == "neutral" else a * sparsity
     return {n: b if n in write else a for n in size}
 
 # %% ../nbs/03_larosa.ipynb #ce6f124a
 @dataclass(frozen=True)
 class Traffic:
     "Weight bytes that one token takes."
-    linears:int   # in the projections, were they dense
-    skipped:int   # of these, not read
-    adapters:int  # dense changes of basis that the rotation needs
-    head:int      # the last projection, which stays dense
-    @property
-    def share(self)->float: return self.skipped/self.linears                # of the projections' bytes
-    @property
-    def net(self)->float: return (self.skipped-self.adapters)/self.linears  # the same, adapters paid
-    @property
-    def bound(self)->float: # how much faster a step can become that only waits for weights
-        return (self.linears+self.head)/(self.linears+self.head+self.adapters-self.skipped)
 
-def traffic(model)->Traffic: # of a sparsified model
+    linears: int  # in the projections, were they dense
+    skipped: int  # of these, not read
+    adapters: int  # dense changes of basis that the rotation needs
+    head: int  # the last projection, which stays dense
+
+    @property
+    def share(self) -> float:
+        return self.skipped / self.linears  # of the projections' bytes
+
+    @property
+    def net(self) -> float:
+        return (self.skipped - self.adapters) / self.linears  # the same, adapters paid
+
+    @property
+    def bound(self) -> float:  # how much faster a step can become that only waits for weights
+        return (self.linears + self.head) / (self.linears + self.head + self.adapters - self.skipped)
+
+
+def traffic(model) -> Traffic:  # of a sparsified model
     "Weight bytes read and skipped by one token in a sparse pass."
-    size = lambda t: t.numel()*t.element_size()
+
+    def size(t):
+        return t.numel() * t.element_size()
+
     ps = [(m, size(m.linear.weight)) for m in projections(model).values()]
-    return Traffic(sum(s for _, s in ps), sum(s*(m.width-m.k)//m.width for m, s in ps), sum(size(m.matrix) for m in model.modules() if isinstance(m, Turn)), size(model.lm_head.weight))
+    return Traffic(
+        sum(s for _, s in ps),
+        sum(s * (m.width - m.k) // m.width for m, s in ps),
+        sum(size(m.matrix) for m in model.modules() if isinstance(m, Turn)),
+        size(model.lm_head.weight),
+    )
 
 # %% ../nbs/03_larosa.ipynb #d29a0ab8
 @torch.inference_mode()
-def log_probs(model, ids:torch.Tensor, # (n, length)
-              bs:int=8)->torch.Tensor: # (n, length, V) float32
+def log_probs(
+    model,
+    ids: torch.Tensor,  # (n, length)
+    bs: int = 8,
+) -> torch.Tensor:  # (n, length, V) float32
     "Log-probabilities of the next token at each position."
     return torch.cat([model(x, use_cache=False).logits.float().log_softmax(-1) for x in ids.to(model.device).split(bs)])
 
+
 @torch.inference_mode()
-def energies(model, ids)->dict: # name -> (width,) mean square of the i-th smallest channel
+def energies(model, ids) -> dict:  # name -> (width,) mean square of the i-th smallest channel
     "How the energy of every projection's input is spread over its ranks, in a sparsified `model`."
     sums, hooks = {}, []
+
     def add(m, args, n):
         x = args[0].flatten(0, -2).float().square().sort(-1).values
-        sums[n] = sums.get(n, 0)+x.sum(0)/ids.numel()
-    with _hooks([m.register_forward_pre_hook(partial(add, n=n)) for n, m in projections(model).items()]): log_probs(model, ids)
+        sums[n] = sums.get(n, 0) + x.sum(0) / ids.numel()
+
+    with _hooks([m.register_forward_pre_hook(partial(add, n=n)) for n, m in projections(model).items()]):
+        log_probs(model, ids)
     return sums
 
 # %% ../nbs/03_larosa.ipynb #0d1b09bc
-def prices(model,           # what `sparsify` returned, all levels 0
-           ids:torch.Tensor # (n, length) token ids
-          )->dict:          # name -> (width,) nats, rising
+def prices(
+    model,  # what `sparsify` returned, all levels 0
+    ids: torch.Tensor,  # (n, length) token ids
+) -> dict:  # name -> (width,) nats, rising
     "What dropping the i-th smallest channel of each projection costs: measured at level one half, and spread by energy."
     ref, e, res = log_probs(model, ids), energies(model, ids), {}
-    was = set_tokens(model, 'all')
+    was = set_tokens(model, "all")
     for n, m in projections(model).items():
-        m.level = .5
+        m.level = 0.5
         cost = kl(ref, log_probs(model, ids)).mean().clamp(min=1e-9)
-        res[n] = cost*e[n]/e[n][:m.width-m.k].sum().clamp(min=1e-30)
-        m.level = 0.
+        res[n] = cost * e[n] / e[n][: m.width - m.k].sum().clamp(min=1e-30)
+        m.level = 0.0
     set_tokens(model, was)
     return res
 
 # %% ../nbs/03_larosa.ipynb #ee46b9e6
-def measured_levels(model,          # a sparsified model
-                    price:dict,     # what `prices` returned
-                    sparsity:float, # share of the projections' bytes to skip, in [0, 1)
-                    most:float=.9   # highest level of a projection, if `sparsity` allows
-                   )->dict:         # name -> level
+def measured_levels(
+    model,  # a sparsified model
+    price: dict,  # what `prices` returned
+    sparsity: float,  # share of the projections' bytes to skip, in [0, 1)
+    most: float = 0.9,  # highest level of a projection, if `sparsity` allows
+) -> dict:  # name -> level
     "Levels that skip the share `sparsity` of bytes at the least sum of prices."
-    ps = projections(model); names, most = [*ps], max(most, min(1, sparsity+.01))
+    ps = projections(model)
+    names, most = [*ps], max(most, min(1, sparsity + 0.01))
     rank = torch.cat([torch.arange(ps[n].width) for n in names])
     owner = torch.cat([torch.full((ps[n].width,), i) for i, n in enumerate(names)])
-    out, width = (torch.tensor(x)[owner] for x in zip(*((ps[n].linear.weight.numel()//ps[n].width, ps[n].width) for n in names)))
-    per_byte = torch.where(rank < most*width, torch.cat([price[n].double().cpu() for n in names])/out, torch.inf)
+    out, width = (
+        torch.tensor(x)[owner] for x in zip(*((ps[n].linear.weight.numel() // ps[n].width, ps[n].width) for n in names))
+    )
+    per_byte = torch.where(rank < most * width, torch.cat([price[n].double().cpu() for n in names]) / out, torch.inf)
     order = per_byte.argsort(stable=True)
-    drop = order[out[order].cumsum(0) <= sparsity*out.sum()]
+    drop = order[out[order].cumsum(0) <= sparsity * out.sum()]
     counts = owner[drop].bincount(minlength=len(names)).tolist()
-    return {n: c/ps[n].width for n, c in zip(names, counts)}
+    return {n: c / ps[n].width for n, c in zip(names, counts)}
 
 # %% ../nbs/03_larosa.ipynb #4b9fa66a
 @torch.inference_mode()
-def value_bases(model, ids:torch.Tensor, bs:int=8)->dict: # layer -> (KV heads, d, d) float64
+def value_bases(model, ids: torch.Tensor, bs: int = 8) -> dict:  # layer -> (KV heads, d, d) float64
     "Eigenbases of the attention's output within each KV head."
     fam, cfg, sums, hooks = family(model), model.config, {}, []
-    n = getattr(cfg, 'num_key_value_heads', None) or cfg.num_attention_heads
-    d = getattr(cfg, 'head_dim', None) or cfg.hidden_size//cfg.num_attention_heads
+    n = getattr(cfg, "num_key_value_heads", None) or cfg.num_attention_heads
+    d = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
+
     def add(m, args, i):
-        x = args[0].double().flatten(0, -2).unflatten(-1, (n, -1, d)).transpose(0, 1).flatten(1, 2) # (KV heads, tokens x group, d)
-        sums[i] = sums.get(i, 0)+x.mT@x
-    for i, layer in enumerate(model.get_submodule(fam.layers)): hooks.append(layer.get_submodule(fam.blocks[0].write).register_forward_pre_hook(partial(add, i=i)))
+        x = (
+            args[0].double().flatten(0, -2).unflatten(-1, (n, -1, d)).transpose(0, 1).flatten(1, 2)
+        )  # (KV heads, tokens x group, d)
+        sums[i] = sums.get(i, 0) + x.mT @ x
+
+    for i, layer in enumerate(model.get_submodule(fam.layers)):
+        hooks.append(layer.get_submodule(fam.blocks[0].write).register_forward_pre_hook(partial(add, i=i)))
     with _hooks(hooks):
-        for x in ids.to(model.device).split(bs): model(x, use_cache=False)
+        for x in ids.to(model.device).split(bs):
+            model(x, use_cache=False)
     return {i: eigenbasis(c) for i, c in sums.items()}
 
 # %% ../nbs/03_larosa.ipynb #fe85a5f0
 @torch.inference_mode()
-def block_inputs(model, ids:torch.Tensor, bs:int=8)->dict: # (layer, block) -> (tokens, D) float32
+def block_inputs(model, ids: torch.Tensor, bs: int = 8) -> dict:  # (layer, block) -> (tokens, D) float32
     "The gain-free input of every block."
     fam, seen, hooks = family(model), {}, []
-    def add(norm, args, key): seen.setdefault(key, []).append(gain_free(args[0], norm).flatten(0, -2).float())
+
+    def add(norm, args, key):
+        seen.setdefault(key, []).append(gain_free(args[0], norm).flatten(0, -2).float())
+
     for i, layer in enumerate(model.get_submodule(fam.layers)):
-        for j, b in enumerate(fam.blocks): hooks.append(layer.get_submodule(b.norm).register_forward_pre_hook(partial(add, key=(i, j))))
+        for j, b in enumerate(fam.blocks):
+            hooks.append(layer.get_submodule(b.norm).register_forward_pre_hook(partial(add, key=(i, j))))
     with _hooks(hooks):
-        for x in ids.to(model.device).split(bs): model(x, use_cache=False)
+        for x in ids.to(model.device).split(bs):
+            model(x, use_cache=False)
     return {k: torch.cat(v) for k, v in seen.items()}
+
 
 def dropped_error(z, q, g, k):
     "Mean squared error of products with Gram matrix `g` when all but `k` coordinates of `z` in the basis `q` are dropped; differentiable in `q`."
-    y = z@q
-    e = (y-keep_topk(y, k))@q.T
-    return ((e@g)*e).sum(-1).mean()
-
+    y = z @ q
+    e = (y - keep_topk(y, k)) @ q.T
+    return ((e @ g) * e).sum(-1).mean()
 
 # %% ../nbs/03_larosa.ipynb #e0820511
 def _readers(model, price, level):
@@ -450,295 +617,444 @@ def _readers(model, price, level):
     fam, levels, res = FAMILIES[model.config.model_type], measured_levels(model, price, level), {}
     for i in range(model.config.num_hidden_layers):
         for j, b in enumerate(fam.blocks):
-            names = [f'{i}.{p}' for p in b.read]; ps = [projections(model)[n] for n in names]
-            mean = sum(levels[n]*m.linear.weight.numel() for n, m in zip(names, ps))/sum(m.linear.weight.numel() for m in ps)
-            res[i, j] = ps[0].width-round(mean*ps[0].width), [(price[n][:round(levels[n]*m.width)].sum(), m.linear.weight.float()) for n, m in zip(names, ps)]
+            names = [f"{i}.{p}" for p in b.read]
+            ps = [projections(model)[n] for n in names]
+            mean = sum(levels[n] * m.linear.weight.numel() for n, m in zip(names, ps)) / sum(
+                m.linear.weight.numel() for m in ps
+            )
+            res[i, j] = (
+                ps[0].width - round(mean * ps[0].width),
+                [(price[n][: round(levels[n] * m.width)].sum(), m.linear.weight.float()) for n, m in zip(names, ps)],
+            )
     return res
 
-def learn_basis(model,            # a transformers causal LM
-                ids:torch.Tensor, # (n, length)
-                q:torch.Tensor,   # (D, D): where to begin
-                price:dict,       # what `prices` returned, in the basis `q`
-                level:float=.5,   # share of bytes skipped
-                steps:int=120, tokens:int=512, lr:float=.25, seed:int=0,
-                room:int=2**31    # bytes for inputs; windows that do not fit are left out
-               )->torch.Tensor:   # (D, D) float64
+
+def learn_basis(
+    model,  # a transformers causal LM
+    ids: torch.Tensor,  # (n, length)
+    q: torch.Tensor,  # (D, D): where to begin
+    price: dict,  # what `prices` returned, in the basis `q`
+    level: float = 0.5,  # share of bytes skipped
+    steps: int = 120,
+    tokens: int = 512,
+    lr: float = 0.25,
+    seed: int = 0,
+    room: int = 2**31,  # bytes for inputs; windows that do not fit are left out
+) -> torch.Tensor:  # (D, D) float64
     "One basis for all blocks, in which dropping costs their readers less than in `q`."
-    fits = room//(4*len(q)*ids.shape[1]*model.config.num_hidden_layers*len(family(model).blocks))
-    z, jobs, gen = block_inputs(model, ids[:max(1, fits)]), {}, torch.Generator().manual_seed(seed)
+    fits = room // (4 * len(q) * ids.shape[1] * model.config.num_hidden_layers * len(family(model).blocks))
+    z, jobs, gen = block_inputs(model, ids[: max(1, fits)]), {}, torch.Generator().manual_seed(seed)
     start = q.float()
     new = sparsify(convert(model, dict.fromkeys(z, q)))
     for key, (k, ws) in _readers(new, price, level).items():
-        grams = [(cost, start@(w.T@w)@start.T) for cost, w in ws]                                # back in the model's own basis
-        jobs[key] = k, sum(cost/dropped_error(z[key][:4*tokens], start, g, k).clamp(min=1e-12)*g for cost, g in grams)
+        grams = [(cost, start @ (w.T @ w) @ start.T) for cost, w in ws]  # back in the model's own basis
+        jobs[key] = (
+            k,
+            sum(cost / dropped_error(z[key][: 4 * tokens], start, g, k).clamp(min=1e-12) * g for cost, g in grams),
+        )
     return _orthogonal(_descend(start, lambda q: _cost(q, z, jobs, tokens, gen), steps, lr))
+
 
 def _cost(q, z, jobs, tokens, gen):
     "What dropping costs in the basis `q`, in nats, on tokens chosen at random."
     some = torch.randint(len(next(iter(z.values()))), (tokens,), generator=gen).to(q.device)
     return sum(dropped_error(z[key][some], q, g, k) for key, (k, g) in jobs.items())
 
-
 # %% ../nbs/03_larosa.ipynb #7d534fc7
 def _descend(q, cost, steps, lr):
     "Adam on the orthogonal matrices, from `q`; the rate falls to zero in a straight line."
     m = v = torch.zeros_like(q)
     with torch.inference_mode(False), torch.enable_grad():
-        for t in range(1, steps+1):
-            x = q.clone().requires_grad_(); g, = torch.autograd.grad(cost(x), x)
-            g = q.T@g; g = g-g.T                                             # the gradient along rotations
-            m, v = .9*m+.1*g, .99*v+.01*g*g
-            q, r = torch.linalg.qr(q-q@(lr*(1-t/(steps+1))/len(q)**.5*(m/(1-.9**t))/((v/(1-.99**t)).sqrt()+1e-12)))
-            q = q*r.diagonal().sign()
+        for t in range(1, steps + 1):
+            x = q.clone().requires_grad_()
+            (g,) = torch.autograd.grad(cost(x), x)
+            g = q.T @ g
+            g = g - g.T  # the gradient along rotations
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+            q, r = torch.linalg.qr(
+                q
+                - q
+                @ (
+                    lr
+                    * (1 - t / (steps + 1))
+                    / len(q) ** 0.5
+                    * (m / (1 - 0.9**t))
+                    / ((v / (1 - 0.99**t)).sqrt() + 1e-12)
+                )
+            )
+            q = q * r.diagonal().sign()
     return q
+
 
 def _orthogonal(a):
     "The orthogonal matrix nearest to `a`, in float64."
     u, _, v = torch.linalg.svd(a.double())
-    return u@v
-
+    return u @ v
 
 # %% ../nbs/03_larosa.ipynb #dfe7ec89
-LEVELS = 'measured', *SPLITS
-BUNDLED = ASSETS/'llmopt-tiny-larosa' # the calibration of the bundled model
+LEVELS = "measured", *SPLITS
+BUNDLED = ASSETS / "llmopt-tiny-larosa"  # the calibration of the bundled model
+
 
 @dataclass(frozen=True)
 class LaRoSA:
     "How activations are dropped; `LaRoSA()` is the method `larosa`."
-    sparsity:float = .4       # share of the projections' weight bytes that is skipped (with levels `published`: the paper's p)
-    levels:str = 'measured'   # `measured`, `neutral`, `published` or `uniform`
-    rotation:str = 'learned'  # `learned`, or one of `ROTATIONS`
-    heads:bool = True         # rotate values within each KV head
-    tokens:str = 'decode'     # which passes are sparse: `decode`, `all` or `none`
-    first:int = 0             # tokens at the beginning that stay dense, with `all`
-    artifact:str|None = None  # folder that `SimpleLaRoSA.save` wrote, in place of a calibration
+
+    sparsity: float = (
+        0.4  # share of the projections' weight bytes that is skipped (with levels `published`: the paper's p)
+    )
+    levels: str = "measured"  # `measured`, `neutral`, `published` or `uniform`
+    rotation: str = "learned"  # `learned`, or one of `ROTATIONS`
+    heads: bool = True  # rotate values within each KV head
+    tokens: str = "decode"  # which passes are sparse: `decode`, `all` or `none`
+    first: int = 0  # tokens at the beginning that stay dense, with `all`
+    artifact: str | None = None  # folder that `SimpleLaRoSA.save` wrote, in place of a calibration
+
     def __post_init__(self):
-        for name, known in (('levels', LEVELS), ('rotation', ('learned', *ROTATIONS)), ('tokens', TOKENS)):
-            if getattr(self, name) not in known: raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1: raise ValueError(f'sparsity is a number in [0, 1), not {self.sparsity!r}')
-        if type(self.first) is not int or self.first < 0: raise ValueError(f'first is a whole number of at least 0, not {self.first!r}')
+        for name, known in (("levels", LEVELS), ("rotation", ("learned", *ROTATIONS)), ("tokens", TOKENS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity is a number in [0, 1), not {self.sparsity!r}")
+        if type(self.first) is not int or self.first < 0:
+            raise ValueError(f"first is a whole number of at least 0, not {self.first!r}")
+
 
 @patch(cls_method=True)
-def published(cls:LaRoSA, sparsity:float=.4, **kw)->LaRoSA:
+def published(cls: LaRoSA, sparsity: float = 0.4, **kw) -> LaRoSA:
     "The configuration of the paper and its code."
-    return cls(sparsity, levels='published', rotation='layer', heads=False, **kw)
+    return cls(sparsity, levels="published", rotation="layer", heads=False, **kw)
 
 # %% ../nbs/03_larosa.ipynb #df3f121c
-def windows(texts,          # an iterable of texts
-            tokenizer,      # a Hugging Face tokenizer
-            length:int=256, # tokens in a window
-            most:int=64     # windows
-           )->torch.Tensor: # (n, length) token ids
+def windows(
+    texts,  # an iterable of texts
+    tokenizer,  # a Hugging Face tokenizer
+    length: int = 256,  # tokens in a window
+    most: int = 64,  # windows
+) -> torch.Tensor:  # (n, length) token ids
     "`texts`, one behind the other, cut into windows; a rest that fills none is left out."
     end, ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], []
     for t in texts:
-        ids += tokenizer(t, add_special_tokens=False, verbose=False)['input_ids']+end
-        if len(ids) >= most*length: break
-    n = min(most, len(ids)//length)
-    return torch.tensor(ids[:n*length], dtype=torch.long).view(n, length)
+        ids += tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if len(ids) >= most * length:
+            break
+    n = min(most, len(ids) // length)
+    return torch.tensor(ids[: n * length], dtype=torch.long).view(n, length)
 
-def default_texts(tokenizer)->list: # of texts
+
+def default_texts(tokenizer) -> list:  # of texts
     "The calibration texts that ship with the package."
-    with open(ASSETS/'calibration.jsonl', encoding='utf-8') as f: rows = [json.loads(l) for l in f]
-    if not getattr(tokenizer, 'chat_template', None): return [r['question']+'\n'+r['answer'] for r in rows]
-    return [tokenizer.apply_chat_template([dict(role='user', content=r['question'])], tokenize=False, add_generation_prompt=True)+r['answer'] for r in rows]
+    with open(ASSETS / "calibration.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(l) for l in f]
+    if not getattr(tokenizer, "chat_template", None):
+        return [r["question"] + "\n" + r["answer"] for r in rows]
+    return [
+        tokenizer.apply_chat_template(
+            [dict(role="user", content=r["question"])], tokenize=False, add_generation_prompt=True
+        )
+        + r["answer"]
+        for r in rows
+    ]
 
 # %% ../nbs/03_larosa.ipynb #bb5ea8fa
 def _token_ids(model, calibration, tokenizer, length):
     "Token ids (n, length) for whatever was given as `calibration`; `LlmoptError` if there are too few."
     if not isinstance(calibration, torch.Tensor):
-        if tokenizer is None: raise LlmoptError('calibration by texts needs the tokenizer: apply(model, texts, tokenizer)')
+        if tokenizer is None:
+            raise LlmoptError("calibration by texts needs the tokenizer: apply(model, texts, tokenizer)")
         calibration = windows(_texts(calibration, tokenizer), tokenizer, min(length, max_positions(model.config)))
-    ids, need = calibration, 2*model.config.hidden_size
-    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32): raise LlmoptError(f'calibration ids are whole numbers of shape (windows, length), not {ids.dtype} of shape {tuple(ids.shape)}')
-    if ids.numel() < need: raise LlmoptError(f'{ids.numel():,} tokens of calibration text are too few for a stream of width {need//2:,}: give at least {need:,}')
-    if ids.shape[1] > (most := max_positions(model.config)): raise LlmoptError(f'windows of {ids.shape[1]:,} tokens are longer than the context of {most:,}: cut them shorter')
+    ids, need = calibration, 2 * model.config.hidden_size
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise LlmoptError(
+            f"calibration ids are whole numbers of shape (windows, length), not {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    if ids.numel() < need:
+        raise LlmoptError(
+            f"{ids.numel():,} tokens of calibration text are too few for a stream of width {need // 2:,}: give at least {need:,}"
+        )
+    if ids.shape[1] > (most := max_positions(model.config)):
+        raise LlmoptError(
+            f"windows of {ids.shape[1]:,} tokens are longer than the context of {most:,}: cut them shorter"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
-    if ids.max() >= rows or ids.min() < 0: raise LlmoptError(f'calibration ids must be below {rows:,}, the rows of the embedding; was another tokenizer used?')
+    if ids.max() >= rows or ids.min() < 0:
+        raise LlmoptError(
+            f"calibration ids must be below {rows:,}, the rows of the embedding; was another tokenizer used?"
+        )
     return ids
+
 
 def _texts(calibration, tokenizer):
     "A list of texts for whatever was given."
-    if calibration is None: return default_texts(tokenizer)
+    if calibration is None:
+        return default_texts(tokenizer)
     texts = [calibration] if isinstance(calibration, str) else [*calibration]
-    if bad := next((t for t in texts if not isinstance(t, str)), None): raise LlmoptError(f'calibration is texts, or a tensor of token ids (windows, length), not a {type(bad).__name__}')
+    if bad := next((t for t in texts if not isinstance(t, str)), None):
+        raise LlmoptError(
+            f"calibration is texts, or a tensor of token ids (windows, length), not a {type(bad).__name__}"
+        )
     return texts
-
 
 # %% ../nbs/03_larosa.ipynb #aa9d7bd5
 class Calibration(NamedTuple):
     "What one pass over some text says about a model."
-    q:dict     # (layer, block) -> (D, D)
-    r:dict|None# layer -> (KV heads, d, d)
-    price:dict # name -> (width,) nats
-    info:dict  # where it is from
 
-def fingerprint(model)->str:
+    q: dict  # (layer, block) -> (D, D)
+    r: dict | None  # layer -> (KV heads, d, d)
+    price: dict  # name -> (width,) nats
+    info: dict  # where it is from
+
+
+def fingerprint(model) -> str:
     "A hash of the weights of `model`, in bfloat16, so that it does not depend on the type it was loaded in: of each, the sum of all bit patterns, and up to 4,096 entries."
     h = hashlib.sha256(model.config.model_type.encode())
     for name, p in sorted(model.named_parameters()):
         bits = p.detach().flatten().to(torch.bfloat16).view(torch.int16)
-        h.update(f'{name} {tuple(p.shape)} {bits.sum(dtype=torch.int64)}'.encode()+bits[::max(1, bits.numel()//4096)].cpu().numpy().tobytes())
+        h.update(
+            f"{name} {tuple(p.shape)} {bits.sum(dtype=torch.int64)}".encode()
+            + bits[:: max(1, bits.numel() // 4096)].cpu().numpy().tobytes()
+        )
     return h.hexdigest()
 
 # %% ../nbs/03_larosa.ipynb #338652cf
-def calibrate(model,                # a transformers causal LM of a known family
-              ids:torch.Tensor,     # (n, length) token ids
-              cfg:LaRoSA=LaRoSA(),  # `rotation`, `heads` and `levels` are used
-              test_windows:int=4    # windows for the prices
-             )->Calibration:
+def calibrate(
+    model,  # a transformers causal LM of a known family
+    ids: torch.Tensor,  # (n, length) token ids
+    cfg: LaRoSA = LaRoSA(),  # `rotation`, `heads` and `levels` are used
+    test_windows: int = 4,  # windows for the prices
+) -> Calibration:
     "Moments, bases and prices of `model` on `ids`."
-    if model.training: model = copy.deepcopy(model).eval()    # without dropout
-    learned, r = cfg.rotation == 'learned', value_bases(model, ids) if cfg.heads else None
-    q = bases(moments(model, ids), 'model' if learned else cfg.rotation)
-    price = prices(sparsify(convert(model, q, r)), ids[:test_windows]) if learned or cfg.levels == 'measured' else {}
+    if model.training:
+        model = copy.deepcopy(model).eval()  # without dropout
+    learned, r = cfg.rotation == "learned", value_bases(model, ids) if cfg.heads else None
+    q = bases(moments(model, ids), "model" if learned else cfg.rotation)
+    price = prices(sparsify(convert(model, q, r)), ids[:test_windows]) if learned or cfg.levels == "measured" else {}
     if learned:
         q = dict.fromkeys(q, learn_basis(model, ids, q[0, 0], price))
-        price = prices(sparsify(convert(model, q, r)), ids[:test_windows]) if cfg.levels == 'measured' else {}
+        price = prices(sparsify(convert(model, q, r)), ids[:test_windows]) if cfg.levels == "measured" else {}
     text = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
     name = model.config._name_or_path
-    return Calibration(q, r, price, dict(model=Path(name).name if Path(name).is_dir() else name, fingerprint=fingerprint(model), text_sha256=text, tokens=ids.numel(), rotation=cfg.rotation, heads=cfg.heads))
+    return Calibration(
+        q,
+        r,
+        price,
+        dict(
+            model=Path(name).name if Path(name).is_dir() else name,
+            fingerprint=fingerprint(model),
+            text_sha256=text,
+            tokens=ids.numel(),
+            rotation=cfg.rotation,
+            heads=cfg.heads,
+        ),
+    )
 
 # %% ../nbs/03_larosa.ipynb #9aafe60c
 class SimpleLaRoSA:
     "LaRoSA in one call: `SimpleLaRoSA(sparsity=0.4).apply(model, calibration)`."
-    def __init__(self,
-                 sparsity:float=.4, # share of the projections' weight bytes to skip, in [0, 1)
-                 linear=SparseLinear, # class of the sparse linear maps; `Masked` multiplies by zeros instead
-                 **kw):             # further fields of `LaRoSA`
-        try: self.cfg = sparsity if isinstance(sparsity, LaRoSA) else LaRoSA(sparsity, **kw)
-        except (TypeError, ValueError) as e: raise LlmoptError(f'LaRoSA: {e}') from None
+
+    def __init__(
+        self,
+        sparsity: float = 0.4,  # share of the projections' weight bytes to skip, in [0, 1)
+        linear=SparseLinear,  # class of the sparse linear maps; `Masked` multiplies by zeros instead
+        **kw,
+    ):  # further fields of `LaRoSA`
+        try:
+            self.cfg = sparsity if isinstance(sparsity, LaRoSA) else LaRoSA(sparsity, **kw)
+        except (TypeError, ValueError) as e:
+            raise LlmoptError(f"LaRoSA: {e}") from None
         self.linear, self.calibration, self.traffic = linear, None, None
 
 # %% ../nbs/03_larosa.ipynb #72bc8852
 @patch
-def apply(self:SimpleLaRoSA,
-          model,            # a transformers causal LM of a known family; stays as it is
-          calibration=None, # texts, token ids (n, length), a `Calibration`, or None for the text that ships with the package
-          tokenizer=None,   # for texts
-          length:int=256    # tokens in a window, for texts
-         ):                 # a new model
+def apply(
+    self: SimpleLaRoSA,
+    model,  # a transformers causal LM of a known family; stays as it is
+    calibration=None,  # texts, token ids (n, length), a `Calibration`, or None for the text that ships with the package
+    tokenizer=None,  # for texts
+    length: int = 256,  # tokens in a window, for texts
+):  # a new model
     "`model` rotated, and sparse as configured."
     cfg = self.cfg
-    if calibration is None and cfg.artifact: calibration = load_calibration(cfg.artifact)
-    if not isinstance(calibration, Calibration): calibration = calibrate(model, _token_ids(model, calibration, tokenizer, length), cfg)
+    if calibration is None and cfg.artifact:
+        calibration = load_calibration(cfg.artifact)
+    if not isinstance(calibration, Calibration):
+        calibration = calibrate(model, _token_ids(model, calibration, tokenizer, length), cfg)
     self.calibration = _fits(calibration, model, cfg)
     new = sparsify(convert(model, calibration.q, calibration.r), cfg.tokens, cfg.first, self.linear)
-    set_levels(new, measured_levels(new, calibration.price, cfg.sparsity) if cfg.levels == 'measured' else split_levels(new, cfg.sparsity, cfg.levels))
+    set_levels(
+        new,
+        measured_levels(new, calibration.price, cfg.sparsity)
+        if cfg.levels == "measured"
+        else split_levels(new, cfg.sparsity, cfg.levels),
+    )
     self.traffic = traffic(new)
     return new
 
+
 @patch(as_prop=True)
-def skipped_weight_bytes(self:SimpleLaRoSA)->int:
+def skipped_weight_bytes(self: SimpleLaRoSA) -> int:
     "Weight bytes that a token of the last model made does not read."
-    if self.traffic is None: raise LlmoptError('nothing was converted yet: call apply(model, calibration) first')
+    if self.traffic is None:
+        raise LlmoptError("nothing was converted yet: call apply(model, calibration) first")
     return self.traffic.skipped
 
 # %% ../nbs/03_larosa.ipynb #9c85e462
 def _fits(c, model, cfg):
     "`c`, if it was made for this model and configuration."
-    if c.info['fingerprint'] != fingerprint(model):
-        raise LlmoptError(f"this calibration was made for another model ('{c.info['model']}'); calibrate again for '{model.config._name_or_path}'")
-    if (have := (c.info['rotation'], c.info['heads'])) != (cfg.rotation, cfg.heads): raise LlmoptError(f'this calibration has rotation={have[0]!r}, heads={have[1]}; the configuration asks for {cfg.rotation!r}, {cfg.heads}')
-    if cfg.levels == 'measured' and not c.price: raise LlmoptError("this calibration holds no prices, so levels cannot be 'measured'; calibrate again with levels='measured'")
+    if c.info["fingerprint"] != fingerprint(model):
+        raise LlmoptError(
+            f"this calibration was made for another model ('{c.info['model']}'); calibrate again for '{model.config._name_or_path}'"
+        )
+    if (have := (c.info["rotation"], c.info["heads"])) != (cfg.rotation, cfg.heads):
+        raise LlmoptError(
+            f"this calibration has rotation={have[0]!r}, heads={have[1]}; the configuration asks for {cfg.rotation!r}, {cfg.heads}"
+        )
+    if cfg.levels == "measured" and not c.price:
+        raise LlmoptError(
+            "this calibration holds no prices, so levels cannot be 'measured'; calibrate again with levels='measured'"
+        )
     dev = next(model.parameters()).device
-    to = lambda d: d and {k: v.to(dev) for k, v in d.items()}
+
+    def to(d):
+        return d and {k: v.to(dev) for k, v in d.items()}
+
     return c._replace(q=to(_shared(c.q)), r=to(c.r))
+
 
 def _shared(q):
     "`q` with equal bases as one tensor."
     seen = []
-    return {k: next((s for s in seen if torch.equal(s, v)), None) if any(torch.equal(s, v) for s in seen) else (seen.append(v) or v) for k, v in q.items()}
+    return {
+        k: next((s for s in seen if torch.equal(s, v)), None)
+        if any(torch.equal(s, v) for s in seen)
+        else (seen.append(v) or v)
+        for k, v in q.items()
+    }
 
 # %% ../nbs/03_larosa.ipynb #0548c6c9
 @patch
-def save(self:SimpleLaRoSA, folder)->Path:
+def save(self: SimpleLaRoSA, folder) -> Path:
     "Write the calibration of the last model made to `folder`: `larosa.safetensors` and `larosa.json`."
-    if (c := self.calibration) is None: raise LlmoptError('nothing was calibrated yet: call apply(model, calibration) first')
+    if (c := self.calibration) is None:
+        raise LlmoptError("nothing was calibrated yet: call apply(model, calibration) first")
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    kinds = [list(c.q.values())[0]] if c.info['rotation'] in ('none', 'model', 'learned') else None
-    q = {'q': kinds[0]} if kinds else {f'q.{i}.{j}': v.clone() for (i, j), v in c.q.items()}
-    r = {f'r.{i}': v for i, v in (c.r or {}).items()}
-    save_file({k: v.float().cpu().contiguous() for k, v in (q | r | {f'price.{k}': v for k, v in c.price.items()}).items()}, folder/'larosa.safetensors')
-    info = dict(format=1, **c.info, blocks=sorted(map(list, c.q)), config=asdict(self.cfg), traffic=asdict(self.traffic))
-    (folder/'larosa.json').write_text(json.dumps(info, indent=1)+'\n', encoding='utf-8')
+    kinds = [list(c.q.values())[0]] if c.info["rotation"] in ("none", "model", "learned") else None
+    q = {"q": kinds[0]} if kinds else {f"q.{i}.{j}": v.clone() for (i, j), v in c.q.items()}
+    r = {f"r.{i}": v for i, v in (c.r or {}).items()}
+    save_file(
+        {k: v.float().cpu().contiguous() for k, v in (q | r | {f"price.{k}": v for k, v in c.price.items()}).items()},
+        folder / "larosa.safetensors",
+    )
+    info = dict(
+        format=1, **c.info, blocks=sorted(map(list, c.q)), config=asdict(self.cfg), traffic=asdict(self.traffic)
+    )
+    (folder / "larosa.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     return folder
 
 # %% ../nbs/03_larosa.ipynb #f0309c0e
-def load_calibration(folder)->Calibration:
+def load_calibration(folder) -> Calibration:
     "The calibration that `SimpleLaRoSA.save` wrote to `folder`."
     try:
-        info, t = json.loads((Path(folder)/'larosa.json').read_text(encoding='utf-8')), load_file(Path(folder)/'larosa.safetensors')
-        if info['format'] != 1: raise ValueError(f"format {info['format']} is not known")
-        one = {} if 'q' not in t else {'q': _orthogonal(t['q'])}
-        q = {(i, j): one['q'] if one else _orthogonal(t[f'q.{i}.{j}']) for i, j in info['blocks']}
-        r = {int(k[2:]): _orthogonal(v) for k, v in t.items() if k.startswith('r.')} or None
-        price = {k[6:]: v for k, v in t.items() if k.startswith('price.')}
-        return Calibration(q, r, price, {k: info[k] for k in ('model', 'fingerprint', 'text_sha256', 'tokens', 'rotation', 'heads')})
-    except (OSError, ValueError, KeyError, SafetensorError) as e: raise LlmoptError(f"no LaRoSA artifact can be read from '{folder}' ({type(e).__name__}: {e}); write one with SimpleLaRoSA.save") from None
+        info, t = (
+            json.loads((Path(folder) / "larosa.json").read_text(encoding="utf-8")),
+            load_file(Path(folder) / "larosa.safetensors"),
+        )
+        if info["format"] != 1:
+            raise ValueError(f"format {info['format']} is not known")
+        one = {} if "q" not in t else {"q": _orthogonal(t["q"])}
+        q = {(i, j): one["q"] if one else _orthogonal(t[f"q.{i}.{j}"]) for i, j in info["blocks"]}
+        r = {int(k[2:]): _orthogonal(v) for k, v in t.items() if k.startswith("r.")} or None
+        price = {k[6:]: v for k, v in t.items() if k.startswith("price.")}
+        return Calibration(
+            q, r, price, {k: info[k] for k in ("model", "fingerprint", "text_sha256", "tokens", "rotation", "heads")}
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise LlmoptError(
+            f"no LaRoSA artifact can be read from '{folder}' ({type(e).__name__}: {e}); write one with SimpleLaRoSA.save"
+        ) from None
 
 # %% ../nbs/03_larosa.ipynb #18f790f0
 class Drafted(NamedTuple):
     "What `self_draft` wrote, and what it took."
-    ids:torch.Tensor  # (1, prompt + new)
-    drafted:int       # tokens proposed by sparse passes, one each
-    accepted:int      # of these, confirmed
-    verified:int      # dense passes after the prompt
+
+    ids: torch.Tensor  # (1, prompt + new)
+    drafted: int  # tokens proposed by sparse passes, one each
+    accepted: int  # of these, confirmed
+    verified: int  # dense passes after the prompt
+
 
 @contextmanager
 def dense(model):
     "While open, all passes of a sparsified `model` are dense."
-    was = set_tokens(model, 'none')
-    try: yield model
-    finally: set_tokens(model, was)
+    was = set_tokens(model, "none")
+    try:
+        yield model
+    finally:
+        set_tokens(model, was)
+
 
 @torch.inference_mode()
-def self_draft(model,              # a sparsified model
-               ids:torch.Tensor,   # (1, length) token ids of the prompt
-               max_new_tokens:int=64,
-               drafts:int=4,       # tokens drafted before a dense pass
-               eos=(),             # token ids that end the text
-              )->Drafted:
+def self_draft(
+    model,  # a sparsified model
+    ids: torch.Tensor,  # (1, length) token ids of the prompt
+    max_new_tokens: int = 64,
+    drafts: int = 4,  # tokens drafted before a dense pass
+    eos=(),  # token ids that end the text
+) -> Drafted:
     "Greedy text of the dense model, drafted by its sparse form."
-    if ids.shape[0] != 1: raise LlmoptError(f'drafts are verified for one prompt at a time, not {ids.shape[0]}')
-    cache, end, drafted, accepted, verified = DynamicCache(config=model.config), ids.shape[1]+max_new_tokens, 0, 0, 0
-    cache.activate_past_recording()   # layers with a sliding window keep what a crop may need
-    with dense(model): ids = torch.cat([ids, _next(model, ids, cache)[:, -1:]], 1)
+    if ids.shape[0] != 1:
+        raise LlmoptError(f"drafts are verified for one prompt at a time, not {ids.shape[0]}")
+    cache, end, drafted, accepted, verified = DynamicCache(config=model.config), ids.shape[1] + max_new_tokens, 0, 0, 0
+    cache.activate_past_recording()  # layers with a sliding window keep what a crop may need
+    with dense(model):
+        ids = torch.cat([ids, _next(model, ids, cache)[:, -1:]], 1)
     while ids.shape[1] < end and ids[0, -1].item() not in eos:
-        draft = _draft(model, ids[:, -1:], cache, min(drafts, end-ids.shape[1]-1))
-        with dense(model): found = _next(model, draft, cache)
-        n = int((draft[:, 1:] == found[:, :-1]).long().cumprod(-1).sum())                 # drafted tokens that are right
-        new = found[:, :n+1]
-        if n < draft.shape[1]-1: cache.crop(n+1-draft.shape[1])
+        draft = _draft(model, ids[:, -1:], cache, min(drafts, end - ids.shape[1] - 1))
+        with dense(model):
+            found = _next(model, draft, cache)
+        n = int((draft[:, 1:] == found[:, :-1]).long().cumprod(-1).sum())  # drafted tokens that are right
+        new = found[:, : n + 1]
+        if n < draft.shape[1] - 1:
+            cache.crop(n + 1 - draft.shape[1])
         stop = [i for i, t in enumerate(new[0].tolist()) if t in eos]
-        ids = torch.cat([ids, new[:, :stop[0]+1] if stop else new], 1)
-        drafted, accepted, verified = drafted+draft.shape[1]-1, accepted+n, verified+1
+        ids = torch.cat([ids, new[:, : stop[0] + 1] if stop else new], 1)
+        drafted, accepted, verified = drafted + draft.shape[1] - 1, accepted + n, verified + 1
     return Drafted(ids, drafted, accepted, verified)
 
 # %% ../nbs/03_larosa.ipynb #b0789874
-def _next(model, x, cache): return model(x, past_key_values=cache, use_cache=True).logits.argmax(-1) # (1, q) -> (1, q)
+def _next(model, x, cache):
+    return model(x, past_key_values=cache, use_cache=True).logits.argmax(-1)  # (1, q) -> (1, q)
+
 
 def _draft(model, token, cache, n):
     "`token` and `n` sparse guesses behind it; the cache is as before afterwards."
     out = [token]
-    for _ in range(n): out.append(_next(model, out[-1], cache))
-    if n: cache.crop(-n)
+    for _ in range(n):
+        out.append(_next(model, out[-1], cache))
+    if n:
+        cache.crop(-n)
     return torch.cat(out, 1)
 
 # %% ../nbs/03_larosa.ipynb #14a2f69a
 _calibrations, _converted = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
 
+
 def _calibration(cfg, lm):
     "The calibration of `lm` for `cfg`, made once."
-    if cfg.artifact: return load_calibration(cfg.artifact)
-    known, key = _calibrations.setdefault(lm.model, {}), (cfg.rotation, cfg.heads, cfg.levels == 'measured')
-    if key not in known and lm.name == TINY and key == (LaRoSA.rotation, LaRoSA.heads, True): known[key] = load_calibration(BUNDLED)
-    if key not in known: known[key] = calibrate(lm.model, _token_ids(lm.model, None, lm.tokenizer, min(256, lm.context)), cfg)
+    if cfg.artifact:
+        return load_calibration(cfg.artifact)
+    known, key = _calibrations.setdefault(lm.model, {}), (cfg.rotation, cfg.heads, cfg.levels == "measured")
+    if key not in known and lm.name == TINY and key == (LaRoSA.rotation, LaRoSA.heads, True):
+        known[key] = load_calibration(BUNDLED)
+    if key not in known:
+        known[key] = calibrate(lm.model, _token_ids(lm.model, None, lm.tokenizer, min(256, lm.context)), cfg)
     return known[key]
 
+
 @patch
-def prepare(self:LaRoSA, lm:LM)->LM:
+def prepare(self: LaRoSA, lm: LM) -> LM:
     "`lm` with its model converted; the same one for the same `lm.model` and configuration."
     made = _converted.setdefault(lm.model, weakref.WeakValueDictionary())
-    if (model := made.get(self)) is None: model = made[self] = SimpleLaRoSA(self).apply(lm.model, _calibration(self, lm), lm.tokenizer)
+    if (model := made.get(self)) is None:
+        model = made[self] = SimpleLaRoSA(self).apply(lm.model, _calibration(self, lm), lm.tokenizer)
     return replace(lm, model=model)

@@ -7,7 +7,9 @@ __all__ = ['OURS', 'ARMS', 'SHORT', 'inputs', 'dropping', 'thresholds', 'refit',
            'gained_bases', 'as_released', 'perplexity', 'kept_shares']
 
 # %% ../nbs/03b_larosa_ladder.ipynb #7ec27ea8
-import copy, json, pickle
+import copy
+import json
+import pickle
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,76 +19,121 @@ import torch
 from fastcore.basics import patch
 
 from .core import ASSETS, LlmoptError, kl
-from .larosa import (FAMILIES, bases, convert, eigenbasis, family, keep_topk, learn_basis, log_probs, measured_levels, moments, prices, projections, set_levels, set_tokens, sparsify, split_levels,
-                           traffic, value_bases)
-
+from llmopt.larosa import (
+    FAMILIES,
+    bases,
+    convert,
+    eigenbasis,
+    family,
+    keep_topk,
+    learn_basis,
+    log_probs,
+    measured_levels,
+    moments,
+    prices,
+    projections,
+    set_levels,
+    set_tokens,
+    sparsify,
+    split_levels,
+    traffic,
+    value_bases,
+)
 
 # %% ../nbs/03b_larosa_ladder.ipynb #d6384be4
-def inputs(model)->dict: # 'layer.path' -> (module, (inputs, outputs))
+def inputs(model) -> dict:  # 'layer.path' -> (module, (inputs, outputs))
     "The linear maps that LaRoSA would make sparse, in an unconverted `model`."
     fam, res = family(model), {}
     for i, layer in enumerate(model.get_submodule(fam.layers)):
         for b in fam.blocks:
             for p in (*b.read, b.write):
-                m = layer.get_submodule(p); n, d = m.weight.shape
-                res[f'{i}.{p}'] = m, ((d, n) if type(m) is torch.nn.Linear else (n, d))
+                m = layer.get_submodule(p)
+                n, d = m.weight.shape
+                res[f"{i}.{p}"] = m, ((d, n) if type(m) is torch.nn.Linear else (n, d))
     return res
 
+
 @contextmanager
-def dropping(model, rule): # `rule(name, x) -> x`
+def dropping(model, rule):  # `rule(name, x) -> x`
     "While open, every projection of `model` reads what `rule` makes of its input; yields the bytes that need not be read, and all."
     count, hooks = [0, 0], []
+
     def pre(m, args, name, out):
         y = rule(name, args[0])
-        count[0] += (y == 0).sum().item()*out; count[1] += y.numel()*out
-        return y,
-    for name, (m, (_, out)) in inputs(model).items(): hooks.append(m.register_forward_pre_hook(partial(pre, name=name, out=out)))
-    try: yield count
-    finally: [h.remove() for h in hooks]
+        count[0] += (y == 0).sum().item() * out
+        count[1] += y.numel() * out
+        return (y,)
+
+    for name, (m, (_, out)) in inputs(model).items():
+        hooks.append(m.register_forward_pre_hook(partial(pre, name=name, out=out)))
+    try:
+        yield count
+    finally:
+        [h.remove() for h in hooks]
 
 # %% ../nbs/03b_larosa_ladder.ipynb #e7397c87
 @torch.inference_mode()
-def thresholds(model, ids:torch.Tensor, # (n, length)
-               level:float              # share of entries that are to fall below
-              )->dict:                  # name -> magnitude
+def thresholds(
+    model,
+    ids: torch.Tensor,  # (n, length)
+    level: float,  # share of entries that are to fall below
+) -> dict:  # name -> magnitude
     "Thresholds that drop the share `level` of every projection's input on `ids`."
     seen = {}
-    with dropping(model, lambda n, x: seen.setdefault(n, []).append(x.abs().flatten().float()) or x): log_probs(model, ids)
-    return {n: (x := torch.cat(v)).kthvalue(max(1, round(level*x.numel()))).values.item() if level else -1. for n, v in seen.items()}
+    with dropping(model, lambda n, x: seen.setdefault(n, []).append(x.abs().flatten().float()) or x):
+        log_probs(model, ids)
+    return {
+        n: (x := torch.cat(v)).kthvalue(max(1, round(level * x.numel()))).values.item() if level else -1.0
+        for n, v in seen.items()
+    }
 
 # %% ../nbs/03b_larosa_ladder.ipynb #d71644c5
 @torch.no_grad()
-def refit(model,              # sparse, of `Masked` maps, tokens `all`; changed in place
-          ids:torch.Tensor,   # (n, length)
-          ridge:float=.5,     # of the mean second moment
-          bs:int=8):
+def refit(
+    model,  # sparse, of `Masked` maps, tokens `all`; changed in place
+    ids: torch.Tensor,  # (n, length)
+    ridge: float = 0.5,  # of the mean second moment
+    bs: int = 8,
+):
     "Fit the weights of every projection to what the dense model writes, group by group."
     fam, dense = FAMILIES[model.config.model_type], copy.deepcopy(model)
-    set_tokens(dense, 'none')
+    set_tokens(dense, "none")
     for i in range(model.config.num_hidden_layers):
         for b in fam.blocks:
-            for group in (b.read, (b.write,)): _refit_group(model, dense, [f'{i}.{p}' for p in group], ids, ridge, bs)
+            for group in (b.read, (b.write,)):
+                _refit_group(model, dense, [f"{i}.{p}" for p in group], ids, ridge, bs)
     return model
 
 # %% ../nbs/03b_larosa_ladder.ipynb #86aa8a06
-class _Enough(Exception): "All inputs of interest were seen."
+class _Enough(Exception):
+    "All inputs of interest were seen."
+
 
 def _watch(modules, seen, outputs):
     "Hooks that put what goes into `modules`, or comes out, into `seen` by name, and end the pass when all of it is there."
+
     def note(name, x):
         seen[name] = x
-        if len(seen) == len(modules): raise _Enough
-    if outputs: return [m.register_forward_hook(lambda m, a, y, n=n: note(n, y)) for n, m in modules.items()]
+        if len(seen) == len(modules):
+            raise _Enough
+
+    if outputs:
+        return [m.register_forward_hook(lambda m, a, y, n=n: note(n, y)) for n, m in modules.items()]
     return [m.register_forward_pre_hook(lambda m, a, n=n: note(n, a[0])) for n, m in modules.items()]
+
 
 def _seen(model, x, modules, outputs):
     "What goes into `modules`, or comes out, when `model` reads `x`: name -> (tokens, width)."
     seen, hooks = {}, ExitStack()
     with hooks:
-        for h in _watch(modules, seen, outputs): hooks.callback(h.remove)
-        try: model(x, use_cache=False)
-        except _Enough: pass
+        for h in _watch(modules, seen, outputs):
+            hooks.callback(h.remove)
+        try:
+            model(x, use_cache=False)
+        except _Enough:
+            pass
     return {n: v.flatten(0, -2) for n, v in seen.items()}
+
 
 def _refit_group(model, dense, names, ids, ridge, bs):
     "Refit the projections `names`, which read one input."
@@ -94,163 +141,279 @@ def _refit_group(model, dense, names, ids, ridge, bs):
     for x in ids.split(bs):
         got, want = _seen(model, x, lins, False), _seen(dense, x, theirs, True)
         for n, lin in lins.items():
-            s, miss = got[n], want[n]-lin(got[n])
-            a, c = sums.get(n, (0, 0)); sums[n] = a+(s.T@s).double(), c+(s.T@miss).double()
+            s, miss = got[n], want[n] - lin(got[n])
+            a, c = sums.get(n, (0, 0))
+            sums[n] = a + (s.T @ s).double(), c + (s.T @ miss).double()
     for n, (a, c) in sums.items():
-        a.diagonal().add_(ridge*a.diagonal().mean()+1e-12)
+        a.diagonal().add_(ridge * a.diagonal().mean() + 1e-12)
         lins[n].weight.data += torch.linalg.solve(a, c).T.to(lins[n].weight.dtype)
 
 # %% ../nbs/03b_larosa_ladder.ipynb #ba2f9bc6
-OURS = dict(rotation='learned', split='measured', heads=True)
-ARMS = {'threshold': None, 'top-k': None, 'random rotation': dict(rotation='random'), 'published': dict(split='published'), 'published, adapters free': dict(split='published', net=False),
-        'neutral levels': {}, 'basis for each block': dict(rotation='block'), 'one basis': dict(rotation='model'), 'measured levels': OURS | dict(rotation='model', heads=False),
-        'values rotated': OURS | dict(rotation='model'), 'basis learned': OURS,
-        '+ first 4 tokens dense': OURS | dict(first=4), '+ weights refitted': OURS | dict(fit=True)}
+OURS = dict(rotation="learned", split="measured", heads=True)
+ARMS = {
+    "threshold": None,
+    "top-k": None,
+    "random rotation": dict(rotation="random"),
+    "published": dict(split="published"),
+    "published, adapters free": dict(split="published", net=False),
+    "neutral levels": {},
+    "basis for each block": dict(rotation="block"),
+    "one basis": dict(rotation="model"),
+    "measured levels": OURS | dict(rotation="model", heads=False),
+    "values rotated": OURS | dict(rotation="model"),
+    "basis learned": OURS,
+    "+ first 4 tokens dense": OURS | dict(first=4),
+    "+ weights refitted": OURS | dict(fit=True),
+}
+
 
 class Ladder:
     "What all arms share: the model, what was calibrated, and what they are tested on."
-    def __init__(self, model,
-                 ids:torch.Tensor,   # (n, length): calibration
-                 test:torch.Tensor): # (n, length)
-        self.model, self.ids, self.test, self.c, self.ref = model, ids, test, moments(model, ids), log_probs(model, test)
-        self.heads = {False: None, True: value_bases(model, ids)}
-        self.price = {('model', h): self._prices(bases(self.c, 'model'), h) for h in self.heads}
-        self.learned = dict.fromkeys(self.c, learn_basis(model, ids, bases(self.c, 'model')[0, 0], self.price['model', True]))
-        self.price['learned', True] = self._prices(self.learned, True)
 
-    def _prices(self, q, heads): return prices(sparsify(convert(self.model, q, self.heads[heads])), self.ids[:4])
+    def __init__(
+        self,
+        model,
+        ids: torch.Tensor,  # (n, length): calibration
+        test: torch.Tensor,
+    ):  # (n, length)
+        self.model, self.ids, self.test, self.c, self.ref = (
+            model,
+            ids,
+            test,
+            moments(model, ids),
+            log_probs(model, test),
+        )
+        self.heads = {False: None, True: value_bases(model, ids)}
+        self.price = {("model", h): self._prices(bases(self.c, "model"), h) for h in self.heads}
+        self.learned = dict.fromkeys(
+            self.c, learn_basis(model, ids, bases(self.c, "model")[0, 0], self.price["model", True])
+        )
+        self.price["learned", True] = self._prices(self.learned, True)
+
+    def _prices(self, q, heads):
+        return prices(sparsify(convert(self.model, q, self.heads[heads])), self.ids[:4])
 
 # %% ../nbs/03b_larosa_ladder.ipynb #54c91bda
 @patch
-def sparse(self:Ladder, p:float, rotation='layer', split='neutral', net=True, heads=False, first=0, fit=False):
+def sparse(self: Ladder, p: float, rotation="layer", split="neutral", net=True, heads=False, first=0, fit=False):
     "The model of one arm, at the share `p` of skipped bytes, from which adapters are taken off if `net`."
-    q = self.learned if rotation == 'learned' else bases(self.c, rotation)
-    new = sparsify(convert(self.model, q, self.heads[heads]), 'all', first)
-    set_levels(new, measured_levels(new, self.price[rotation, heads], p) if split == 'measured' else _levels_at(new, split, p, net))
+    q = self.learned if rotation == "learned" else bases(self.c, rotation)
+    new = sparsify(convert(self.model, q, self.heads[heads]), "all", first)
+    set_levels(
+        new,
+        measured_levels(new, self.price[rotation, heads], p) if split == "measured" else _levels_at(new, split, p, net),
+    )
     return refit(new, self.ids) if fit else new
+
 
 def _levels_at(new, split, p, net):
     "Levels of the rule `split` at which `new` skips the share `p`."
-    grid = [split_levels(new, i/500, split) for i in range(500)]
-    off = [abs((t.net if net else t.share)-p) for l in grid for t in [traffic(set_levels(new, l))]]
+    grid = [split_levels(new, i / 500, split) for i in range(500)]
+    off = [abs((t.net if net else t.share) - p) for l in grid for t in [traffic(set_levels(new, l))]]
     return grid[min(range(500), key=off.__getitem__)]
 
 # %% ../nbs/03b_larosa_ladder.ipynb #ace54607
 @patch
-def loss(self:Ladder, lp:torch.Tensor)->dict: # (n, length, V) log-probabilities
+def loss(self: Ladder, lp: torch.Tensor) -> dict:  # (n, length, V) log-probabilities
     "What was lost against the dense model, in nats per token, and how often both find the same token most likely."
-    nll = lambda x: -x[:, :-1].gather(-1, self.test[:, 1:, None]).mean().item()
-    d = kl(self.ref, lp).flatten()
-    return dict(loss=nll(lp), rise=nll(lp)-nll(self.ref), kl=d.mean().item(), kl_p99=d.quantile(.99).item(), top1=(lp.argmax(-1) == self.ref.argmax(-1)).float().mean().item())
 
-def _single(rule, name, x): return rule(name, x) if x.shape[-2] == 1 else x
+    def nll(x):
+        return -x[:, :-1].gather(-1, self.test[:, 1:, None]).mean().item()
+
+    d = kl(self.ref, lp).flatten()
+    return dict(
+        loss=nll(lp),
+        rise=nll(lp) - nll(self.ref),
+        kl=d.mean().item(),
+        kl_p99=d.quantile(0.99).item(),
+        top1=(lp.argmax(-1) == self.ref.argmax(-1)).float().mean().item(),
+    )
+
+
+def _single(rule, name, x):
+    return rule(name, x) if x.shape[-2] == 1 else x
+
 
 @patch
 @contextmanager
-def arm(self:Ladder, name:str, # one of `ARMS`
-        p:float,               # share of bytes to skip
-        tokens='all'):         # `all`, or `decode`: prompts dense
+def arm(
+    self: Ladder,
+    name: str,  # one of `ARMS`
+    p: float,  # share of bytes to skip
+    tokens="all",
+):  # `all`, or `decode`: prompts dense
     "While open, the model of one arm; yields it, and a function for the shares of bytes skipped: adapters not counted, and paid."
-    if name not in ARMS: raise LlmoptError(f"unknown arm '{name}'; known: {', '.join(ARMS)}")
+    if name not in ARMS:
+        raise LlmoptError(f"unknown arm '{name}'; known: {', '.join(ARMS)}")
     if ARMS[name] is not None:
-        new = self.sparse(p, **ARMS[name]); t = traffic(new); set_tokens(new, tokens)
+        new = self.sparse(p, **ARMS[name])
+        t = traffic(new)
+        set_tokens(new, tokens)
         yield new, lambda: (t.share, t.net)
         return
-    cut = thresholds(self.model, self.ids, p) if name == 'threshold' else None
-    rule = lambda n, x: x*(x.abs() > cut[n]) if cut else keep_topk(x, x.shape[-1]-round(p*x.shape[-1]))
-    with dropping(self.model, rule if tokens == 'all' else partial(_single, rule)) as count: yield self.model, lambda: (count[0]/count[1],)*2
+    cut = thresholds(self.model, self.ids, p) if name == "threshold" else None
+
+    def rule(n, x):
+        return x * (x.abs() > cut[n]) if cut else keep_topk(x, x.shape[-1] - round(p * x.shape[-1]))
+
+    with dropping(self.model, rule if tokens == "all" else partial(_single, rule)) as count:
+        yield self.model, lambda: (count[0] / count[1],) * 2
+
 
 @patch
-def rung(self:Ladder, name:str, # one of `ARMS`
-         p:float                # share of bytes to skip
-        )->dict:
+def rung(
+    self: Ladder,
+    name: str,  # one of `ARMS`
+    p: float,  # share of bytes to skip
+) -> dict:
     "One arm at one share: bytes skipped, with adapters paid and without, and the loss."
-    with self.arm(name, p) as (model, shares): lp = log_probs(model, self.test)
+    with self.arm(name, p) as (model, shares):
+        lp = log_probs(model, self.test)
     skipped, net = shares()
     return dict(arm=name, p=p, skipped=skipped, net=net, **self.loss(lp))
 
-
 # %% ../nbs/03b_larosa_ladder.ipynb #bfc5aa5f
-def _start(ladder): global _ladder; torch.set_num_threads(1); _ladder = pickle.loads(ladder)
-def _do(f, args): return f(_ladder, *args)
+def _start(ladder):
+    global _ladder
+    torch.set_num_threads(1)
+    _ladder = pickle.loads(ladder)
+
+
+def _do(f, args):
+    return f(_ladder, *args)
+
 
 @patch
-def each(self:Ladder, f,      # function of a ladder and of what is in a job; defined in a module
-         jobs:list,           # of tuples
-         processes:int=1)->list:
+def each(
+    self: Ladder,
+    f,  # function of a ladder and of what is in a job; defined in a module
+    jobs: list,  # of tuples
+    processes: int = 1,
+) -> list:
     "`f(ladder, *job)` for every job, in as many processes."
-    if processes == 1: return [f(self, *j) for j in jobs]
-    with ProcessPoolExecutor(min(processes, len(jobs)), get_context('spawn'), _start, (pickle.dumps(self),)) as pool: return [*pool.map(partial(_do, f), jobs)]
+    if processes == 1:
+        return [f(self, *j) for j in jobs]
+    with ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), _start, (pickle.dumps(self),)) as pool:
+        return [*pool.map(partial(_do, f), jobs)]
 
-def _rung(ladder, name, p): return ladder.rung(name, p)
+
+def _rung(ladder, name, p):
+    return ladder.rung(name, p)
+
 
 @patch
-def climb(self:Ladder, shares=(.25, .4, .5, .6), arms=tuple(ARMS), processes:int=1)->list: # of rows
+def climb(self: Ladder, shares=(0.25, 0.4, 0.5, 0.6), arms=tuple(ARMS), processes: int = 1) -> list:  # of rows
     "Every arm at every share."
     return self.each(_rung, [(a, p) for p in shares for a in arms], processes)
 
-
 # %% ../nbs/03b_larosa_ladder.ipynb #b18d5a52
-def passages()->list: # of texts
+def passages() -> list:  # of texts
     "The sixty passages that ship with the package."
-    with open(ASSETS/'reading.jsonl', encoding='utf-8') as f: return [json.loads(l)['text'] for l in f]
+    with open(ASSETS / "reading.jsonl", encoding="utf-8") as f:
+        return [json.loads(l)["text"] for l in f]
 
 # %% ../nbs/03b_larosa_ladder.ipynb #a6ca6362
-SHORT = 'top-k', 'published', 'published, adapters free', 'basis learned'
+SHORT = "top-k", "published", "published, adapters free", "basis learned"
 
-def climb_domains(model,
-                  texts:dict,      # name -> (n, length) token ids; the first two are used
-                  tested:int=24,   # windows that are read in a test
-                  **kw             # `processes`
-                 )->list:          # of rows, with `calibrated` and `tested`
+
+def climb_domains(
+    model,
+    texts: dict,  # name -> (n, length) token ids; the first two are used
+    tested: int = 24,  # windows that are read in a test
+    **kw,  # `processes`
+) -> list:  # of rows, with `calibrated` and `tested`
     "The whole ladder from the first text to the second, and `SHORT` in all directions between their halves."
     a, b = list(texts)[:2]
     half = {k: (texts[k][::2], texts[k][1::2]) for k in (a, b)}
-    rows = [dict(calibrated=a, tested=b, halves=False, **r) for r in Ladder(model, texts[a], texts[b][:tested]).climb(**kw)]
+    rows = [
+        dict(calibrated=a, tested=b, halves=False, **r) for r in Ladder(model, texts[a], texts[b][:tested]).climb(**kw)
+    ]
     for x, y in ((a, a), (a, b), (b, b), (b, a)):
-        rows += [dict(calibrated=x, tested=y, halves=True, **r) for r in Ladder(model, half[x][0], half[y][1][:tested]).climb((.4, .5), SHORT, **kw)]
+        rows += [
+            dict(calibrated=x, tested=y, halves=True, **r)
+            for r in Ladder(model, half[x][0], half[y][1][:tested]).climb((0.4, 0.5), SHORT, **kw)
+        ]
     return rows
-
 
 # %% ../nbs/03b_larosa_ladder.ipynb #a5cefb5d
 @torch.inference_mode()
-def gained_bases(model, ids:torch.Tensor # (n, length)
-                )->list:                 # of (D, D) float64, one a layer
+def gained_bases(
+    model,
+    ids: torch.Tensor,  # (n, length)
+) -> list:  # of (D, D) float64, one a layer
     "Eigenbases of the attention's input with its gain, as the authors' code makes them."
-    sums, first = {}, {f'{i}.{FAMILIES[model.config.model_type].blocks[0].read[0]}': i for i in range(model.config.num_hidden_layers)}
+    sums, first = (
+        {},
+        {
+            f"{i}.{FAMILIES[model.config.model_type].blocks[0].read[0]}": i
+            for i in range(model.config.num_hidden_layers)
+        },
+    )
+
     def note(name, x):
-        if name in first: z = x.double().flatten(0, -2); sums[first[name]] = sums.get(first[name], 0)+z.T@z/ids.numel()
+        if name in first:
+            z = x.double().flatten(0, -2)
+            sums[first[name]] = sums.get(first[name], 0) + z.T @ z / ids.numel()
         return x
+
     with dropping(model, note):
-        for x in ids.to(model.device).split(1): model(x, use_cache=False)
+        for x in ids.to(model.device).split(1):
+            model(x, use_cache=False)
     return [eigenbasis(sums[i]) for i in range(len(sums))]
 
-def as_released(model, q:list, # what `gained_bases` returned
-                p:float):      # the paper's p
+
+def as_released(
+    model,
+    q: list,  # what `gained_bases` returned
+    p: float,
+):  # the paper's p
     "While open, `model` computes what the authors' code does at `p`: 0.8 p of the readers' inputs, rotated, and 1.2 p of the writers' are dropped."
     write = {b.write for b in family(model).blocks}
+
     def rule(name, x):
-        i, path = name.split('.', 1); D = x.shape[-1]
-        if path in write: return keep_topk(x, int((1-1.2*p)*D))
-        return (keep_topk(x.double()@q[int(i)], int((1-.8*p)*D))@q[int(i)].T).to(x.dtype)
+        i, path = name.split(".", 1)
+        D = x.shape[-1]
+        if path in write:
+            return keep_topk(x, int((1 - 1.2 * p) * D))
+        return (keep_topk(x.double() @ q[int(i)], int((1 - 0.8 * p) * D)) @ q[int(i)].T).to(x.dtype)
+
     return dropping(model, rule)
 
-@torch.inference_mode()
-def perplexity(model, ids:torch.Tensor # (n, length)
-              )->float:
-    "Perplexity of windows of text, each read alone."
-    return torch.stack([model(x[None].to(model.device), labels=x[None].to(model.device), use_cache=False).loss.double() for x in ids]).mean().exp().item()
 
+@torch.inference_mode()
+def perplexity(
+    model,
+    ids: torch.Tensor,  # (n, length)
+) -> float:
+    "Perplexity of windows of text, each read alone."
+    return (
+        torch.stack(
+            [
+                model(x[None].to(model.device), labels=x[None].to(model.device), use_cache=False).loss.double()
+                for x in ids
+            ]
+        )
+        .mean()
+        .exp()
+        .item()
+    )
 
 # %% ../nbs/03b_larosa_ladder.ipynb #7809c8d3
 @torch.inference_mode()
-def kept_shares(model, ids:torch.Tensor)->dict: # name -> (width,) share of the tokens of `ids` in which each channel is kept
+def kept_shares(
+    model, ids: torch.Tensor
+) -> dict:  # name -> (width,) share of the tokens of `ids` in which each channel is kept
     "Which channels the projections of a sparse `model` keep."
     sums, hooks = {}, []
+
     def count(m, args, name):
         kept = m.selection.kept(args[0], m.k).flatten()
-        sums[name] = sums.get(name, 0)+kept.bincount(minlength=m.width)/ids.numel()
-    for n, m in projections(model).items(): hooks.append(m.register_forward_pre_hook(partial(count, name=n)))
-    try: log_probs(model, ids)
-    finally: [h.remove() for h in hooks]
+        sums[name] = sums.get(name, 0) + kept.bincount(minlength=m.width) / ids.numel()
+
+    for n, m in projections(model).items():
+        hooks.append(m.register_forward_pre_hook(partial(count, name=n)))
+    try:
+        log_probs(model, ids)
+    finally:
+        [h.remove() for h in hooks]
     return sums

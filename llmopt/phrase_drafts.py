@@ -6,7 +6,8 @@
 __all__ = ['node_counts', 'PhraseDrafts', 'extra_cost', 'compare_drafts', 'Pieces', 'show_drafts']
 
 # %% ../nbs/02b_phrase_drafts.ipynb #4037123a
-import math, time
+import math
+import time
 from html import escape
 from types import SimpleNamespace
 
@@ -18,9 +19,10 @@ from .adaptivocab import PhraseTable
 from .core import LlmoptError
 
 # %% ../nbs/02b_phrase_drafts.ipynb #db95a34c
-def node_counts(table:PhraseTable,
-                seqs # sequences of token ids
-               )->np.ndarray: # (nodes,)
+def node_counts(
+    table: PhraseTable,
+    seqs,  # sequences of token ids
+) -> np.ndarray:  # (nodes,)
     "How often each node of the trie of `table` is reached from any position of `seqs`."
     nodes = [np.zeros(0, np.int64), *(node for s in seqs for _, _, node in table._walk(np.asarray(s, np.int64)))]
     return np.bincount(np.concatenate(nodes), minlength=len(table._ends))
@@ -28,138 +30,186 @@ def node_counts(table:PhraseTable,
 # %% ../nbs/02b_phrase_drafts.ipynb #0b00a0b2
 class PhraseDrafts:
     "Drafts from a table of phrases for the greedy decoding of any model."
-    def __init__(self,
-                 table:PhraseTable,
-                 seqs=None,       # token sequences of the domain, to count continuations in; the phrases themselves by default
-                 cost:float=.1,   # what each drafted token costs, as a share of a pass over one token; see `extra_cost`
-                 start:float=0.,  # what a draft costs beside, however short
-                 limit:float=.02  # the share of all passes that drafts may cost beyond what they spare; 0 never drafts
-                ):
-        if min(cost, start, limit) < 0: raise LlmoptError(f'cost, start and limit are not negative, but {cost}, {start} and {limit} were given')
-        self.cost, self.start, self.limit, seen = cost, start, limit, node_counts(table, table.pieces if seqs is None else seqs)
+
+    def __init__(
+        self,
+        table: PhraseTable,
+        seqs=None,  # token sequences of the domain, to count continuations in; the phrases themselves by default
+        cost: float = 0.1,  # what each drafted token costs, as a share of a pass over one token; see `extra_cost`
+        start: float = 0.0,  # what a draft costs beside, however short
+        limit: float = 0.02,  # the share of all passes that drafts may cost beyond what they spare; 0 never drafts
+    ):
+        if min(cost, start, limit) < 0:
+            raise LlmoptError(f"cost, start and limit are not negative, but {cost}, {start} and {limit} were given")
+        self.cost, self.start, self.limit, seen = (
+            cost,
+            start,
+            limit,
+            node_counts(table, table.pieces if seqs is None else seqs),
+        )
         keys, child = table._keys[:-1], table._child[:-1]
-        parent, token = keys//table.base, keys%table.base
-        edges = [*zip(parent.tolist(), token.tolist(), child.tolist(), (seen[child]/(seen[parent]+1)).tolist())]
+        parent, token = keys // table.base, keys % table.base
+        edges = [*zip(parent.tolist(), token.tolist(), child.tolist(), (seen[child] / (seen[parent] + 1)).tolist())]
         self._step, self._first = {e[:2]: e[2] for e in edges}, table._first.tolist()
-        self._best = {edges[i][0]: edges[i][1:] for i in np.argsort(seen[child], kind='stable')} # of equals, the last stays
+        self._best = {
+            edges[i][0]: edges[i][1:] for i in np.argsort(seen[child], kind="stable")
+        }  # of equals, the last stays
         self._rests = {}
         self.reset()
 
 # %% ../nbs/02b_phrase_drafts.ipynb #7f498416
 @patch
-def _rest(self:PhraseDrafts, node):
+def _rest(self: PhraseDrafts, node):
     "The most frequent path down from `node`: tokens, and for each the probability that it and all before it are right."
     if node not in self._rests:
-        tokens, probs, p, at = [], [], 1., node
+        tokens, probs, p, at = [], [], 1.0, node
         while at in self._best:
             t, at, q = self._best[at]
-            p *= q; tokens.append(t); probs.append(p)
+            p *= q
+            tokens.append(t)
+            probs.append(p)
         self._rests[node] = tokens, probs
     return self._rests[node]
 
 # %% ../nbs/02b_phrase_drafts.ipynb #2ecd457b
 @patch
-def follow(self:PhraseDrafts, path:list, token:int)->list:
+def follow(self: PhraseDrafts, path: list, token: int) -> list:
     "The nodes for the suffixes of a text, longest first, after one more `token`."
     deeper = [c for n in path if (c := self._step.get((n, token)))]
-    return deeper+[self._first[token]] if token < len(self._first) and self._first[token] else deeper
+    return deeper + [self._first[token]] if token < len(self._first) and self._first[token] else deeper
 
 # %% ../nbs/02b_phrase_drafts.ipynb #ffb651db
 @patch
-def reset(self:PhraseDrafts):
+def reset(self: PhraseDrafts):
     "Forget trust, credit and counts."
-    self.credit, self.expected, self.met = 0., 0., 0.
+    self.credit, self.expected, self.met = 0.0, 0.0, 0.0
     self.stats = SimpleNamespace(forwards=0, tokens=0, drafted=0, accepted=0)
 
+
 @patch(as_prop=True)
-def trust(self:PhraseDrafts)->float: # 0 to 1
+def trust(self: PhraseDrafts) -> float:  # 0 to 1
     "How much of what was expected of the last drafts came true."
-    return min(1., (self.met+1)/(self.expected+1))
+    return min(1.0, (self.met + 1) / (self.expected + 1))
 
 # %% ../nbs/02b_phrase_drafts.ipynb #271043bc
 @patch
-def propose(self:PhraseDrafts, path:list, room:int=10**9)->tuple: # tokens, and their probabilities
+def propose(self: PhraseDrafts, path: list, room: int = 10**9) -> tuple:  # tokens, and their probabilities
     "The draft for a text that ends in `path`, of at most `room` tokens."
-    left, trust = self.credit-self.start, self.trust
-    most = room if not self.cost and left >= 0 else min(room, int(max(0., left)/self.cost) if self.cost else 0)
+    left, trust = self.credit - self.start, self.trust
+    most = room if not self.cost and left >= 0 else min(room, int(max(0.0, left) / self.cost) if self.cost else 0)
     for node in path:
         tokens, probs = self._rest(node)
-        k = min(most, sum(p*trust > self.cost for p in probs))
-        if k > 0 and trust*sum(probs[:k]) > self.start+k*self.cost: return tokens[:k], probs[:k]
+        k = min(most, sum(p * trust > self.cost for p in probs))
+        if k > 0 and trust * sum(probs[:k]) > self.start + k * self.cost:
+            return tokens[:k], probs[:k]
     return [], []
 
+
 @patch
-def learn(self:PhraseDrafts, probs, accepted:int, new:int):
+def learn(self: PhraseDrafts, probs, accepted: int, new: int):
     "Account for one pass that verified a draft with `probs`, of which `accepted` were right, and wrote `new` tokens."
-    s, keep = self.stats, 1-1/64 if probs else 1
-    s.forwards += 1; s.tokens += new; s.drafted += len(probs); s.accepted += accepted
-    self.credit += self.limit+accepted-(self.start+self.cost*len(probs) if probs else 0)
-    self.expected, self.met = self.expected*keep+sum(probs), self.met*keep+accepted
+    s, keep = self.stats, 1 - 1 / 64 if probs else 1
+    s.forwards += 1
+    s.tokens += new
+    s.drafted += len(probs)
+    s.accepted += accepted
+    self.credit += self.limit + accepted - (self.start + self.cost * len(probs) if probs else 0)
+    self.expected, self.met = self.expected * keep + sum(probs), self.met * keep + accepted
 
 # %% ../nbs/02b_phrase_drafts.ipynb #48d22688
 @patch
-def _accept(self:PhraseDrafts, input_ids, logits, draft, processors, stopping):
+def _accept(self: PhraseDrafts, input_ids, logits, draft, processors, stopping):
     "Take tokens while they agree with the draft: the longer `input_ids`, how many of the draft were right, whether to stop."
-    for i in range(len(draft)+1):
+    for i in range(len(draft) + 1):
         scores = processors(input_ids, logits[:, i].to(copy=True, dtype=torch.float32, device=input_ids.device))
         token = scores.argmax(-1)
         input_ids = torch.cat([input_ids, token[:, None]], 1)
         done = bool(stopping(input_ids, None).all())
-        if done or i == len(draft) or token.item() != draft[i]: return input_ids, i, done
+        if done or i == len(draft) or token.item() != draft[i]:
+            return input_ids, i, done
 
 # %% ../nbs/02b_phrase_drafts.ipynb #fd40a92a
 def _check(config, input_ids, kw):
     "Refuse what drafts are not for."
-    cache = kw.get('past_key_values')
-    if config.do_sample or config.num_beams > 1: raise LlmoptError('phrase drafts are for greedy decoding; set do_sample=False and num_beams=1')
-    if input_ids.shape[0] != 1: raise LlmoptError(f'phrase drafts take one prompt at a time, not {input_ids.shape[0]}')
-    if cache is None or not kw.get('use_cache'): raise LlmoptError('phrase drafts need a KV cache; leave use_cache=True')
-    if config.return_dict_in_generate: raise LlmoptError('phrase drafts return token ids only; leave return_dict_in_generate=False')
-    if not cache.is_croppable: raise LlmoptError(f'{type(cache).__name__} cannot be cropped; give a cache that grows, such as DynamicCache')
-    cache.activate_past_recording() # layers with a sliding window keep what a crop may need
+    cache = kw.get("past_key_values")
+    if config.do_sample or config.num_beams > 1:
+        raise LlmoptError("phrase drafts are for greedy decoding; set do_sample=False and num_beams=1")
+    if input_ids.shape[0] != 1:
+        raise LlmoptError(f"phrase drafts take one prompt at a time, not {input_ids.shape[0]}")
+    if cache is None or not kw.get("use_cache"):
+        raise LlmoptError("phrase drafts need a KV cache; leave use_cache=True")
+    if config.return_dict_in_generate:
+        raise LlmoptError("phrase drafts return token ids only; leave return_dict_in_generate=False")
+    if not cache.is_croppable:
+        raise LlmoptError(f"{type(cache).__name__} cannot be cropped; give a cache that grows, such as DynamicCache")
+    cache.activate_past_recording()  # layers with a sliding window keep what a crop may need
 
 # %% ../nbs/02b_phrase_drafts.ipynb #fd322713
 @patch
 @torch.no_grad()
-def decode(self:PhraseDrafts, model, input_ids, logits_processor, stopping_criteria, generation_config, sink=None, synced_gpus=False, **kw):
+def decode(
+    self: PhraseDrafts,
+    model,
+    input_ids,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    sink=None,
+    synced_gpus=False,
+    **kw,
+):
     "Greedy decoding with drafts, in the form that `generate` takes as `custom_generate`."
     _check(generation_config, input_ids, kw)
     path, out, done = [], None, False
-    for t in input_ids[0].tolist(): path = self.follow(path, t)
+    for t in input_ids[0].tolist():
+        path = self.follow(path, t)
     while not done:
-        draft, probs = self.propose(path, generation_config.max_length-input_ids.shape[1]-1) if out else ([], [])
+        draft, probs = self.propose(path, generation_config.max_length - input_ids.shape[1] - 1) if out else ([], [])
         out = self._forward(model, input_ids, draft, out, kw)
         n = input_ids.shape[1]
-        input_ids, right, done = self._accept(input_ids, out.logits[:, -len(draft)-1:], draft, logits_processor, stopping_criteria)
-        if right < len(draft): kw['past_key_values'].crop(right-len(draft))
-        kw, new = model._update_model_kwargs_for_generation(out, kw, num_new_tokens=right+1), input_ids[0, n:]
-        for t in new.tolist(): path = self.follow(path, t)
+        input_ids, right, done = self._accept(
+            input_ids, out.logits[:, -len(draft) - 1 :], draft, logits_processor, stopping_criteria
+        )
+        if right < len(draft):
+            kw["past_key_values"].crop(right - len(draft))
+        kw, new = model._update_model_kwargs_for_generation(out, kw, num_new_tokens=right + 1), input_ids[0, n:]
+        for t in new.tolist():
+            path = self.follow(path, t)
         self.learn(probs, right, len(new))
-        if sink: sink.put(new.cpu())
-    if sink: sink.end()
+        if sink:
+            sink.put(new.cpu())
+    if sink:
+        sink.end()
     return input_ids
 
 # %% ../nbs/02b_phrase_drafts.ipynb #75329956
 @patch
-def _forward(self:PhraseDrafts, model, input_ids, draft, before, kw):
+def _forward(self: PhraseDrafts, model, input_ids, draft, before, kw):
     "One pass over what the cache does not hold yet and the draft; `before` is the output of the pass before, None for the prompt."
     first, n = before is None, len(draft)
-    if n: kw = model._update_model_kwargs_for_generation(before, dict(kw), num_new_tokens=n) # mask and positions for the draft
+    if n:
+        kw = model._update_model_kwargs_for_generation(
+            before, dict(kw), num_new_tokens=n
+        )  # mask and positions for the draft
     x = torch.cat([input_ids, input_ids.new_tensor([draft])], 1) if n else input_ids
-    inputs = model.prepare_inputs_for_generation(x, next_sequence_length=None if first else n+1, is_first_iteration=first, **kw)
-    if 'logits_to_keep' in inputs: inputs['logits_to_keep'] = n+1
+    inputs = model.prepare_inputs_for_generation(
+        x, next_sequence_length=None if first else n + 1, is_first_iteration=first, **kw
+    )
+    if "logits_to_keep" in inputs:
+        inputs["logits_to_keep"] = n + 1
     return model(**inputs, return_dict=True)
 
 # %% ../nbs/02b_phrase_drafts.ipynb #87409f3d
 @patch
-def using(self:PhraseDrafts, streamer=None)->dict: # arguments for `model.generate`
+def using(self: PhraseDrafts, streamer=None) -> dict:  # arguments for `model.generate`
     "What makes `generate` decode with these drafts."
     return dict(custom_generate=self.decode, **(dict(streamer=streamer, sink=streamer) if streamer else {}))
 
+
 @patch(as_prop=True)
-def spared(self:PhraseDrafts)->float: # share of the passes that plain decoding takes
+def spared(self: PhraseDrafts) -> float:  # share of the passes that plain decoding takes
     "Passes spared so far."
-    return 1-self.stats.forwards/self.stats.tokens if self.stats.tokens else 0.
+    return 1 - self.stats.forwards / self.stats.tokens if self.stats.tokens else 0.0
 
 # %% ../nbs/02b_phrase_drafts.ipynb #96ec0cc2
 @torch.inference_mode()
@@ -168,60 +218,99 @@ def _pass_seconds(model, cache, n):
     x = torch.full((1, n), 7, device=model.device)
     t = time.perf_counter()
     model(x, past_key_values=cache, use_cache=True, logits_to_keep=n).logits[0, -1, 0].item()
-    t = time.perf_counter()-t
+    t = time.perf_counter() - t
     cache.crop(-n)
     return t
 
 # %% ../nbs/02b_phrase_drafts.ipynb #c928f9db
 @torch.inference_mode()
-def extra_cost(model, cache,     # a transformers causal LM and a fresh cache for it, which is filled
-               k:int=4,          # tokens more
-               context:int=128,  # tokens in the cache
-               rounds:int=50)->tuple: # `start` and `cost`, as shares of a pass over one token
+def extra_cost(
+    model,
+    cache,  # a transformers causal LM and a fresh cache for it, which is filled
+    k: int = 4,  # tokens more
+    context: int = 128,  # tokens in the cache
+    rounds: int = 50,
+) -> tuple:  # `start` and `cost`, as shares of a pass over one token
     "What a draft costs, and what each of its tokens does."
     model(torch.full((1, context), 7, device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    one, two, more = (np.median(ts) for ts in zip(*[[_pass_seconds(model, cache, n) for n in (1, 2, 1+k)] for _ in range(rounds)]))
-    cost = max(0., float((more-two)/one/(k-1)))
-    return max(0., float(two/one-1-cost)), cost
+    one, two, more = (
+        np.median(ts) for ts in zip(*[[_pass_seconds(model, cache, n) for n in (1, 2, 1 + k)] for _ in range(rounds)])
+    )
+    cost = max(0.0, float((more - two) / one / (k - 1)))
+    return max(0.0, float(two / one - 1 - cost)), cost
 
 # %% ../nbs/02b_phrase_drafts.ipynb #0df885b4
 def _counted(lm, prompt, n, kw):
     "Passes of the model for one prompt, its answer, and the seconds they took."
     passes, x = [], torch.tensor([prompt], device=lm.device)
-    hook = lm.model.register_forward_hook(lambda *_: passes.append(1)); t = time.perf_counter()
-    try: ids = lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False, **kw)[0, len(prompt):].tolist()
-    finally: hook.remove()
-    return dict(ids=ids, forwards=len(passes), seconds=time.perf_counter()-t)
+    hook = lm.model.register_forward_hook(lambda *_: passes.append(1))
+    t = time.perf_counter()
+    try:
+        ids = lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False, **kw)[
+            0, len(prompt) :
+        ].tolist()
+    finally:
+        hook.remove()
+    return dict(ids=ids, forwards=len(passes), seconds=time.perf_counter() - t)
 
-def compare_drafts(lm, prompts,  # lists of ids
-                   makers:dict,  # name -> `PhraseDrafts`
-                   n:int=96,     # tokens of an answer, at most
-                   lookup:bool=True # the lookup in the prompt of transformers, too
-                  )->list:       # a row for each way
+
+def compare_drafts(
+    lm,
+    prompts,  # lists of ids
+    makers: dict,  # name -> `PhraseDrafts`
+    n: int = 96,  # tokens of an answer, at most
+    lookup: bool = True,  # the lookup in the prompt of transformers, too
+) -> list:  # a row for each way
     "Decode `prompts` plainly and in other ways."
-    ways = {'plain': dict, **{k: d.using for k, d in makers.items()}, **({'prompt lookup': lambda: dict(prompt_lookup_num_tokens=4)} if lookup else {})}
+    ways = {
+        "plain": dict,
+        **{k: d.using for k, d in makers.items()},
+        **({"prompt lookup": lambda: dict(prompt_lookup_num_tokens=4)} if lookup else {}),
+    }
     rows = {k: [] for k in ways}
-    for p in prompts:                                                   # all ways for one prompt after another, so that they share the state of the machine
-        for k, w in ways.items(): rows[k].append(_counted(lm, p, n, w()))
-    total = lambda r, k: sum(x[k] for x in r)
-    def line(k, r):
-        d, tokens = makers.get(k), sum(len(x['ids']) for x in r)
-        return dict(way=k, tokens=tokens, forwards=total(r, 'forwards'), spared=round(1-total(r, 'forwards')/max(1, tokens), 4), identical=sum(x['ids'] == y['ids'] for x, y in zip(r, rows['plain'])), prompts=len(r),
-                    drafted=d and d.stats.drafted, accepted=d and d.stats.accepted, time_over_plain=round(total(r, 'seconds')/total(rows['plain'], 'seconds'), 4))
-    return [line(k, r) for k, r in rows.items()]
+    for p in prompts:  # all ways for one prompt after another, so that they share the state of the machine
+        for k, w in ways.items():
+            rows[k].append(_counted(lm, p, n, w()))
 
+    def total(r, k):
+        return sum(x[k] for x in r)
+
+    def line(k, r):
+        d, tokens = makers.get(k), sum(len(x["ids"]) for x in r)
+        return dict(
+            way=k,
+            tokens=tokens,
+            forwards=total(r, "forwards"),
+            spared=round(1 - total(r, "forwards") / max(1, tokens), 4),
+            identical=sum(x["ids"] == y["ids"] for x, y in zip(r, rows["plain"])),
+            prompts=len(r),
+            drafted=d and d.stats.drafted,
+            accepted=d and d.stats.accepted,
+            time_over_plain=round(total(r, "seconds") / total(rows["plain"], "seconds"), 4),
+        )
+
+    return [line(k, r) for k, r in rows.items()]
 
 # %% ../nbs/02b_phrase_drafts.ipynb #6bdd3d15
 class Pieces:
     "A streamer that keeps what each pass wrote."
-    def __init__(self): self.passes = []
-    def put(self, value): self.passes.append(value.flatten().tolist())
-    def end(self): pass
+
+    def __init__(self):
+        self.passes = []
+
+    def put(self, value):
+        self.passes.append(value.flatten().tolist())
+
+    def end(self):
+        pass
 
 # %% ../nbs/02b_phrase_drafts.ipynb #3ede9a18
-def show_drafts(tokenizer, passes)->str: # HTML
+def show_drafts(tokenizer, passes) -> str:  # HTML
     "The text of `passes`, lists of new tokens; all but the last of each were drafted."
-    mark = lambda ids, s: f'<span style="{s};border-radius:3px">{escape(tokenizer.decode(ids))}</span>' if ids else ''
-    text = ''.join(mark(p[:-1], 'background:hsl(140 60% 82%);color:#000')+mark(p[-1:], '') for p in passes)
+
+    def mark(ids, s):
+        return f'<span style="{s};border-radius:3px">{escape(tokenizer.decode(ids))}</span>' if ids else ""
+
+    text = "".join(mark(p[:-1], "background:hsl(140 60% 82%);color:#000") + mark(p[-1:], "") for p in passes)
     n = sum(map(len, passes))
     return f'<div style="white-space:pre-wrap;line-height:1.7">{text}</div><p><b>{n}</b> tokens in <b>{len(passes)}</b> passes</p>'

@@ -7,7 +7,9 @@ __all__ = ['DEFINITIONS', 'SCHEMA_VERSION', 'Metric', 'Query', 'Method', 'Run', 
            'json_schema', 'ResultsError', 'check_writable', 'write_text', 'save', 'load', 'now']
 
 # %% ../nbs/06a_results.ipynb #78a21ad9
-import datetime, json, os
+import datetime
+import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -17,159 +19,221 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 # %% ../nbs/06a_results.ipynb #820eccab
 class Metric(BaseModel):
     "The definition of one column of `runs`."
-    formula:str
-    unit:str
-    better:Literal['lower', 'higher', 'neither'] = 'lower'
-    arm:Literal['speed', 'quality', 'memory'] = 'speed'
+
+    formula: str
+    unit: str
+    better: Literal["lower", "higher", "neither"] = "lower"
+    arm: Literal["speed", "quality", "memory"] = "speed"
 
 # %% ../nbs/06a_results.ipynb #ebcb0f28
 DEFINITIONS = dict(
-    ttft_ms=Metric(formula='first token - submit: shortening, tokenizing and prefill are inside', unit='ms'),
-    preprocess_ms=Metric(formula='prompt ready - submit: shortening and tokenizing', unit='ms'),
-    prefill_ms=Metric(formula='first token - prompt ready', unit='ms'),
-    tpot_ms=Metric(formula='(last token - first token)/(n-1); null when n < 2', unit='ms'),
-    e2el_ms=Metric(formula='done - submit', unit='ms'),
-    itl_ms=Metric(formula='gaps between tokens, one a step, in order', unit='ms (list)'),
-    prefill_tok_per_s=Metric(formula='prompt_tokens/prefill', unit='token/s', better='higher'),
-    prefill_eff_tok_per_s=Metric(formula='prompt_tokens_base/ttft: comparable when methods change the prompt', unit='token/s', better='higher'),
-    decode_tok_per_s=Metric(formula='(n-1)/(last token - first token)', unit='token/s', better='higher'),
-    decode_base_tok_per_s=Metric(formula="(n_base-1)/(last token - first token), n_base = the answer in the baseline's tokens", unit='token/s', better='higher'),
-    decode_char_per_s=Metric(formula='characters of the answer/(last token - first token)', unit='char/s', better='higher'),
-    prompt_tokens=Metric(formula="tokens the model read, in the method's own tokens", unit='token'),
-    prompt_tokens_base=Metric(formula="tokens of the unchanged prompt, in the baseline's tokens", unit='token', better='neither'),
-    completion_tokens=Metric(formula="tokens generated, in the method's own tokens", unit='token', better='neither'),
-    completion_tokens_base=Metric(formula="tokens of the answer, in the baseline's tokens", unit='token', better='neither'),
-    kv_bytes_live=Metric(formula='bytes of keys and values in the cache at the end', unit='byte'),
-    kv_bytes_peak=Metric(formula='largest kv_bytes_live over the steps', unit='byte'),
-    kv_bytes_reserved=Metric(formula='bytes set aside for the cache at the end: buffers, or addresses of a slab, which are not memory', unit='byte', better='neither'),
-    kv_bytes_resident=Metric(formula='physical bytes behind the cache at the end, as the operating system counts pages; null for caches that share pages with other tensors', unit='byte'),
-    weight_bytes=Metric(formula='bytes of the weights, shared ones once', unit='byte'),
-    skipped_weight_bytes=Metric(formula='weight bytes that a generated token does not read; null where none are skipped', unit='byte', better='higher'),
-    peak_rss_bytes=Metric(formula='high-water mark of resident memory while answering, one fresh process a method', unit='byte', arm='memory'),
-    peak_rss_delta_bytes=Metric(formula='peak_rss_bytes - resident memory with the model loaded and idle', unit='byte', arm='memory'),
-    kl_mean=Metric(formula="mean over positions of KL(baseline || method), teacher-forced on the baseline's own answer", unit='nat/token', arm='quality'),
-    kl_p99=Metric(formula='99th percentile of the same', unit='nat/token', arm='quality'),
-    top1_agree=Metric(formula="share of those positions where baseline and method would pick the same token", unit='ratio', better='higher', arm='quality'),
-    bits_per_byte_delta=Metric(formula="bits the method needs for a byte of the baseline's answer, minus the bits the baseline needs", unit='bit/byte', arm='quality'),
-    exact_match=Metric(formula="1 if the answer equals the baseline's", unit='0 or 1', better='higher', arm='quality'),
-    rougeL_vs_base=Metric(formula="ROUGE-L F1 of the answer against the baseline's answer", unit='ratio', better='higher', arm='quality'),
-    keyword_recall=Metric(formula="share of the query's expected keywords that the answer contains", unit='ratio', better='higher', arm='quality'))
+    ttft_ms=Metric(formula="first token - submit: shortening, tokenizing and prefill are inside", unit="ms"),
+    preprocess_ms=Metric(formula="prompt ready - submit: shortening and tokenizing", unit="ms"),
+    prefill_ms=Metric(formula="first token - prompt ready", unit="ms"),
+    tpot_ms=Metric(formula="(last token - first token)/(n-1); null when n < 2", unit="ms"),
+    e2el_ms=Metric(formula="done - submit", unit="ms"),
+    itl_ms=Metric(formula="gaps between tokens, one a step, in order", unit="ms (list)"),
+    prefill_tok_per_s=Metric(formula="prompt_tokens/prefill", unit="token/s", better="higher"),
+    prefill_eff_tok_per_s=Metric(
+        formula="prompt_tokens_base/ttft: comparable when methods change the prompt", unit="token/s", better="higher"
+    ),
+    decode_tok_per_s=Metric(formula="(n-1)/(last token - first token)", unit="token/s", better="higher"),
+    decode_base_tok_per_s=Metric(
+        formula="(n_base-1)/(last token - first token), n_base = the answer in the baseline's tokens",
+        unit="token/s",
+        better="higher",
+    ),
+    decode_char_per_s=Metric(
+        formula="characters of the answer/(last token - first token)", unit="char/s", better="higher"
+    ),
+    prompt_tokens=Metric(formula="tokens the model read, in the method's own tokens", unit="token"),
+    prompt_tokens_base=Metric(
+        formula="tokens of the unchanged prompt, in the baseline's tokens", unit="token", better="neither"
+    ),
+    completion_tokens=Metric(formula="tokens generated, in the method's own tokens", unit="token", better="neither"),
+    completion_tokens_base=Metric(
+        formula="tokens of the answer, in the baseline's tokens", unit="token", better="neither"
+    ),
+    kv_bytes_live=Metric(formula="bytes of keys and values in the cache at the end", unit="byte"),
+    kv_bytes_peak=Metric(formula="largest kv_bytes_live over the steps", unit="byte"),
+    kv_bytes_reserved=Metric(
+        formula="bytes set aside for the cache at the end: buffers, or addresses of a slab, which are not memory",
+        unit="byte",
+        better="neither",
+    ),
+    kv_bytes_resident=Metric(
+        formula="physical bytes behind the cache at the end, as the operating system counts pages; null for caches that share pages with other tensors",
+        unit="byte",
+    ),
+    weight_bytes=Metric(formula="bytes of the weights, shared ones once", unit="byte"),
+    skipped_weight_bytes=Metric(
+        formula="weight bytes that a generated token does not read; null where none are skipped",
+        unit="byte",
+        better="higher",
+    ),
+    peak_rss_bytes=Metric(
+        formula="high-water mark of resident memory while answering, one fresh process a method",
+        unit="byte",
+        arm="memory",
+    ),
+    peak_rss_delta_bytes=Metric(
+        formula="peak_rss_bytes - resident memory with the model loaded and idle", unit="byte", arm="memory"
+    ),
+    kl_mean=Metric(
+        formula="mean over positions of KL(baseline || method), teacher-forced on the baseline's own answer",
+        unit="nat/token",
+        arm="quality",
+    ),
+    kl_p99=Metric(formula="99th percentile of the same", unit="nat/token", arm="quality"),
+    top1_agree=Metric(
+        formula="share of those positions where baseline and method would pick the same token",
+        unit="ratio",
+        better="higher",
+        arm="quality",
+    ),
+    bits_per_byte_delta=Metric(
+        formula="bits the method needs for a byte of the baseline's answer, minus the bits the baseline needs",
+        unit="bit/byte",
+        arm="quality",
+    ),
+    exact_match=Metric(formula="1 if the answer equals the baseline's", unit="0 or 1", better="higher", arm="quality"),
+    rougeL_vs_base=Metric(
+        formula="ROUGE-L F1 of the answer against the baseline's answer", unit="ratio", better="higher", arm="quality"
+    ),
+    keyword_recall=Metric(
+        formula="share of the query's expected keywords that the answer contains",
+        unit="ratio",
+        better="higher",
+        arm="quality",
+    ),
+)
 
 # %% ../nbs/06a_results.ipynb #b653ede3
 class Query(BaseModel):
     "One question of a comparison."
-    id:str
-    text:str
-    keywords:list[str] = []
-    sha256:str|None = None
-    prompt_tokens_base:int|None = None
+
+    id: str
+    text: str
+    keywords: list[str] = []
+    sha256: str | None = None
+    prompt_tokens_base: int | None = None
 
 # %% ../nbs/06a_results.ipynb #0cb8472b
 class Method(BaseModel):
     "One arm of a comparison: which optimizations are on, and what it took to set them up."
-    id:str
-    factors:dict[str, int] = {}  # words, vocab, larosa, cache -> 0 or 1
-    params:dict = {}
-    setup_s:float = 0.
+
+    id: str
+    factors: dict[str, int] = {}  # words, vocab, larosa, cache -> 0 or 1
+    params: dict = {}
+    setup_s: float = 0.0
 
 # %% ../nbs/06a_results.ipynb #a166af4a
 class Run(BaseModel):
     "One measurement: a row of `runs`. Metrics of other arms stay empty."
-    model_config = ConfigDict(extra='forbid')
-    arm:Literal['speed', 'quality', 'memory']
-    query:str
-    method:str
-    round:int = 0
-    order:int = 0                 # place within its block of interleaved methods
-    prompt_text:str|None = None   # what the model really read
-    output_text:str|None = None
-    finish_reason:Literal['stop', 'length']|None = None
-    error:str|None = None
-    itl_ms:list[float]|None = None
-    ttft_ms:float|None = None
-    preprocess_ms:float|None = None
-    prefill_ms:float|None = None
-    tpot_ms:float|None = None
-    e2el_ms:float|None = None
-    prefill_tok_per_s:float|None = None
-    prefill_eff_tok_per_s:float|None = None
-    decode_tok_per_s:float|None = None
-    decode_base_tok_per_s:float|None = None
-    decode_char_per_s:float|None = None
-    prompt_tokens:int|None = None
-    prompt_tokens_base:int|None = None
-    completion_tokens:int|None = None
-    completion_tokens_base:int|None = None
-    kv_bytes_live:int|None = None
-    kv_bytes_peak:int|None = None
-    kv_bytes_reserved:int|None = None
-    kv_bytes_resident:int|None = None
-    weight_bytes:int|None = None
-    skipped_weight_bytes:int|None = None
-    peak_rss_bytes:int|None = None
-    peak_rss_delta_bytes:int|None = None
-    kl_mean:float|None = None
-    kl_p99:float|None = None
-    top1_agree:float|None = None
-    bits_per_byte_delta:float|None = None
-    exact_match:int|None = None
-    rougeL_vs_base:float|None = None
-    keyword_recall:float|None = None
+
+    model_config = ConfigDict(extra="forbid")
+    arm: Literal["speed", "quality", "memory"]
+    query: str
+    method: str
+    round: int = 0
+    order: int = 0  # place within its block of interleaved methods
+    prompt_text: str | None = None  # what the model really read
+    output_text: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    error: str | None = None
+    itl_ms: list[float] | None = None
+    ttft_ms: float | None = None
+    preprocess_ms: float | None = None
+    prefill_ms: float | None = None
+    tpot_ms: float | None = None
+    e2el_ms: float | None = None
+    prefill_tok_per_s: float | None = None
+    prefill_eff_tok_per_s: float | None = None
+    decode_tok_per_s: float | None = None
+    decode_base_tok_per_s: float | None = None
+    decode_char_per_s: float | None = None
+    prompt_tokens: int | None = None
+    prompt_tokens_base: int | None = None
+    completion_tokens: int | None = None
+    completion_tokens_base: int | None = None
+    kv_bytes_live: int | None = None
+    kv_bytes_peak: int | None = None
+    kv_bytes_reserved: int | None = None
+    kv_bytes_resident: int | None = None
+    weight_bytes: int | None = None
+    skipped_weight_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    peak_rss_delta_bytes: int | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agree: float | None = None
+    bits_per_byte_delta: float | None = None
+    exact_match: int | None = None
+    rougeL_vs_base: float | None = None
+    keyword_recall: float | None = None
 
 # %% ../nbs/06a_results.ipynb #e62c8475
 class Summary(BaseModel):
     "One method and metric over all queries and rounds."
-    method:str
-    metric:str
-    median:float
-    low:float|None = None               # quartiles of the rows
-    high:float|None = None
-    n_queries:int = 0
-    n_rounds:int = 0
-    ratio:float|None = None             # method/baseline, median over blocks
-    ratio_low:float|None = None         # 95 % interval, bootstrap over queries
-    ratio_high:float|None = None
-    verdict:Literal['better', 'worse', 'within noise']|None = None
+
+    method: str
+    metric: str
+    median: float
+    low: float | None = None  # quartiles of the rows
+    high: float | None = None
+    n_queries: int = 0
+    n_rounds: int = 0
+    ratio: float | None = None  # method/baseline, median over blocks
+    ratio_low: float | None = None  # 95 % interval, bootstrap over queries
+    ratio_high: float | None = None
+    verdict: Literal["better", "worse", "within noise"] | None = None
 
 # %% ../nbs/06a_results.ipynb #355db5f6
 class Effect(BaseModel):
     "A main effect (one factor) or an interaction (two) on one metric."
-    factors:list[str]
-    metric:str
-    log_ratio:float
-    low:float|None = None
-    high:float|None = None
+
+    factors: list[str]
+    metric: str
+    log_ratio: float
+    low: float | None = None
+    high: float | None = None
 
 # %% ../nbs/06a_results.ipynb #e5d785c0
 class Floor(BaseModel):
     "The ratio between two equal arms, the baseline run twice, over all blocks: what noise alone does."
-    median:float
-    low:float
-    high:float
+
+    median: float
+    low: float
+    high: float
 
 # %% ../nbs/06a_results.ipynb #11664dae
 SCHEMA_VERSION = 1
+
+
 class Results(BaseModel):
     "A whole results file."
-    schema_version:int = SCHEMA_VERSION
-    kind:Literal['compare', 'ask'] = 'compare'
-    llmopt_version:str = ''
-    created:str = ''
-    environment:dict = {}
-    config:dict = {}
-    definitions:dict[str, Metric] = DEFINITIONS
-    queries:list[Query] = []
-    methods:list[Method] = []
-    runs:list[Run] = []
-    summary:list[Summary] = []
-    effects:list[Effect] = []
-    noise_floor:dict[str, Floor] = {}
-    warnings:list[str] = []
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["compare", "ask"] = "compare"
+    llmopt_version: str = ""
+    created: str = ""
+    environment: dict = {}
+    config: dict = {}
+    definitions: dict[str, Metric] = DEFINITIONS
+    queries: list[Query] = []
+    methods: list[Method] = []
+    runs: list[Run] = []
+    summary: list[Summary] = []
+    effects: list[Effect] = []
+    noise_floor: dict[str, Floor] = {}
+    warnings: list[str] = []
+
     @property
-    def frame(self)->pd.DataFrame: return pd.DataFrame([r.model_dump() for r in self.runs], columns=list(Run.model_fields))
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame([r.model_dump() for r in self.runs], columns=list(Run.model_fields))
 
 # %% ../nbs/06a_results.ipynb #8f37bcf4
-def json_schema()->dict:
+def json_schema() -> dict:
     "JSON Schema of a results file."
     return Results.model_json_schema()
 
@@ -177,46 +241,69 @@ def json_schema()->dict:
 class ResultsError(Exception):
     "A results file that cannot be read or written; the message says why and what to do."
 
-def check_writable(path)->Path:
+
+def check_writable(path) -> Path:
     "Raise `ResultsError` unless a file can be made at `path`."
     p = Path(path)
-    if p.is_dir(): raise ResultsError(f"cannot write '{path}': it is a folder; give a file name")
-    if not p.parent.is_dir(): raise ResultsError(f"cannot write '{path}': there is no folder '{p.parent}'")
-    tmp = p.with_name(p.name + '.tmp')
-    try: tmp.write_text(''); tmp.unlink()
-    except OSError as e: raise ResultsError(f"cannot write '{path}': {e.strerror}") from None
+    if p.is_dir():
+        raise ResultsError(f"cannot write '{path}': it is a folder; give a file name")
+    if not p.parent.is_dir():
+        raise ResultsError(f"cannot write '{path}': there is no folder '{p.parent}'")
+    tmp = p.with_name(p.name + ".tmp")
+    try:
+        tmp.write_text("")
+        tmp.unlink()
+    except OSError as e:
+        raise ResultsError(f"cannot write '{path}': {e.strerror}") from None
     return p
 
 # %% ../nbs/06a_results.ipynb #eed6d1ec
-def write_text(path, text:str)->Path:
+def write_text(path, text: str) -> Path:
     "Write `text` to `path` by a temporary file and a rename: the old file stays whole until the new one is."
-    p = check_writable(path); tmp = p.with_name(p.name + '.tmp')
+    p = check_writable(path)
+    tmp = p.with_name(p.name + ".tmp")
     try:
-        with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
+        with open(tmp, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, p)
-    except OSError as e: raise ResultsError(f"cannot write '{path}': {e.strerror}") from None
+    except OSError as e:
+        raise ResultsError(f"cannot write '{path}': {e.strerror}") from None
     return p
 
-def save(results:Results, path)->Path:
+
+def save(results: Results, path) -> Path:
     "Write `results` to `path`."
     return write_text(path, results.model_dump_json(indent=1))
 
 # %% ../nbs/06a_results.ipynb #a6b61987
-def load(path)->Results:
+def load(path) -> Results:
     "Read a results file; `ResultsError` in one line if it is not one."
-    try: raw = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise ResultsError(f"no results file at '{path}'") from None
-    except (OSError, UnicodeDecodeError) as e: raise ResultsError(f"cannot read '{path}': {e}") from None
-    except json.JSONDecodeError as e: raise ResultsError(f"'{path}' is truncated or not JSON (line {e.lineno}, column {e.colno}): {e.msg}") from None
-    v = raw.get('schema_version') if isinstance(raw, dict) else None
-    if v is None: raise ResultsError(f"'{path}' is JSON but no llmopt results file: it has no schema_version")
-    if v != SCHEMA_VERSION: raise ResultsError(f"'{path}' has schema version {v}; this llmopt reads version {SCHEMA_VERSION}: run the comparison again")
-    try: return Results.model_validate(raw)
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResultsError(f"no results file at '{path}'") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ResultsError(f"cannot read '{path}': {e}") from None
+    except json.JSONDecodeError as e:
+        raise ResultsError(f"'{path}' is truncated or not JSON (line {e.lineno}, column {e.colno}): {e.msg}") from None
+    v = raw.get("schema_version") if isinstance(raw, dict) else None
+    if v is None:
+        raise ResultsError(f"'{path}' is JSON but no llmopt results file: it has no schema_version")
+    if v != SCHEMA_VERSION:
+        raise ResultsError(
+            f"'{path}' has schema version {v}; this llmopt reads version {SCHEMA_VERSION}: run the comparison again"
+        )
+    try:
+        return Results.model_validate(raw)
     except ValidationError as e:
         first = e.errors()[0]
-        raise ResultsError(f"'{path}' does not follow the schema at {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ResultsError(
+            f"'{path}' does not follow the schema at {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
 
 # %% ../nbs/06a_results.ipynb #9c48a1da
-def now()->str:
+def now() -> str:
     "The time in UTC, ISO 8601."
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

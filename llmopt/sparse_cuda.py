@@ -7,7 +7,8 @@ __all__ = ['FORMS', 'triton_dense', 'triton_gate', 'triton_attend', 'random_weig
            'clocked', 'device_read', 'best_form', 'benchmark_products', 'cuda_step', 'benchmark_cuda']
 
 # %% ../nbs/03c_sparse_cuda.ipynb #d1b48aa5
-import statistics, time
+import statistics
+import time
 from types import SimpleNamespace
 
 import torch
@@ -17,350 +18,593 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .core import spread
-from .sparse_linear import _finish, _need_triton, decode_bytes, jit, product_bytes, tl, triton, triton_product, triton_select
+from llmopt.sparse_linear import (
+    _finish,
+    _need_triton,
+    decode_bytes,
+    jit,
+    product_bytes,
+    tl,
+    triton,
+    triton_product,
+    triton_select,
+)
 
 # %% ../nbs/03c_sparse_cuda.ipynb #7fe0ac6b
 @jit
-def _dense_kernel(weight, x, residual, y, N, D, eps, NORM:tl.constexpr, GATED:tl.constexpr, ROWS:tl.constexpr, BLOCK_D:tl.constexpr, STAGES:tl.constexpr):
-    n, d, b = tl.program_id(0)*ROWS+tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.program_id(1).to(tl.int64)
-    at, here = weight+n.to(tl.int64)[:, None]*D+d[None, :], (n < N)[:, None]
-    w = tl.load(at, mask=here & (d < D)[None, :], other=0., eviction_policy='evict_first').to(tl.float32)
-    v = tl.load(x+b*D+d, mask=d < D, other=0.).to(tl.float32)
-    total, squares = w*v[None, :], v*v
+def _dense_kernel(
+    weight,
+    x,
+    residual,
+    y,
+    N,
+    D,
+    eps,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    n, d, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.program_id(1).to(tl.int64)
+    at, here = weight + n.to(tl.int64)[:, None] * D + d[None, :], (n < N)[:, None]
+    w = tl.load(at, mask=here & (d < D)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    v = tl.load(x + b * D + d, mask=d < D, other=0.0).to(tl.float32)
+    total, squares = w * v[None, :], v * v
     for j in tl.range(BLOCK_D, D, BLOCK_D, num_stages=STAGES):
-        w = tl.load(at+j, mask=here & (j+d < D)[None, :], other=0., eviction_policy='evict_first').to(tl.float32)
-        v = tl.load(x+b*D+j+d, mask=j+d < D, other=0.).to(tl.float32)
-        total += w*v[None, :]
-        squares += v*v
+        w = tl.load(at + j, mask=here & (j + d < D)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+        v = tl.load(x + b * D + j + d, mask=j + d < D, other=0.0).to(tl.float32)
+        total += w * v[None, :]
+        squares += v * v
     out = tl.sum(total, 1)
-    if NORM: out = out*(1/tl.sqrt(tl.sum(squares, 0)/D+eps))
-    _finish(out, residual, y, b, tl.program_id(0)*ROWS, N, GATED, ROWS)
+    if NORM:
+        out = out * (1 / tl.sqrt(tl.sum(squares, 0) / D + eps))
+    _finish(out, residual, y, b, tl.program_id(0) * ROWS, N, GATED, ROWS)
 
-def triton_dense(weight:torch.Tensor, # (N, D)
-                 x:torch.Tensor,      # (B, D)
-                 residual=None,       # (B, N), added
-                 eps=None,            # of an RMS norm of x without gain; None is no norm
-                 gated:bool=False,    # return silu(even outputs)*odd outputs
-                 rows:int=2, block_d:int=2048, stages:int=2, num_warps:int=4, # outputs of a program, inputs of a turn, turns under way
-                )->torch.Tensor:      # (B, N), or (B, N/2)
+
+def triton_dense(
+    weight: torch.Tensor,  # (N, D)
+    x: torch.Tensor,  # (B, D)
+    residual=None,  # (B, N), added
+    eps=None,  # of an RMS norm of x without gain; None is no norm
+    gated: bool = False,  # return silu(even outputs)*odd outputs
+    rows: int = 2,
+    block_d: int = 2048,
+    stages: int = 2,
+    num_warps: int = 4,  # outputs of a program, inputs of a turn, turns under way
+) -> torch.Tensor:  # (B, N), or (B, N/2)
     "A dense product of few tokens, with norm, residual and gate, in one launch."
     _need_triton(x.dtype)
     (N, D), B = weight.shape, len(x)
-    y = torch.empty(B, N//(1+gated), dtype=x.dtype, device=x.device)
-    _dense_kernel[(triton.cdiv(N, rows), B)](weight, x.contiguous(), residual, y, N, D, eps or 0., eps is not None, gated, rows, block_d, stages, num_warps=num_warps)
+    y = torch.empty(B, N // (1 + gated), dtype=x.dtype, device=x.device)
+    _dense_kernel[(triton.cdiv(N, rows), B)](
+        weight,
+        x.contiguous(),
+        residual,
+        y,
+        N,
+        D,
+        eps or 0.0,
+        eps is not None,
+        gated,
+        rows,
+        block_d,
+        stages,
+        num_warps=num_warps,
+    )
     return y
 
 # %% ../nbs/03c_sparse_cuda.ipynb #064277ce
 @jit
-def _gate_kernel(x, y, D, BLOCK:tl.constexpr):
-    first, b = tl.program_id(0)*BLOCK, tl.program_id(1).to(tl.int64)
-    i = first+tl.arange(0, BLOCK)
-    _finish(tl.load(x+b*D+i, mask=i < D, other=0.).to(tl.float32), None, y, b, first, D, True, BLOCK)
+def _gate_kernel(x, y, D, BLOCK: tl.constexpr):
+    first, b = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
+    i = first + tl.arange(0, BLOCK)
+    _finish(tl.load(x + b * D + i, mask=i < D, other=0.0).to(tl.float32), None, y, b, first, D, True, BLOCK)
 
-def triton_gate(x:torch.Tensor)->torch.Tensor: # (B, 2D) -> (B, D)
+
+def triton_gate(x: torch.Tensor) -> torch.Tensor:  # (B, 2D) -> (B, D)
     "silu(even ones)*odd ones, for cuBLAS: our products end with it."
     _need_triton(x.dtype)
     B, D = x.shape
-    y = x.new_empty(B, D//2)
+    y = x.new_empty(B, D // 2)
     _gate_kernel[(triton.cdiv(D, 1024), B)](x.contiguous(), y, D, 1024, num_warps=4)
     return y
 
 # %% ../nbs/03c_sparse_cuda.ipynb #d211feb8
 @jit
-def _turn(at, cos, sin, i, HALF:tl.constexpr):
+def _turn(at, cos, sin, i, HALF: tl.constexpr):
     "Both halves of a head, rotated to its position, in the precision it came in."
-    a, b = tl.load(at+i), tl.load(at+HALF+i)
+    a, b = tl.load(at + i), tl.load(at + HALF + i)
     x, y = a.to(tl.float32), b.to(tl.float32)
-    c, s = tl.load(cos+i).to(tl.float32), tl.load(sin+i).to(tl.float32)
-    return (x*c-y*s).to(a.dtype), (y*c+x*s).to(a.dtype)
+    c, s = tl.load(cos + i).to(tl.float32), tl.load(sin + i).to(tl.float32)
+    return (x * c - y * s).to(a.dtype), (y * c + x * s).to(a.dtype)
+
 
 @jit
-def _old(keys, values, at, p, context, HEAD:tl.constexpr):
+def _old(keys, values, at, p, context, HEAD: tl.constexpr):
     "Keys, in halves, and values at the positions `p`."
-    i, d, old, ok = tl.arange(0, HEAD//2), tl.arange(0, HEAD), at+p[:, None]*HEAD, (p < context)[:, None]
-    return tl.load(keys+old+i[None, :], mask=ok, other=0.), tl.load(keys+old+HEAD//2+i[None, :], mask=ok, other=0.), tl.load(values+old+d[None, :], mask=ok, other=0.)
+    i, d, old, ok = tl.arange(0, HEAD // 2), tl.arange(0, HEAD), at + p[:, None] * HEAD, (p < context)[:, None]
+    return (
+        tl.load(keys + old + i[None, :], mask=ok, other=0.0),
+        tl.load(keys + old + HEAD // 2 + i[None, :], mask=ok, other=0.0),
+        tl.load(values + old + d[None, :], mask=ok, other=0.0),
+    )
+
 
 @jit
-def _attend_kernel(qkv, keys, values, cos, sin, y, context, heads, kv_heads, scale, HEAD:tl.constexpr, BLOCK:tl.constexpr):
-    h, b, i, d, p = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, HEAD//2), tl.arange(0, HEAD), tl.arange(0, BLOCK)
-    g, at = h//(heads//kv_heads), qkv+b*(heads+2*kv_heads)*HEAD
-    cache = (b*kv_heads+g)*(context+1)*HEAD
+def _attend_kernel(
+    qkv, keys, values, cos, sin, y, context, heads, kv_heads, scale, HEAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    h, b, i, d, p = (
+        tl.program_id(0),
+        tl.program_id(1).to(tl.int64),
+        tl.arange(0, HEAD // 2),
+        tl.arange(0, HEAD),
+        tl.arange(0, BLOCK),
+    )
+    g, at = h // (heads // kv_heads), qkv + b * (heads + 2 * kv_heads) * HEAD
+    cache = (b * kv_heads + g) * (context + 1) * HEAD
     o1, o2, vs = _old(keys, values, cache, p, context, HEAD)
-    q1, q2 = _turn(at+h*HEAD, cos, sin, i, HEAD//2)
-    k1, k2 = _turn(at+(heads+g)*HEAD, cos, sin, i, HEAD//2)
-    v = tl.load(at+(heads+kv_heads+g)*HEAD+d)
-    q1, q2 = q1.to(tl.float32)*scale, q2.to(tl.float32)*scale
-    top, total, out = tl.sum(q1*k1.to(tl.float32)+q2*k2.to(tl.float32), 0), 1.0, v.to(tl.float32)
+    q1, q2 = _turn(at + h * HEAD, cos, sin, i, HEAD // 2)
+    k1, k2 = _turn(at + (heads + g) * HEAD, cos, sin, i, HEAD // 2)
+    v = tl.load(at + (heads + kv_heads + g) * HEAD + d)
+    q1, q2 = q1.to(tl.float32) * scale, q2.to(tl.float32) * scale
+    top, total, out = tl.sum(q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32), 0), 1.0, v.to(tl.float32)
     for j in range(0, context, BLOCK):
-        score = tl.where(j+p < context, tl.sum(o1.to(tl.float32)*q1[None, :]+o2.to(tl.float32)*q2[None, :], 1), float('-inf'))
+        score = tl.where(
+            j + p < context, tl.sum(o1.to(tl.float32) * q1[None, :] + o2.to(tl.float32) * q2[None, :], 1), float("-inf")
+        )
         new = tl.maximum(top, tl.max(score, 0))
-        less, e = tl.exp(top-new), tl.exp(score-new)
-        top, total, out = new, total*less+tl.sum(e, 0), out*less+tl.sum(e[:, None]*vs.to(tl.float32), 0)
-        o1, o2, vs = _old(keys, values, cache, j+BLOCK+p, context, HEAD)
-    if h % (heads//kv_heads) == 0:
-        tl.store(keys+cache+context*HEAD+i, k1)
-        tl.store(keys+cache+context*HEAD+HEAD//2+i, k2)
-        tl.store(values+cache+context*HEAD+d, v)
-    tl.store(y+(b*heads+h)*HEAD+d, (out/total).to(y.dtype.element_ty))
+        less, e = tl.exp(top - new), tl.exp(score - new)
+        top, total, out = new, total * less + tl.sum(e, 0), out * less + tl.sum(e[:, None] * vs.to(tl.float32), 0)
+        o1, o2, vs = _old(keys, values, cache, j + BLOCK + p, context, HEAD)
+    if h % (heads // kv_heads) == 0:
+        tl.store(keys + cache + context * HEAD + i, k1)
+        tl.store(keys + cache + context * HEAD + HEAD // 2 + i, k2)
+        tl.store(values + cache + context * HEAD + d, v)
+    tl.store(y + (b * heads + h) * HEAD + d, (out / total).to(y.dtype.element_ty))
 
-def triton_attend(qkv:torch.Tensor,    # (B, (heads+2*kv_heads)*head_dim)
-                  keys:torch.Tensor,   # (B, kv_heads, context+1, head_dim); the last position is written
-                  values:torch.Tensor, # likewise
-                  cos:torch.Tensor,    # (head_dim,)
-                  sin:torch.Tensor,
-                  block:int=64, num_warps:int=4 # positions of a turn
-                 )->torch.Tensor:      # (B, heads*head_dim)
+
+def triton_attend(
+    qkv: torch.Tensor,  # (B, (heads+2*kv_heads)*head_dim)
+    keys: torch.Tensor,  # (B, kv_heads, context+1, head_dim); the last position is written
+    values: torch.Tensor,  # likewise
+    cos: torch.Tensor,  # (head_dim,)
+    sin: torch.Tensor,
+    block: int = 64,
+    num_warps: int = 4,  # positions of a turn
+) -> torch.Tensor:  # (B, heads*head_dim)
     "Attention of one new token behind `context` others, in one launch."
     _need_triton(qkv.dtype)
     (B, m, rows, head), H = keys.shape, qkv.shape[1]
-    n = H//head-2*m
-    if head & (head-1): raise ValueError(f'the kernel takes heads of a power of two, not of {head}')
-    y = torch.empty(B, n*head, dtype=qkv.dtype, device=qkv.device)
-    _attend_kernel[(n, B)](qkv, keys, values, cos, sin, y, rows-1, n, m, head**-.5, head, block, num_warps=num_warps)
+    n = H // head - 2 * m
+    if head & (head - 1):
+        raise ValueError(f"the kernel takes heads of a power of two, not of {head}")
+    y = torch.empty(B, n * head, dtype=qkv.dtype, device=qkv.device)
+    _attend_kernel[(n, B)](qkv, keys, values, cos, sin, y, rows - 1, n, m, head**-0.5, head, block, num_warps=num_warps)
     return y
 
 # %% ../nbs/03c_sparse_cuda.ipynb #4c3dd98e
 def _shapes(c):
     "`name -> (D, N)` of the four products of a layer."
-    H, q, kv = c.hidden_size, c.num_attention_heads*c.head_dim, c.num_key_value_heads*c.head_dim
-    return dict(qkv=(H, q+2*kv), o=(q, H), gate_up=(H, 2*c.intermediate_size), down=(c.intermediate_size, H))
+    H, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return dict(qkv=(H, q + 2 * kv), o=(q, H), gate_up=(H, 2 * c.intermediate_size), down=(c.intermediate_size, H))
 
-def random_weights(config, # a `LlamaConfig`
-                   dtype=torch.bfloat16, device='cuda'):
+
+def random_weights(
+    config,  # a `LlamaConfig`
+    dtype=torch.bfloat16,
+    device="cuda",
+):
     "Random weights, all of different numbers, made on the device."
     torch.manual_seed(0)
-    mat = lambda D, N: torch.empty(N, D, dtype=dtype, device=device).normal_(0, D**-.5)
+
+    def mat(D, N):
+        return torch.empty(N, D, dtype=dtype, device=device).normal_(0, D**-0.5)
+
     layers = [{k: mat(*s) for k, s in _shapes(config).items()} for _ in range(config.num_hidden_layers)]
     V, H = config.vocab_size, config.hidden_size
-    return SimpleNamespace(config=config, layers=layers, embed=mat(1, V*H).view(V, H), head=mat(H, V))
+    return SimpleNamespace(config=config, layers=layers, embed=mat(1, V * H).view(V, H), head=mat(H, V))
+
 
 def folded_weights(model):
     "The weights of a `LlamaForCausalLM` without biases, with the norms' gains folded in; gate and up take turns."
     c = model.config
+
     def layer(l):
-        a, m, cat = l.self_attn, l.mlp, lambda gain, *ls: torch.cat([x.weight for x in ls])*gain.weight
-        return dict(qkv=cat(l.input_layernorm, a.q_proj, a.k_proj, a.v_proj), o=a.o_proj.weight, gate_up=cat(l.post_attention_layernorm, m.gate_proj, m.up_proj).view(2, c.intermediate_size, -1).transpose(0, 1).flatten(0, 1), down=m.down_proj.weight)
-    with torch.no_grad(): return SimpleNamespace(config=c, layers=[layer(l) for l in model.model.layers], embed=model.get_input_embeddings().weight.detach(),
-                                                 head=(model.lm_head.weight*model.model.norm.weight).detach())
+        a, m, cat = l.self_attn, l.mlp, lambda gain, *ls: torch.cat([x.weight for x in ls]) * gain.weight
+        return dict(
+            qkv=cat(l.input_layernorm, a.q_proj, a.k_proj, a.v_proj),
+            o=a.o_proj.weight,
+            gate_up=cat(l.post_attention_layernorm, m.gate_proj, m.up_proj)
+            .view(2, c.intermediate_size, -1)
+            .transpose(0, 1)
+            .flatten(0, 1),
+            down=m.down_proj.weight,
+        )
+
+    with torch.no_grad():
+        return SimpleNamespace(
+            config=c,
+            layers=[layer(l) for l in model.model.layers],
+            embed=model.get_input_embeddings().weight.detach(),
+            head=(model.lm_head.weight * model.model.norm.weight).detach(),
+        )
 
 # %% ../nbs/03c_sparse_cuda.ipynb #abffeb6c
 class CudaStep:
     "One-token steps of a Llama at position `context`, made of Triton kernels or of cuBLAS, for CUDA graphs."
-    def __init__(self,
-                 weights,           # of `random_weights` or `folded_weights`
-                 context:int=128):  # tokens in the cache
+
+    def __init__(
+        self,
+        weights,  # of `random_weights` or `folded_weights`
+        context: int = 128,
+    ):  # tokens in the cache
         c, dev, dtype = weights.config, weights.embed.device, weights.embed.dtype
-        self.config, self.context, self.eps, self.embed, self.device, self.options = c, context, c.rms_norm_eps, weights.embed, dev, {}
-        self.layers = [{k: SimpleNamespace(name=k, weight=w.contiguous(), rows=w.t().contiguous()) for k, w in l.items()} for l in weights.layers]
-        self.head = SimpleNamespace(name='head', weight=weights.head, rows=None)
-        self.keys, self.values = torch.randn(2, c.num_hidden_layers, 1, c.num_key_value_heads, context+1, c.head_dim, dtype=dtype, device=dev)
-        self.cos, self.sin = (t.to(dev).flatten() for t in LlamaRotaryEmbedding(c)(torch.zeros(1, dtype=dtype), torch.tensor([[context]])))
-        self.token, self.counters = torch.zeros(1, dtype=torch.long, device=dev), torch.zeros(2**16, dtype=torch.int32, device=dev)
+        self.config, self.context, self.eps, self.embed, self.device, self.options = (
+            c,
+            context,
+            c.rms_norm_eps,
+            weights.embed,
+            dev,
+            {},
+        )
+        self.layers = [
+            {k: SimpleNamespace(name=k, weight=w.contiguous(), rows=w.t().contiguous()) for k, w in l.items()}
+            for l in weights.layers
+        ]
+        self.head = SimpleNamespace(name="head", weight=weights.head, rows=None)
+        self.keys, self.values = torch.randn(
+            2, c.num_hidden_layers, 1, c.num_key_value_heads, context + 1, c.head_dim, dtype=dtype, device=dev
+        )
+        self.cos, self.sin = (
+            t.to(dev).flatten() for t in LlamaRotaryEmbedding(c)(torch.zeros(1, dtype=dtype), torch.tensor([[context]]))
+        )
+        self.token, self.counters = (
+            torch.zeros(1, dtype=torch.long, device=dev),
+            torch.zeros(2**16, dtype=torch.int32, device=dev),
+        )
 
 # %% ../nbs/03c_sparse_cuda.ipynb #c1e0f60f
 @patch
-def product(self:CudaStep, m, x, way, level=0., residual=None, eps=None, gated=False, kept=None):
+def product(self: CudaStep, m, x, way, level=0.0, residual=None, eps=None, gated=False, kept=None):
     "The product of `m` with `x`, normalized before or gated afterwards; which channels were read is appended to the list `kept`, if there is one."
     (N, D), opts = m.weight.shape, lambda part: self.options.get((m.name, part), {})
-    if way == 'rows': return triton_dense(m.weight, x, residual, eps, gated, **opts('rows'))
-    if way == 'cublas':
-        if eps is not None: x = triton_select(x, eps=eps)
+    if way == "rows":
+        return triton_dense(m.weight, x, residual, eps, gated, **opts("rows"))
+    if way == "cublas":
+        if eps is not None:
+            x = triton_select(x, eps=eps)
         y = F.linear(x, m.weight) if residual is None else residual.addmm_(x, m.weight.t())
         return triton_gate(y) if gated else y
-    k = D if way == 'channels' else round((1-level)*D)
-    if k < D or eps is not None: x = triton_select(x, k, eps)
-    if kept is not None: kept.append(x != 0)
-    return triton_product(m.rows, x, N, residual, gated, self.counters, **opts('sparse'))
+    k = D if way == "channels" else round((1 - level) * D)
+    if k < D or eps is not None:
+        x = triton_select(x, k, eps)
+    if kept is not None:
+        kept.append(x != 0)
+    return triton_product(m.rows, x, N, residual, gated, self.counters, **opts("sparse"))
+
 
 @patch
 @torch.no_grad()
-def __call__(self:CudaStep,
-             way:str='sparse',   # `cublas`, `rows`, `channels`, `sparse`
-             level:float=0.,     # share of inputs left out
-             kept=None           # a list to which the channels that each product read are appended, as masks
-            )->torch.Tensor:     # logits (1, V)
+def __call__(
+    self: CudaStep,
+    way: str = "sparse",  # `cublas`, `rows`, `channels`, `sparse`
+    level: float = 0.0,  # share of inputs left out
+    kept=None,  # a list to which the channels that each product read are appended, as masks
+) -> torch.Tensor:  # logits (1, V)
     "Logits behind `self.token`."
     h = self.embed[self.token]
     for i, l in enumerate(self.layers):
-        qkv = self.product(l['qkv'], h, way, level, eps=self.eps, kept=kept)
+        qkv = self.product(l["qkv"], h, way, level, eps=self.eps, kept=kept)
         a = triton_attend(qkv, self.keys[i], self.values[i], self.cos, self.sin)
-        h = self.product(l['o'], a, way, level, residual=h, kept=kept)
-        h = self.product(l['down'], self.product(l['gate_up'], h, way, level, eps=self.eps, gated=True, kept=kept), way, level, residual=h, kept=kept)
-    return self.product(self.head, h, 'cublas' if way == 'cublas' else self.options.get('head', 'rows'), eps=self.eps)
+        h = self.product(l["o"], a, way, level, residual=h, kept=kept)
+        h = self.product(
+            l["down"],
+            self.product(l["gate_up"], h, way, level, eps=self.eps, gated=True, kept=kept),
+            way,
+            level,
+            residual=h,
+            kept=kept,
+        )
+    return self.product(self.head, h, "cublas" if way == "cublas" else self.options.get("head", "rows"), eps=self.eps)
 
 # %% ../nbs/03c_sparse_cuda.ipynb #4e1fb99f
 @patch
 @torch.no_grad()
-def reference(self:CudaStep,
-              kept=(),               # channels of each product, as `__call__` lists them; none is dense
-              dtype=torch.float32
-             )->torch.Tensor:        # logits (1, V)
+def reference(
+    self: CudaStep,
+    kept=(),  # channels of each product, as `__call__` lists them; none is dense
+    dtype=torch.float32,
+) -> torch.Tensor:  # logits (1, V)
     "The step in plain torch, in `dtype`."
     c, sets, norm = self.config, iter(kept), lambda x: F.rms_norm(x, x.shape[-1:], None, self.eps)
-    lin = lambda m, x: F.linear(x if (k := next(sets, None)) is None else x.masked_fill(~k, 0), m.weight.to(dtype))
-    n, m, d, half, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim//2, self.embed[self.token].to(dtype)
+
+    def lin(m, x):
+        return F.linear(x if (k := next(sets, None)) is None else x.masked_fill(~k, 0), m.weight.to(dtype))
+
+    n, m, d, half, h = (
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        c.head_dim,
+        c.head_dim // 2,
+        self.embed[self.token].to(dtype),
+    )
     for i, l in enumerate(self.layers):
-        q, k, v = lin(l['qkv'], norm(h)).view(1, -1, 1, d).split([n, m, m], 1)
-        q, k = (t*self.cos.to(dtype)+torch.cat([-t[..., half:], t[..., :half]], -1)*self.sin.to(dtype) for t in (q, k))
-        k, v = (torch.cat([old[i, :, :, :self.context].to(dtype), new], 2) for old, new in ((self.keys, k), (self.values, v)))
-        h = h + lin(l['o'], F.scaled_dot_product_attention(q, k, v, enable_gqa=n != m).reshape(1, -1))
-        gate, up = lin(l['gate_up'], norm(h)).view(1, -1, 2).unbind(-1)
-        h = h + lin(l['down'], F.silu(gate)*up)
+        q, k, v = lin(l["qkv"], norm(h)).view(1, -1, 1, d).split([n, m, m], 1)
+        q, k = (
+            t * self.cos.to(dtype) + torch.cat([-t[..., half:], t[..., :half]], -1) * self.sin.to(dtype) for t in (q, k)
+        )
+        k, v = (
+            torch.cat([old[i, :, :, : self.context].to(dtype), new], 2)
+            for old, new in ((self.keys, k), (self.values, v))
+        )
+        h = h + lin(l["o"], F.scaled_dot_product_attention(q, k, v, enable_gqa=n != m).reshape(1, -1))
+        gate, up = lin(l["gate_up"], norm(h)).view(1, -1, 2).unbind(-1)
+        h = h + lin(l["down"], F.silu(gate) * up)
     return F.linear(norm(h), self.head.weight.to(dtype))
 
+
 @patch
-def error(self:CudaStep, way, level=0.)->float:
+def error(self: CudaStep, way, level=0.0) -> float:
     "Distance of the logits from the reference's, which keeps the same channels, relative to their norm."
     kept = []
     y, want = self(way, level, kept), None
-    want = self.reference(kept if way == 'sparse' else ())
-    return float((y.float()-want).norm()/want.norm())
+    want = self.reference(kept if way == "sparse" else ())
+    return float((y.float() - want).norm() / want.norm())
 
 # %% ../nbs/03c_sparse_cuda.ipynb #0d6db97c
 def recorded(f, device):
     "`f` as a function that replays it from a CUDA graph, and what it returned; on a CPU, `f` itself."
-    if device.type != 'cuda': return f, f()
+    if device.type != "cuda":
+        return f, f()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side): f()                   # compiles, and chooses cuBLAS's ways
+    with torch.cuda.stream(side):
+        f()  # compiles, and chooses cuBLAS's ways
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): out = f()
-    graph.replay(); torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = f()
+    graph.replay()
+    torch.cuda.synchronize()
     return graph.replay, out
 
-def clocked(arms:dict,   # name -> function that launches work
-            rounds:int,  # timed turns, after one that is not
-            device, inner:int=1 # calls in a turn
-           )->dict:      # name -> seconds of one call
+
+def clocked(
+    arms: dict,  # name -> function that launches work
+    rounds: int,  # timed turns, after one that is not
+    device,
+    inner: int = 1,  # calls in a turn
+) -> dict:  # name -> seconds of one call
     "Time the arms in turn, by the device's clock."
     times = {k: [] for k in arms}
-    for r in range(rounds+1):
+    for r in range(rounds + 1):
         for k, f in arms.items():
-            if device.type == 'cuda':
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in '12')
-                start.record(); [f() for _ in range(inner)]; end.record(); end.synchronize()
-                t = start.elapsed_time(end)/1000/inner
-            else: t = time.perf_counter(); f(); t = time.perf_counter()-t
-            if r: times[k].append(t)
+            if device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")
+                start.record()
+                [f() for _ in range(inner)]
+                end.record()
+                end.synchronize()
+                t = start.elapsed_time(end) / 1000 / inner
+            else:
+                t = time.perf_counter()
+                f()
+                t = time.perf_counter() - t
+            if r:
+                times[k].append(t)
     return times
 
 # %% ../nbs/03c_sparse_cuda.ipynb #00a6730a
-def device_read(device, nbytes:int=2**32, rounds:int=7)->float: # bytes per second
+def device_read(device, nbytes: int = 2**32, rounds: int = 7) -> float:  # bytes per second
     "The quickest plain read: torch's sum of a large vector, or the dense kernel over a large matrix."
-    x = torch.ones(nbytes//4, dtype=torch.float32, device=device)
+    x = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
     w, v = x.view(torch.bfloat16).view(-1, 4096), torch.ones(1, 4096, dtype=torch.bfloat16, device=device)
     times = clocked(dict(sum=lambda: x.sum(), rows=lambda: triton_dense(w, v)), rounds, device)
-    return nbytes/min(statistics.median(t) for t in times.values())
+    return nbytes / min(statistics.median(t) for t in times.values())
 
 # %% ../nbs/03c_sparse_cuda.ipynb #29da8043
-FORMS = dict(sparse=[dict(block_n=32, split=1, num_warps=16), dict(block_n=64), dict(block_n=128), dict(block_n=512)], rows=[dict(rows=2, block_d=2048, stages=2), dict(rows=8, block_d=512, stages=4)])
+FORMS = dict(
+    sparse=[dict(block_n=32, split=1, num_warps=16), dict(block_n=64), dict(block_n=128), dict(block_n=512)],
+    rows=[dict(rows=2, block_d=2048, stages=2), dict(rows=8, block_d=512, stages=4)],
+)
 
-def _some(D, k, dtype, device): return torch.zeros(1, D, dtype=dtype, device=device).index_fill_(1, torch.randperm(D, device=device)[:k], 1.)
+
+def _some(D, k, dtype, device):
+    return torch.zeros(1, D, dtype=dtype, device=device).index_fill_(1, torch.randperm(D, device=device)[:k], 1.0)
+
 
 def _launches(step, name, way, level, form):
     "A function that runs product `name` of every layer once, or its selection; without norm in front, which the dense products have for nothing."
-    ms = [step.head] if name == 'head' else [l[name] for l in step.layers]
-    (N, D), dev, dtype, gated = ms[0].weight.shape, step.device, ms[0].weight.dtype, name == 'gate_up'
-    x, k = torch.randn(1, D, device=dev).to(dtype), round((1-level)*D)
-    if way == 'select': return lambda: [triton_select(x, k, step.eps if name in ('qkv', 'gate_up') else None) for m in ms]
-    if way == 'cublas': return lambda: [F.linear(x, m.weight) for m in ms]
-    if way == 'rows': return lambda: [triton_dense(m.weight, x, gated=gated, **form) for m in ms]
+    ms = [step.head] if name == "head" else [l[name] for l in step.layers]
+    (N, D), dev, dtype, gated = ms[0].weight.shape, step.device, ms[0].weight.dtype, name == "gate_up"
+    x, k = torch.randn(1, D, device=dev).to(dtype), round((1 - level) * D)
+    if way == "select":
+        return lambda: [triton_select(x, k, step.eps if name in ("qkv", "gate_up") else None) for m in ms]
+    if way == "cublas":
+        return lambda: [F.linear(x, m.weight) for m in ms]
+    if way == "rows":
+        return lambda: [triton_dense(m.weight, x, gated=gated, **form) for m in ms]
     xs = [_some(D, k, dtype, dev) for _ in ms]
     return lambda: [triton_product(m.rows, x, N, None, gated, step.counters, **form) for m, x in zip(ms, xs)]
 
+
 def _product_row(step, name, way, level, form, read, rounds, inner):
     "One row: the time of one product, or the error that it ended with."
-    m = step.head if name == 'head' else step.layers[0][name]
-    (N, D), n = m.weight.shape, 1 if name == 'head' else len(step.layers)
+    m = step.head if name == "head" else step.layers[0][name]
+    (N, D), n = m.weight.shape, 1 if name == "head" else len(step.layers)
     row = dict(name=name, D=D, N=N, arm=way, level=level, form=form)
     try:
         run, _ = recorded(_launches(step, name, way, level, form), step.device)
-        ts = [t/n for t in clocked(dict(run=run), rounds, step.device, inner)['run']]
-    except Exception as e: return row | dict(error=f'{type(e).__name__}: {e}'[:300])
-    nbytes = 2*D*m.weight.element_size() if way == 'select' else product_bytes(D, N, round((1-level)*D), m.weight.element_size())
-    return row | dict(**spread(ts), bytes=nbytes, gb_per_s=nbytes/statistics.median(ts)/1e9, share_of_read=nbytes/statistics.median(ts)/read)
+        ts = [t / n for t in clocked(dict(run=run), rounds, step.device, inner)["run"]]
+    except Exception as e:
+        return row | dict(error=f"{type(e).__name__}: {e}"[:300])
+    nbytes = (
+        2 * D * m.weight.element_size()
+        if way == "select"
+        else product_bytes(D, N, round((1 - level) * D), m.weight.element_size())
+    )
+    return row | dict(
+        **spread(ts),
+        bytes=nbytes,
+        gb_per_s=nbytes / statistics.median(ts) / 1e9,
+        share_of_read=nbytes / statistics.median(ts) / read,
+    )
 
 # %% ../nbs/03c_sparse_cuda.ipynb #3cac08b7
 def best_form(rows, name, *ways):
     "The quickest row of product `name` among `ways`, or None."
-    return min((r for r in rows if r['name'] == name and r['arm'] in ways and 'error' not in r), key=lambda r: r['median_ms'], default=None)
+    return min(
+        (r for r in rows if r["name"] == name and r["arm"] in ways and "error" not in r),
+        key=lambda r: r["median_ms"],
+        default=None,
+    )
+
 
 @torch.no_grad()
-def benchmark_products(step:CudaStep,
-                       read:float,                       # bytes per second, for the share
-                       levels=(.25, .4, .5, .6, .75),
-                       tuned_at:float=.5, rounds:int=7, inner:int=2,
-                       forms=FORMS, report=lambda row: None # called with each row as it comes
-                      )->list:                           # of dict
+def benchmark_products(
+    step: CudaStep,
+    read: float,  # bytes per second, for the share
+    levels=(0.25, 0.4, 0.5, 0.6, 0.75),
+    tuned_at: float = 0.5,
+    rounds: int = 7,
+    inner: int = 2,
+    forms=FORMS,
+    report=lambda row: None,  # called with each row as it comes
+) -> list:  # of dict
     "Time single products, dense and sparse, and selections; the best forms are left in `step.options`."
     rows, add = [], lambda *a: (rows.append(_product_row(step, *a, read, rounds, inner)), report(rows[-1]))
-    for name in (*step.layers[0], 'head'):
-        add(name, 'cublas', 0., {})
-        for form in forms['rows']: add(name, 'rows', 0., form)
-        if best := best_form(rows, name, 'rows'): step.options[name, 'rows'] = best['form']
-        if name == 'head': continue
-        for form in forms['sparse']: add(name, 'sparse', tuned_at, form)
-        if not (best := best_form(rows, name, 'sparse')): continue
-        step.options[name, 'sparse'] = best['form']
-        add(name, 'channels', 0., best['form'])
+    for name in (*step.layers[0], "head"):
+        add(name, "cublas", 0.0, {})
+        for form in forms["rows"]:
+            add(name, "rows", 0.0, form)
+        if best := best_form(rows, name, "rows"):
+            step.options[name, "rows"] = best["form"]
+        if name == "head":
+            continue
+        for form in forms["sparse"]:
+            add(name, "sparse", tuned_at, form)
+        if not (best := best_form(rows, name, "sparse")):
+            continue
+        step.options[name, "sparse"] = best["form"]
+        add(name, "channels", 0.0, best["form"])
         for s in levels:
-            if s != tuned_at: add(name, 'sparse', s, best['form'])
-        add(name, 'select', tuned_at, {})
-    if head := best_form(rows, 'head', 'rows', 'cublas'): step.options['head'] = head['arm']
+            if s != tuned_at:
+                add(name, "sparse", s, best["form"])
+        add(name, "select", tuned_at, {})
+    if head := best_form(rows, "head", "rows", "cublas"):
+        step.options["head"] = head["arm"]
     return rows
 
 # %% ../nbs/03c_sparse_cuda.ipynb #e8d3aeb1
-def cuda_step(hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32, vocab=32000, dtype='bfloat16', context=128, device='cuda'):
+def cuda_step(
+    hidden=4096,
+    layers=32,
+    intermediate=11008,
+    heads=32,
+    kv_heads=32,
+    vocab=32000,
+    dtype="bfloat16",
+    context=128,
+    device="cuda",
+):
     "A step of random weights; by default with the shapes of a Llama of 7B parameters."
-    c = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    c = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )
     return CudaStep(random_weights(c, getattr(torch, dtype), torch.device(device)), context)
+
 
 def _arm(step, way, level, limit):
     "A replayable step and its error; raises what is wrong with it."
-    run = lambda: step(way, level)
+
+    def run():
+        return step(way, level)
+
     error = step.error(way, level)
-    if not error < limit: raise ValueError(f'{way} at level {level:g} is {error:.2g} off the reference')
+    if not error < limit:
+        raise ValueError(f"{way} at level {level:g} is {error:.2g} off the reference")
     plain = run().clone()
     replay, out = recorded(run, step.device)
-    for _ in '12':
-        if step.device.type == 'cuda': replay()
-        if not torch.equal(out, plain): raise ValueError(f'{way} at level {level:g}: a replay gives other bits')
+    for _ in "12":
+        if step.device.type == "cuda":
+            replay()
+        if not torch.equal(out, plain):
+            raise ValueError(f"{way} at level {level:g}: a replay gives other bits")
     return replay, error
 
 # %% ../nbs/03c_sparse_cuda.ipynb #36e51109
-def benchmark_cuda(levels=(.25, .4, .5, .6, .75),
-                   rounds:int=11, inner:int=3,     # timed turns, steps in each
-                   limit:float=2e-2,               # relative error allowed, or half more than that of cuBLAS, where that is larger
-                   read=None,                      # bytes per second; measured if None
-                   step=None,                      # a `CudaStep`, tuned; made and tuned here if None
-                   report=lambda line: None,       # called with a line per arm
-                   **shape                         # see `cuda_step`
-                  )->list:                         # of dict: `arm`, times in ms, bytes, the bound, ratios
+def benchmark_cuda(
+    levels=(0.25, 0.4, 0.5, 0.6, 0.75),
+    rounds: int = 11,
+    inner: int = 3,  # timed turns, steps in each
+    limit: float = 2e-2,  # relative error allowed, or half more than that of cuBLAS, where that is larger
+    read=None,  # bytes per second; measured if None
+    step=None,  # a `CudaStep`, tuned; made and tuned here if None
+    report=lambda line: None,  # called with a line per arm
+    **shape,  # see `cuda_step`
+) -> list:  # of dict: `arm`, times in ms, bytes, the bound, ratios
     "Time whole one-token steps in turn from CUDA graphs: dense in three ways, and sparse."
     tune, step = step is None, step or cuda_step(**shape)
     read = read or device_read(step.device)
-    if tune: benchmark_products(step, read)
+    if tune:
+        benchmark_products(step, read)
     runs, errors = {}, {}
-    for arm in [('cublas', 0.), ('rows', 0.), ('channels', 0.), *(('sparse', s) for s in levels)]:
-        allowed = max(limit, 1.5*errors['cublas', 0.]) if runs else .1
-        try: runs[arm], errors[arm] = _arm(step, *arm, allowed)
-        except Exception as e: errors[arm] = f'{type(e).__name__}: {e}'[:300]
-        report(f'{arm[0]} {arm[1]:g}: {errors[arm]}')
+    for arm in [("cublas", 0.0), ("rows", 0.0), ("channels", 0.0), *(("sparse", s) for s in levels)]:
+        allowed = max(limit, 1.5 * errors["cublas", 0.0]) if runs else 0.1
+        try:
+            runs[arm], errors[arm] = _arm(step, *arm, allowed)
+        except Exception as e:
+            errors[arm] = f"{type(e).__name__}: {e}"[:300]
+        report(f"{arm[0]} {arm[1]:g}: {errors[arm]}")
     return _step_rows(step, clocked(runs, rounds, step.device, inner), errors, read)
+
 
 def _step_rows(step, times, errors, read):
     "Rows of all arms, with ratios of the same turn."
-    c, dense = step.config, [a for a in times if a[1] == 0 and a[0] != 'sparse']
+    c, dense = step.config, [a for a in times if a[1] == 0 and a[0] != "sparse"]
     best = min(dense, key=lambda a: statistics.median(times[a]))
-    about = dict(device=torch.cuda.get_device_name() if step.device.type == 'cuda' else 'cpu', dtype=str(step.embed.dtype)[6:], context=step.context, hidden=c.hidden_size,
-                 layers=c.num_hidden_layers, intermediate=c.intermediate_size, heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, vocab=c.vocab_size,
-                 best_dense=best[0])
+    about = dict(
+        device=torch.cuda.get_device_name() if step.device.type == "cuda" else "cpu",
+        dtype=str(step.embed.dtype)[6:],
+        context=step.context,
+        hidden=c.hidden_size,
+        layers=c.num_hidden_layers,
+        intermediate=c.intermediate_size,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        vocab=c.vocab_size,
+        best_dense=best[0],
+    )
+
     def row(a):
-        if a not in times: return dict(**about, arm=a[0], level=a[1], error=errors[a])
+        if a not in times:
+            return dict(**about, arm=a[0], level=a[1], error=errors[a])
         ts, nbytes = times[a], decode_bytes(c, step.context, step.embed.element_size(), a[1])
-        ratio = lambda other: statistics.median(o/t for o, t in zip(times[other], ts)) if other in times else None
-        return dict(**about, arm=a[0], level=a[1], relative_error=errors[a], **spread(ts), tokens_per_s=1/statistics.median(ts), bytes=nbytes, read_gb_per_s=read/1e9,
-                    bound_ms=1000*nbytes/read, share_of_bound=nbytes/read/statistics.median(ts), bound_ratio=decode_bytes(c, step.context, step.embed.element_size())/nbytes,
-                    vs_best_dense=ratio(best), vs_cublas=ratio(('cublas', 0.)))
+
+        def ratio(other):
+            return statistics.median(o / t for o, t in zip(times[other], ts)) if other in times else None
+
+        return dict(
+            **about,
+            arm=a[0],
+            level=a[1],
+            relative_error=errors[a],
+            **spread(ts),
+            tokens_per_s=1 / statistics.median(ts),
+            bytes=nbytes,
+            read_gb_per_s=read / 1e9,
+            bound_ms=1000 * nbytes / read,
+            share_of_bound=nbytes / read / statistics.median(ts),
+            bound_ratio=decode_bytes(c, step.context, step.embed.element_size()) / nbytes,
+            vs_best_dense=ratio(best),
+            vs_cublas=ratio(("cublas", 0.0)),
+        )
+
     return [row(a) for a in errors]

@@ -8,12 +8,17 @@ __all__ = ['LANES', 'AHEAD', 'DENSE', 'masked_linear', 'product_bytes', 'select_
            'step_model', 'decode_bytes', 'fastest_dense', 'benchmark_step', 'triton_select', 'triton_product']
 
 # %% ../nbs/03a_sparse_linear.ipynb #d59b626b
-import copy, ctypes, math, os, statistics
+import copy
+import ctypes
+import math
+import os
+import statistics
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, torch
+import numpy as np
+import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -22,23 +27,27 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from .core import fill, interleaved, reader, spread, threads
 
 # %% ../nbs/03a_sparse_linear.ipynb #12fcd0ab
-def masked_linear(x:torch.Tensor,      # (B, D)
-                  weight:torch.Tensor, # (N, D)
-                  kept:torch.Tensor,   # (B, k) channels, each at most once
-                  bias=None            # (N,)
-                 )->torch.Tensor:      # (B, N)
+def masked_linear(
+    x: torch.Tensor,  # (B, D)
+    weight: torch.Tensor,  # (N, D)
+    kept: torch.Tensor,  # (B, k) channels, each at most once
+    bias=None,  # (N,)
+) -> torch.Tensor:  # (B, N)
     "The reference: a dense product with the channels that are not kept set to zero."
     return F.linear(torch.zeros_like(x).scatter_(-1, kept, x.gather(-1, kept)), weight, bias)
 
-def product_bytes(D:int, N:int, k:int, itemsize:int, batch:int=1)->int:
+
+def product_bytes(D: int, N: int, k: int, itemsize: int, batch: int = 1) -> int:
     "Bytes that a product must read and write at least: the rows of `k` channels, the inputs, their numbers, the outputs."
-    if not 0 <= k <= D: raise ValueError(f'k must lie between 0 and D={D}, not {k}')
-    return k*N*itemsize + batch*(D*itemsize + k*8 + N*itemsize)
+    if not 0 <= k <= D:
+        raise ValueError(f"k must lie between 0 and D={D}, not {k}")
+    return k * N * itemsize + batch * (D * itemsize + k * 8 + N * itemsize)
 
 # %% ../nbs/03a_sparse_linear.ipynb #45001257
-def select_by_sorting(x:torch.Tensor, # (…, D)
-                      k:int           # channels to keep
-                     )->torch.Tensor: # (…, k) int64, ascending
+def select_by_sorting(
+    x: torch.Tensor,  # (…, D)
+    k: int,  # channels to keep
+) -> torch.Tensor:  # (…, k) int64, ascending
     "The `k` channels of largest magnitude by a stable sort: the reference of `select`, and its way on other devices."
     return x.detach().abs().sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
 
@@ -49,141 +58,229 @@ try:
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
-except ImportError: numba = None
+except ImportError:
+    numba = None
+
 
 def _compiled(f):
     "`f` compiled by numba, without Python's lock; no reordering of sums, so that NaN and infinity stay what they are."
-    return numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={'contract', 'nsz'})(f) if numba else f
+    return numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"contract", "nsz"})(f) if numba else f
 
 # %% ../nbs/03a_sparse_linear.ipynb #23250713
 if numba:
+
     @intrinsic
-    def _at_least(ctx, x, bound): # (D,) integers, D a multiple of 64; how many magnitudes are at least `bound`?
+    def _at_least(ctx, x, bound):  # (D,) integers, D a multiple of 64; how many magnitudes are at least `bound`?
         def build(cx, b, sig, args):
-            width = sig.args[0].dtype.bitwidth; lanes = 512//width
+            width = sig.args[0].dtype.bitwidth
+            lanes = 512 // width
             number, int64 = ir.IntType(width), ir.IntType(64)
             vector, bits = ir.VectorType(number, lanes), ir.IntType(lanes)
-            x, popcount = cx.make_array(sig.args[0])(cx, b, args[0]), cgutils.get_or_insert_function(b.module, ir.FunctionType(bits, [bits]), f'llvm.ctpop.i{lanes}')
-            every = lambda v: b.shuffle_vector(b.insert_element(ir.Constant(vector, ir.Undefined), v, ir.IntType(32)(0)), ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0]*lanes))
-            bound, magnitude, count = every(b.trunc(args[1], number) if width < 64 else args[1]), ir.Constant(vector, [2**(width-1)-1]*lanes), cgutils.alloca_once_value(b, int64(0))
+            x, popcount = (
+                cx.make_array(sig.args[0])(cx, b, args[0]),
+                cgutils.get_or_insert_function(b.module, ir.FunctionType(bits, [bits]), f"llvm.ctpop.i{lanes}"),
+            )
+
+            def every(v):
+                return b.shuffle_vector(
+                    b.insert_element(ir.Constant(vector, ir.Undefined), v, ir.IntType(32)(0)),
+                    ir.Constant(vector, ir.Undefined),
+                    ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes),
+                )
+
+            bound, magnitude, count = (
+                every(b.trunc(args[1], number) if width < 64 else args[1]),
+                ir.Constant(vector, [2 ** (width - 1) - 1] * lanes),
+                cgutils.alloca_once_value(b, int64(0)),
+            )
             with cgutils.for_range_slice(b, int64(0), cgutils.unpack_tuple(b, x.shape)[0], int64(lanes)) as (j, _):
-                v = b.and_(b.load(b.bitcast(b.gep(x.data, [j]), vector.as_pointer()), align=width//8), magnitude)
-                n = b.call(popcount, [b.bitcast(b.icmp_signed('>=', v, bound), bits)])
+                v = b.and_(b.load(b.bitcast(b.gep(x.data, [j]), vector.as_pointer()), align=width // 8), magnitude)
+                n = b.call(popcount, [b.bitcast(b.icmp_signed(">=", v, bound), bits)])
                 b.store(b.add(b.load(count), b.zext(n, int64) if lanes < 64 else n), count)
             return b.load(count)
+
         return types.int64(x, types.int64), build
 
     @_compiled
-    def _select_bits(bits, kept, n_bits): # (B, D) integers, (B, k) to be filled, the bits that count
-        k, D, ones = kept.shape[1], bits.shape[1]//64*64, (1 << n_bits)-1
+    def _select_bits(bits, kept, n_bits):  # (B, D) integers, (B, k) to be filled, the bits that count
+        k, D, ones = kept.shape[1], bits.shape[1] // 64 * 64, (1 << n_bits) - 1
         for b in range(len(bits)):
             x, out, low = bits[b], kept[b], 0
             for i in range(n_bits):
-                t = low | 1 << (n_bits-1-i)
+                t = low | 1 << (n_bits - 1 - i)
                 n = _at_least(x[:D], t)
-                for m in x[D:]: n += (m & ones) >= t
-                if n >= k: low = t
-            n, room, last = 0, k, -1                       # `last`: the last of those at the threshold that is kept
-            for m in x: room -= (m & ones) > low
-            while room: last += 1; room -= (x[last] & ones) == low
+                for m in x[D:]:
+                    n += (m & ones) >= t
+                if n >= k:
+                    low = t
+            n, room, last = 0, k, -1  # `last`: the last of those at the threshold that is kept
+            for m in x:
+                room -= (m & ones) > low
+            while room:
+                last += 1
+                room -= (x[last] & ones) == low
             i = 0
-            while n < k: m = x[i] & ones; out[n] = i; n += (m > low) | (m == low) & (i <= last); i += 1
-
+            while n < k:
+                m = x[i] & ones
+                out[n] = i
+                n += (m > low) | (m == low) & (i <= last)
+                i += 1
 
 # %% ../nbs/03a_sparse_linear.ipynb #50e89583
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def _select_torch(bits, k):
     "`k` largest of each row of `bits` (B, D), of equal ones the first, by torch."
     low = bits.topk(k, sorted=False).values.amin(-1, keepdim=True)
     more, tie = bits > low, bits == low
-    return (more | tie & (tie.cumsum(-1) <= k-more.sum(-1, keepdim=True))).nonzero()[:, 1].view(len(bits), k)
+    return (more | tie & (tie.cumsum(-1) <= k - more.sum(-1, keepdim=True))).nonzero()[:, 1].view(len(bits), k)
 
-def select(x:torch.Tensor, # (…, D)
-           k:int           # channels to keep, 0 to D
-          )->torch.Tensor: # (…, k) int64, ascending
+
+def select(
+    x: torch.Tensor,  # (…, D)
+    k: int,  # channels to keep, 0 to D
+) -> torch.Tensor:  # (…, k) int64, ascending
     "The `k` channels of largest `|x|` of each token, exactly `k`; of equal ones the first."
     D = x.shape[-1]
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= D: raise ValueError(f'k must be a whole number from 0 to D={D}, not {k!r}')
-    if k in (0, D): return torch.arange(k, device=x.device).expand(*x.shape[:-1], k)
-    if x.device.type != 'cpu': return select_by_sorting(x, k)
+    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= D:
+        raise ValueError(f"k must be a whole number from 0 to D={D}, not {k!r}")
+    if k in (0, D):
+        return torch.arange(k, device=x.device).expand(*x.shape[:-1], k)
+    if x.device.type != "cpu":
+        return select_by_sorting(x, k)
     bits = (x.detach().abs() if numba is None else x.detach()).contiguous().view(_BITS[x.itemsize]).view(-1, D)
-    if numba is None: kept = _select_torch(bits, k)
-    else: _select_bits(bits.numpy(), (kept := torch.empty(len(bits), k, dtype=torch.int64)).numpy(), 8*x.itemsize-1)
+    if numba is None:
+        kept = _select_torch(bits, k)
+    else:
+        _select_bits(bits.numpy(), (kept := torch.empty(len(bits), k, dtype=torch.int64)).numpy(), 8 * x.itemsize - 1)
     return kept.view(*x.shape[:-1], k)
 
-
 # %% ../nbs/03a_sparse_linear.ipynb #1db28874
-def bag_product(rows:torch.Tensor,   # (D, N), contiguous
-                kept:torch.Tensor,   # (B, k)
-                values:torch.Tensor, # (B, k), the inputs of the kept channels
-                pieces:int=1         # pieces of a row, a divisor of N
-               )->torch.Tensor:      # (B, N)
+def bag_product(
+    rows: torch.Tensor,  # (D, N), contiguous
+    kept: torch.Tensor,  # (B, k)
+    values: torch.Tensor,  # (B, k), the inputs of the kept channels
+    pieces: int = 1,  # pieces of a row, a divisor of N
+) -> torch.Tensor:  # (B, N)
     "Weighted sums of rows, by `embedding_bag`."
     (D, N), (B, k), P = rows.shape, kept.shape, pieces
-    if not k: return rows.new_zeros(B, N)
-    at = kept*P + torch.arange(P, device=kept.device)[:, None, None]    # (P, B, k)
-    y = F.embedding_bag(at.view(P*B, k), rows.view(D*P, N//P), mode='sum', per_sample_weights=values.expand(P, B, k).reshape(P*B, k))
-    return y.view(P, B, N//P).transpose(0, 1).reshape(B, N)
+    if not k:
+        return rows.new_zeros(B, N)
+    at = kept * P + torch.arange(P, device=kept.device)[:, None, None]  # (P, B, k)
+    y = F.embedding_bag(
+        at.view(P * B, k),
+        rows.view(D * P, N // P),
+        mode="sum",
+        per_sample_weights=values.expand(P, B, k).reshape(P * B, k),
+    )
+    return y.view(P, B, N // P).transpose(0, 1).reshape(B, N)
 
 # %% ../nbs/03a_sparse_linear.ipynb #656c958b
 @cache
-def n_pieces(N:int,         # outputs, a multiple of 64
-             n_threads:int,
-             batch:int=1    # tokens
-            )->int:         # a divisor of N
+def n_pieces(
+    N: int,  # outputs, a multiple of 64
+    n_threads: int,
+    batch: int = 1,  # tokens
+) -> int:  # a divisor of N
     "Into how many pieces `bag_product` cuts a row."
-    want = n_threads if batch == 1 else max(n_threads, N//768)
-    fits = [p for p in range(1, max(1, N//192)+1) if N//64 % p == 0]
-    load = lambda p: round(math.ceil(p/n_threads)*n_threads/p, 1)       # of the busiest thread; 1 is even
-    return min(fits, key=lambda p: (load(p), abs(math.log(p/want))))
+    want = n_threads if batch == 1 else max(n_threads, N // 768)
+    fits = [p for p in range(1, max(1, N // 192) + 1) if N // 64 % p == 0]
+
+    def load(p):
+        return round(math.ceil(p / n_threads) * n_threads / p, 1)  # of the busiest thread; 1 is even
+
+    return min(fits, key=lambda p: (load(p), abs(math.log(p / want))))
 
 # %% ../nbs/03a_sparse_linear.ipynb #0a411ffb
-LANES, AHEAD = 16, 512 # numbers in a vector, bytes to fetch ahead
+LANES, AHEAD = 16, 512  # numbers in a vector, bytes to fetch ahead
+
 
 def _row_adder(R):
     "What adds `n` columns from column `at` on of the `R` rows `kept[i:i+R]`, each times its input, to those of `y`."
+
     @intrinsic
-    def add_rows(ctx, rows, kept, x, y, i, at, n): # (D, N), or (D, N/2) pairs; (k,); (D,), bfloat16 as integers; (1, N), or (2, N/2) for even and odd; n a multiple of LANES
+    def add_rows(
+        ctx, rows, kept, x, y, i, at, n
+    ):  # (D, N), or (D, N/2) pairs; (k,); (D,), bfloat16 as integers; (1, N), or (2, N/2) for even and odd; n a multiple of LANES
         pairs, double = rows.dtype == types.uint32, rows.dtype == types.float64
         int32, number, size = ir.IntType(32), ir.DoubleType() if double else ir.FloatType(), 8 if double else 4
         vector, ints = ir.VectorType(number, LANES), ir.VectorType(int32, LANES)
+
         def build(cx, b, sig, args):
             (rows, kept, x, y), (i, at, n) = (cx.make_array(t)(cx, b, a) for t, a in zip(sig.args, args[:4])), args[4:]
             byte, int64 = ir.IntType(8).as_pointer(), i.type
-            fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(vector, [vector]*3), f'llvm.fmuladd.v{LANES}f{8*size}')
-            ahead = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [byte]+[int32]*3), 'llvm.prefetch.p0')
-            load = lambda p, j: b.load(b.gep(p, [j]))
-            def input_of(c):                                                      # in every lane
+            fma = cgutils.get_or_insert_function(
+                b.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{LANES}f{8 * size}"
+            )
+            ahead = cgutils.get_or_insert_function(
+                b.module, ir.FunctionType(ir.VoidType(), [byte] + [int32] * 3), "llvm.prefetch.p0"
+            )
+
+            def load(p, j):
+                return b.load(b.gep(p, [j]))
+
+            def input_of(c):  # in every lane
                 v = load(x.data, c)
-                if pairs: v = b.bitcast(b.shl(b.zext(v, int32), int32(16)), number)
+                if pairs:
+                    v = b.bitcast(b.shl(b.zext(v, int32), int32(16)), number)
                 one = b.insert_element(ir.Constant(vector, ir.Undefined), v, int32(0))
-                return b.shuffle_vector(one, one, ir.Constant(ints, [0]*LANES))
-            least = lambda a, c: b.select(b.icmp_signed('<', a, c), a, c)
+                return b.shuffle_vector(one, one, ir.Constant(ints, [0] * LANES))
+
+            def least(a, c):
+                return b.select(b.icmp_signed("<", a, c), a, c)
+
             (k,), (stride, _) = cgutils.unpack_tuple(b, kept.shape), cgutils.unpack_tuple(b, rows.strides)
-            channels = [load(kept.data, least(b.add(i, int64(r)), b.sub(k, int64(1)))) for r in range(2*R)]       # of this pass and the next
-            begin = [b.gep(b.bitcast(rows.data, byte), [b.add(b.mul(c, stride), b.mul(at, int64(size)))]) for c in channels]
-            inputs, other = [input_of(c) for c in channels[:R]], b.udiv(cgutils.unpack_tuple(b, y.strides)[0], int64(size))
-            outs = [b.gep(y.data, [at]), b.gep(y.data, [b.add(at, other)])][:1+pairs]
-            def add(first, last, soon):                                           # columns from `first` to `last`; `soon`: what to fetch beside the first of each row
+            channels = [
+                load(kept.data, least(b.add(i, int64(r)), b.sub(k, int64(1)))) for r in range(2 * R)
+            ]  # of this pass and the next
+            begin = [
+                b.gep(b.bitcast(rows.data, byte), [b.add(b.mul(c, stride), b.mul(at, int64(size)))]) for c in channels
+            ]
+            inputs, other = (
+                [input_of(c) for c in channels[:R]],
+                b.udiv(cgutils.unpack_tuple(b, y.strides)[0], int64(size)),
+            )
+            outs = [b.gep(y.data, [at]), b.gep(y.data, [b.add(at, other)])][: 1 + pairs]
+
+            def add(
+                first, last, soon
+            ):  # columns from `first` to `last`; `soon`: what to fetch beside the first of each row
                 with cgutils.for_range_slice(b, first, last, int64(LANES)) as (j, _):
                     places, here = [b.bitcast(b.gep(o, [j]), vector.as_pointer()) for o in outs], b.mul(j, int64(size))
                     total = [b.load(p, align=size) for p in places]
                     for r, v in enumerate(inputs):
-                        if soon: b.call(ahead, [b.gep(soon[r], [here]), int32(0), int32(3), int32(1)])              # to read, into the first-level cache
-                        w = b.load(b.bitcast(b.gep(begin[r], [here]), (ints if pairs else vector).as_pointer()), align=size)
-                        if pairs: w = [b.bitcast(u, vector) for u in (b.shl(w, ir.Constant(ints, [16]*LANES)), b.and_(w, ir.Constant(ints, [0xffff0000]*LANES)))]
+                        if soon:
+                            b.call(
+                                ahead, [b.gep(soon[r], [here]), int32(0), int32(3), int32(1)]
+                            )  # to read, into the first-level cache
+                        w = b.load(
+                            b.bitcast(b.gep(begin[r], [here]), (ints if pairs else vector).as_pointer()), align=size
+                        )
+                        if pairs:
+                            w = [
+                                b.bitcast(u, vector)
+                                for u in (
+                                    b.shl(w, ir.Constant(ints, [16] * LANES)),
+                                    b.and_(w, ir.Constant(ints, [0xFFFF0000] * LANES)),
+                                )
+                            ]
                         total = [b.call(fma, [v, u, t]) for u, t in zip(w if pairs else [w], total)]
-                    for p, t in zip(places, total): b.store(t, p, align=size)
-            if not pairs: add(int64(0), n, None)
+                    for p, t in zip(places, total):
+                        b.store(t, p, align=size)
+
+            if not pairs:
+                add(int64(0), n, None)
             else:
-                tail = least(n, int64(AHEAD//size)); cut = b.sub(n, tail)
+                tail = least(n, int64(AHEAD // size))
+                cut = b.sub(n, tail)
                 add(int64(0), cut, [b.gep(p, [int64(AHEAD)]) for p in begin[:R]])
                 add(cut, n, [b.gep(p, [b.mul(cut, int64(-size))]) for p in begin[R:]])
             return cx.get_dummy_value()
-        return types.void(rows, kept, x, y, types.int64, types.int64, types.int64), build
-    return add_rows
 
+        return types.void(rows, kept, x, y, types.int64, types.int64, types.int64), build
+
+    return add_rows
 
 # %% ../nbs/03a_sparse_linear.ipynb #64e32a85
 if numba:
@@ -192,238 +289,360 @@ if numba:
     @_compiled
     def _add_kept(rows, kept, x, y, at, n):
         i, k = 0, len(kept)
-        while i+14 <= k: _add_14(rows, kept, x, y, i, at, n); i += 14
-        while i+4 <= k: _add_4(rows, kept, x, y, i, at, n); i += 4
-        while i < k: _add_1(rows, kept, x, y, i, at, n); i += 1
+        while i + 14 <= k:
+            _add_14(rows, kept, x, y, i, at, n)
+            i += 14
+        while i + 4 <= k:
+            _add_4(rows, kept, x, y, i, at, n)
+            i += 4
+        while i < k:
+            _add_1(rows, kept, x, y, i, at, n)
+            i += 1
 
     @_compiled
-    def _rounded(f): # a bfloat16 in the upper half of a uint32
+    def _rounded(f):  # a bfloat16 in the upper half of a uint32
         u = np.float32(f).view(np.uint32)
-        return (u+np.uint32(0x7fff)+((u >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xffff0000) if f == f else u | np.uint32(0x400000)
+        return (
+            (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+            if f == f
+            else u | np.uint32(0x400000)
+        )
 
     @_compiled
-    def _total(parts, y): # (threads, B, 1, N), (B, N)
+    def _total(parts, y):  # (threads, B, 1, N), (B, N)
         y[:] = parts[0, :, 0]
-        for p in parts[1:]: y += p[:, 0]
+        for p in parts[1:]:
+            y += p[:, 0]
 
     @_compiled
-    def _total_of_pairs(parts, y): # (threads, B, 2, N/2), (B, N/2)
-        for p in parts[1:]: parts[0] += p
+    def _total_of_pairs(parts, y):  # (threads, B, 2, N/2), (B, N/2)
+        for p in parts[1:]:
+            parts[0] += p
         for b in range(len(y)):
             even, odd, out = parts[0, b, 0], parts[0, b, 1], y[b]
-            for j in range(len(out)): out[j] = _rounded(even[j]) >> np.uint32(16) | _rounded(odd[j])
-
+            for j in range(len(out)):
+                out[j] = _rounded(even[j]) >> np.uint32(16) | _rounded(odd[j])
 
 # %% ../nbs/03a_sparse_linear.ipynb #032e8bd9
 def _openmp():
     "GNU's OpenMP library that torch brought, and whose threads it uses; None if it is another one."
-    path = next(Path(torch.__file__).parent.glob('lib/libgomp*'), None)
-    if path is None: return None
+    path = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
+    if path is None:
+        return None
     lib = ctypes.CDLL(str(path))
-    lib.omp_get_thread_num.argtypes = lib.omp_get_num_threads.argtypes = []   # numba wants to know; they return an int
+    lib.omp_get_thread_num.argtypes = lib.omp_get_num_threads.argtypes = []  # numba wants to know; they return an int
     return lib
 
+
 _omp = _openmp() if numba else None
-if _omp and hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: globals().update(_omp=None))   # where its threads are no more
+if _omp and hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(_omp=None))  # where its threads are no more
 
 # %% ../nbs/03a_sparse_linear.ipynb #5fb97076
 @cache
 def _kernel_of(dtype):
     "Compiled functions: of addresses and sizes, this thread's share of a product; and of all threads' parts, the product."
-    of_rows, of_x, halves, number_of = {torch.bfloat16: (np.uint32, np.uint16, 2, np.float32), torch.float32: (*[np.float32]*2, 1, np.float32), torch.float64: (*[np.float64]*2, 1, np.float64)}[dtype]
-    number, team = (_omp.omp_get_thread_num, _omp.omp_get_num_threads) if _omp else (numba.njit(lambda: 0), numba.njit(lambda: 1))
+    of_rows, of_x, halves, number_of = {
+        torch.bfloat16: (np.uint32, np.uint16, 2, np.float32),
+        torch.float32: (*[np.float32] * 2, 1, np.float32),
+        torch.float64: (*[np.float64] * 2, 1, np.float64),
+    }[dtype]
+    number, team = (
+        (_omp.omp_get_thread_num, _omp.omp_get_num_threads) if _omp else (numba.njit(lambda: 0), numba.njit(lambda: 1))
+    )
+
     @numba.cfunc(types.void(types.CPointer(types.voidptr)))
-    def share(a): # addresses: rows, kept, x, parts, and D, columns, B, k, threads asked for, are rows shared?, parts that were filled, the error
+    def share(
+        a,
+    ):  # addresses: rows, kept, x, parts, and D, columns, B, k, threads asked for, are rows shared?, parts that were filled, the error
         s = numba.carray(a[4], 8, np.int64)
         D, columns, B, k, t, n = s[0], s[1], s[2], s[3], number(), team()
-        rows, kept, x = numba.carray(a[0], (D, columns), of_rows), numba.carray(a[1], (B, k), np.int64), numba.carray(a[2], (B, D), of_x)
+        rows, kept, x = (
+            numba.carray(a[0], (D, columns), of_rows),
+            numba.carray(a[1], (B, k), np.int64),
+            numba.carray(a[2], (B, D), of_x),
+        )
         parts = numba.carray(a[3], (s[4], B, halves, columns), number_of)
-        if t == 0 and s[5]: s[6] = n
+        if t == 0 and s[5]:
+            s[6] = n
         for b in range(B):
-            for c in kept[b]: s[7] |= (c < 0) | (c >= D)
-        if s[7]: return
-        if s[5]: part, lo, hi, first, last = t, 0, columns, k*t//n, k*(t+1)//n
-        else: part, lo, hi, first, last = 0, columns//32*t//n*32, columns//32*(t+1)//n*32, 0, k
-        for b in range(B): parts[part, b, :, lo:hi] = 0; _add_kept(rows, kept[b, first:last], x[b], parts[part, b], lo, hi-lo)
+            for c in kept[b]:
+                s[7] |= (c < 0) | (c >= D)
+        if s[7]:
+            return
+        if s[5]:
+            part, lo, hi, first, last = t, 0, columns, k * t // n, k * (t + 1) // n
+        else:
+            part, lo, hi, first, last = 0, columns // 32 * t // n * 32, columns // 32 * (t + 1) // n * 32, 0, k
+        for b in range(B):
+            parts[part, b, :, lo:hi] = 0
+            _add_kept(rows, kept[b, first:last], x[b], parts[part, b], lo, hi - lo)
+
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(share.address)
-    call.compiled = share                                                                # which must live as long
+    call.compiled = share  # which must live as long
     return call, _total_of_pairs if halves == 2 else _total
 
 # %% ../nbs/03a_sparse_linear.ipynb #a8aa846a
-def axpy_product(rows:torch.Tensor, # (D, N), contiguous, N a multiple of 64
-                 kept:torch.Tensor, # (B, k) int64
-                 x:torch.Tensor,    # (B, D), of the type of `rows`
-                 n_threads:int=1    # that share the work
-                )->torch.Tensor:    # (B, N)
+def axpy_product(
+    rows: torch.Tensor,  # (D, N), contiguous, N a multiple of 64
+    kept: torch.Tensor,  # (B, k) int64
+    x: torch.Tensor,  # (B, D), of the type of `rows`
+    n_threads: int = 1,  # that share the work
+) -> torch.Tensor:  # (B, N)
     "`bag_product` in long runs, by numba: float32, float64 and bfloat16; an `IndexError` for a channel number out of range."
-    if numba is None: raise ImportError('this needs numba: pip install numba')
+    if numba is None:
+        raise ImportError("this needs numba: pip install numba")
     (D, N), (B, k), pairs, n = rows.shape, kept.shape, rows.dtype == torch.bfloat16, n_threads if _omp else 1
-    if N % 64 or not rows.is_contiguous(): raise ValueError(f'rows must be contiguous, of a multiple of 64 outputs, not of {N}')
-    (share, total), columns = _kernel_of(rows.dtype), N//2 if pairs else N
-    kept, x, y, parts = kept.contiguous(), x.contiguous(), rows.new_empty(B, N), torch.empty(n, B, 1+pairs, columns, dtype=torch.float32 if pairs else rows.dtype)
-    sizes = np.array([D, columns, B, k, n, rows[0].nbytes < n*2**13, 1, 0])
+    if N % 64 or not rows.is_contiguous():
+        raise ValueError(f"rows must be contiguous, of a multiple of 64 outputs, not of {N}")
+    (share, total), columns = _kernel_of(rows.dtype), N // 2 if pairs else N
+    kept, x, y, parts = (
+        kept.contiguous(),
+        x.contiguous(),
+        rows.new_empty(B, N),
+        torch.empty(n, B, 1 + pairs, columns, dtype=torch.float32 if pairs else rows.dtype),
+    )
+    sizes = np.array([D, columns, B, k, n, rows[0].nbytes < n * 2**13, 1, 0])
     addresses = np.array([*(t.data_ptr() for t in (rows, kept, x, parts)), sizes.ctypes.data], np.uintp)
-    if n > 1: _omp.GOMP_parallel(share, ctypes.c_void_p(addresses.ctypes.data), n, 0)
-    else: share(addresses.ctypes.data)
-    if sizes[7]: raise IndexError(f'a channel number in kept is out of range: there are {D} channels')
-    total(parts.numpy()[:sizes[6]], (y.view(torch.uint32) if pairs else y).numpy())
+    if n > 1:
+        _omp.GOMP_parallel(share, ctypes.c_void_p(addresses.ctypes.data), n, 0)
+    else:
+        share(addresses.ctypes.data)
+    if sizes[7]:
+        raise IndexError(f"a channel number in kept is out of range: there are {D} channels")
+    total(parts.numpy()[: sizes[6]], (y.view(torch.uint32) if pairs else y).numpy())
     return y
 
 # %% ../nbs/03a_sparse_linear.ipynb #a4fef024
 def _check_weight(weight, bias):
     "A `ValueError` for a weight or bias that has no sparse product."
-    if weight.dim() != 2: raise ValueError(f'weight must be (out_features, in_features), not of shape {tuple(weight.shape)}')
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (out_features, in_features), not of shape {tuple(weight.shape)}")
     if weight.is_quantized or not weight.is_floating_point() or weight.itemsize < 2:
-        raise ValueError(f'weight is {weight.dtype}: a quantized weight has no sparse product here, dequantize it to bfloat16 or float32 first')
-    if bias is not None and bias.shape != weight.shape[:1]: raise ValueError(f'bias must be ({weight.shape[0]},), not of shape {tuple(bias.shape)}')
+        raise ValueError(
+            f"weight is {weight.dtype}: a quantized weight has no sparse product here, dequantize it to bfloat16 or float32 first"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), not of shape {tuple(bias.shape)}")
+
 
 def _kernel(dtype, name):
     "The kernel to use: `axpy` or `bags`."
-    if name is None: return 'bags' if numba is None or dtype == torch.float16 else 'axpy'
-    if name not in ('axpy', 'bags'): raise ValueError(f'kernel must be axpy or bags, not {name!r}')
-    if name == 'axpy' and numba is None: raise ImportError('kernel axpy needs numba: pip install numba')
-    if name == 'axpy' and dtype == torch.float16: raise ValueError('kernel axpy takes bfloat16, float32 and float64, not float16')
+    if name is None:
+        return "bags" if numba is None or dtype == torch.float16 else "axpy"
+    if name not in ("axpy", "bags"):
+        raise ValueError(f"kernel must be axpy or bags, not {name!r}")
+    if name == "axpy" and numba is None:
+        raise ImportError("kernel axpy needs numba: pip install numba")
+    if name == "axpy" and dtype == torch.float16:
+        raise ValueError("kernel axpy takes bfloat16, float32 and float64, not float16")
     return name
+
 
 def _huge(D, N, like):
     "Memory of (D, N) numbers of the type and device of `like`, which begins at a cache line and on a CPU is in huge pages if the system has them."
-    if like.device.type != 'cpu': return like.new_empty(D, N)
-    memory = torch.from_numpy(np.empty(D*N*like.itemsize+64, np.uint8))
-    return memory[-memory.data_ptr() % 64:][:D*N*like.itemsize].view(like.dtype).view(D, N)
+    if like.device.type != "cpu":
+        return like.new_empty(D, N)
+    memory = torch.from_numpy(np.empty(D * N * like.itemsize + 64, np.uint8))
+    return memory[-memory.data_ptr() % 64 :][: D * N * like.itemsize].view(like.dtype).view(D, N)
+
 
 class SparseLinear(nn.Module):
     "A linear layer that can read the weights of chosen channels only; its weights are frozen."
-    def __init__(self,
-                 weight:torch.Tensor, # (N, D), as in `nn.Linear`; copied; not quantized
-                 bias=None,           # (N,)
-                 kernel=None):        # on a CPU: `axpy` (needs numba) or `bags`; None is the first of them that is there
+
+    def __init__(
+        self,
+        weight: torch.Tensor,  # (N, D), as in `nn.Linear`; copied; not quantized
+        bias=None,  # (N,)
+        kernel=None,
+    ):  # on a CPU: `axpy` (needs numba) or `bags`; None is the first of them that is there
         super().__init__()
         _check_weight(weight, bias)
         self.kernel = _kernel(weight.dtype, kernel)
         self.out_features, self.in_features = weight.shape
-        N = math.ceil(self.out_features/64)*64
-        if self.kernel == 'axpy': N += 64*(N//64 % 2 == 0)
+        N = math.ceil(self.out_features / 64) * 64
+        if self.kernel == "axpy":
+            N += 64 * (N // 64 % 2 == 0)
         self.rows = nn.Parameter(_huge(self.in_features, N, weight).zero_(), requires_grad=False)  # (D, N)
-        self.rows[:, :self.out_features] = weight.detach().t()
+        self.rows[:, : self.out_features] = weight.detach().t()
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @property
-    def weight(self)->torch.Tensor: return self.rows[:, :self.out_features].t() # (N, D), a view
-    def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, kernel={self.kernel}'
+    def weight(self) -> torch.Tensor:
+        return self.rows[:, : self.out_features].t()  # (N, D), a view
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, kernel={self.kernel}"
 
 # %% ../nbs/03a_sparse_linear.ipynb #27a9fdb1
 @patch
-def forward(self:SparseLinear,
-            x:torch.Tensor       # (…, D)
-           )->torch.Tensor:      # (…, N)
+def forward(
+    self: SparseLinear,
+    x: torch.Tensor,  # (…, D)
+) -> torch.Tensor:  # (…, N)
     "The dense product."
-    if self._own_dense(x): return self.sparse(x, torch.arange(self.in_features))
+    if self._own_dense(x):
+        return self.sparse(x, torch.arange(self.in_features))
     return F.linear(x, self.weight, self.bias)
 
-@patch
-def _own_dense(self:SparseLinear, x):
-    "Is the product of all rows quicker than torch's?"
-    if x.device.type != 'cpu' or x.numel() != self.in_features or x.dtype != self.rows.dtype or torch.is_grad_enabled(): return False
-    return x.dtype == torch.bfloat16 or x.dtype == torch.float32 and self.kernel == 'axpy' and self.rows.nbytes > 2**20
 
+@patch
+def _own_dense(self: SparseLinear, x):
+    "Is the product of all rows quicker than torch's?"
+    if x.device.type != "cpu" or x.numel() != self.in_features or x.dtype != self.rows.dtype or torch.is_grad_enabled():
+        return False
+    return x.dtype == torch.bfloat16 or x.dtype == torch.float32 and self.kernel == "axpy" and self.rows.nbytes > 2**20
 
 # %% ../nbs/03a_sparse_linear.ipynb #5950ebe8
 @patch
-def _check(self:SparseLinear, x, kept):
+def _check(self: SparseLinear, x, kept):
     "An error in one line for what `sparse` cannot take."
     D, rows = self.in_features, self.rows
-    if x.shape[-1] != D: raise ValueError(f'x has {x.shape[-1]} channels, the weight has {D}')
-    if x.dtype != rows.dtype: raise ValueError(f'x is {x.dtype}, the weight {rows.dtype}: convert one of them')
-    if not x.device == kept.device == rows.device: raise ValueError(f'x is on {x.device}, kept on {kept.device}, the weight on {rows.device}')
-    if kept.dtype not in (torch.int64, torch.int32): raise ValueError(f'kept must hold channel numbers (int64), not {kept.dtype}')
-    if kept.dim() > 1 and kept.shape[:-1] != x.shape[:-1]: raise ValueError(f'kept has shape {tuple(kept.shape)}, but x {tuple(x.shape)}: one row per token')
-    if torch.is_grad_enabled() and x.requires_grad: raise RuntimeError('a sparse product has no gradient: use torch.no_grad(), or forward')
+    if x.shape[-1] != D:
+        raise ValueError(f"x has {x.shape[-1]} channels, the weight has {D}")
+    if x.dtype != rows.dtype:
+        raise ValueError(f"x is {x.dtype}, the weight {rows.dtype}: convert one of them")
+    if not x.device == kept.device == rows.device:
+        raise ValueError(f"x is on {x.device}, kept on {kept.device}, the weight on {rows.device}")
+    if kept.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"kept must hold channel numbers (int64), not {kept.dtype}")
+    if kept.dim() > 1 and kept.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"kept has shape {tuple(kept.shape)}, but x {tuple(x.shape)}: one row per token")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("a sparse product has no gradient: use torch.no_grad(), or forward")
 
 # %% ../nbs/03a_sparse_linear.ipynb #d2f268c2
 @patch
-def sparse(self:SparseLinear,
-           x:torch.Tensor,       # (…, D), of 1 to 4 tokens: with more, their channels together are nearly all
-           kept:torch.Tensor     # (…, k) channels of each token, or (k,) for all of them, each at most once
-          )->torch.Tensor:       # (…, N)
+def sparse(
+    self: SparseLinear,
+    x: torch.Tensor,  # (…, D), of 1 to 4 tokens: with more, their channels together are nearly all
+    kept: torch.Tensor,  # (…, k) channels of each token, or (k,) for all of them, each at most once
+) -> torch.Tensor:  # (…, N)
     "The product of the kept channels; an `IndexError` or `RuntimeError` for a channel number out of range."
     self._check(x, kept)
     flat, N = x if x.dim() == 2 else x.reshape(-1, self.in_features), self.out_features
-    if kept.dim() != 2 or len(kept) != len(flat): kept = torch.atleast_2d(kept).flatten(0, -2).expand(len(flat), -1)     # (B, k)
+    if kept.dim() != 2 or len(kept) != len(flat):
+        kept = torch.atleast_2d(kept).flatten(0, -2).expand(len(flat), -1)  # (B, k)
     kept = kept.long()
-    if x.is_cuda: y = triton_product(self.rows, torch.zeros_like(flat).scatter_(1, kept, flat.gather(1, kept)), N)
-    elif self.kernel == 'axpy': y = axpy_product(self.rows, kept, flat, torch.get_num_threads())[:, :N]
-    else: y = bag_product(self.rows, kept, flat.gather(1, kept), n_pieces(self.rows.shape[1], torch.get_num_threads(), len(flat)))[:, :N]
-    if self.bias is not None: y = y + self.bias
+    if x.is_cuda:
+        y = triton_product(self.rows, torch.zeros_like(flat).scatter_(1, kept, flat.gather(1, kept)), N)
+    elif self.kernel == "axpy":
+        y = axpy_product(self.rows, kept, flat, torch.get_num_threads())[:, :N]
+    else:
+        y = bag_product(
+            self.rows, kept, flat.gather(1, kept), n_pieces(self.rows.shape[1], torch.get_num_threads(), len(flat))
+        )[:, :N]
+    if self.bias is not None:
+        y = y + self.bias
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
 
 # %% ../nbs/03a_sparse_linear.ipynb #e3f28598
-def fused(*linears              # `nn.Linear` (or alike) with the same inputs
-         )->SparseLinear:       # outputs in the order of `linears`
+def fused(
+    *linears,  # `nn.Linear` (or alike) with the same inputs
+) -> SparseLinear:  # outputs in the order of `linears`
     "Linear layers that read the same input as one; split its output by their `out_features`."
-    if len({l.weight.shape[1:] for l in linears}) != 1: raise ValueError('fused layers must read the same input: their in_features differ')
+    if len({l.weight.shape[1:] for l in linears}) != 1:
+        raise ValueError("fused layers must read the same input: their in_features differ")
     bias = None
     if any(l.bias is not None for l in linears):
         bias = torch.cat([l.weight.new_zeros(len(l.weight)) if l.bias is None else l.bias for l in linears])
     return SparseLinear(torch.cat([l.weight for l in linears]), bias)
 
 # %% ../nbs/03a_sparse_linear.ipynb #d066c7d1
-def panels(weight:torch.Tensor, # (N, D)
-           width:int=384        # outputs of a panel
-          ):                    # function of x (B, D) -> (B, N), and of kept (B, k) if not all channels are
+def panels(
+    weight: torch.Tensor,  # (N, D)
+    width: int = 384,  # outputs of a panel
+):  # function of x (B, D) -> (B, N), and of kept (B, k) if not all channels are
     "A product that reads memory from front to back: `embedding_bag` over panels."
     N, D = weight.shape
-    table = F.pad(weight.t(), (0, -N % width)).view(D, -1, width).transpose(0, 1).reshape(-1, width)   # (P*D, width)
-    first = torch.arange(0, len(table), D, device=weight.device)[:, None, None]                        # (P, 1, 1)
+    table = F.pad(weight.t(), (0, -N % width)).view(D, -1, width).transpose(0, 1).reshape(-1, width)  # (P*D, width)
+    first = torch.arange(0, len(table), D, device=weight.device)[:, None, None]  # (P, 1, 1)
+
     def product(x, kept=None):
         P, B = len(first), len(x)
-        if kept is None: kept, values = torch.arange(D, device=x.device).expand(B, D), x
-        else: values = x.gather(1, kept)
-        y = F.embedding_bag((first+kept).flatten(0, 1), table, mode='sum', per_sample_weights=values.expand(P, *values.shape).flatten(0, 1))
+        if kept is None:
+            kept, values = torch.arange(D, device=x.device).expand(B, D), x
+        else:
+            values = x.gather(1, kept)
+        y = F.embedding_bag(
+            (first + kept).flatten(0, 1),
+            table,
+            mode="sum",
+            per_sample_weights=values.expand(P, *values.shape).flatten(0, 1),
+        )
         return y.view(P, B, width).transpose(0, 1).reshape(B, -1)[:, :N]
+
     return product
 
 # %% ../nbs/03a_sparse_linear.ipynb #4ccec73c
-def _linear(w): return lambda x: F.linear(x, w)
-def _rows(w): return lambda x, r=w.t().contiguous(): x @ r
+def _linear(w):
+    return lambda x: F.linear(x, w)
+
+
+def _rows(w):
+    return lambda x, r=w.t().contiguous(): x @ r
+
+
 def _own(w, kernel):
     lin, all_ = SparseLinear(w, kernel=kernel), torch.arange(w.shape[1])
     return lambda x: lin.sparse(x, all_)
-def _bags(w): return _own(w, 'bags')
-def _axpy_all(w): return _own(w, 'axpy')
+
+
+def _bags(w):
+    return _own(w, "bags")
+
+
+def _axpy_all(w):
+    return _own(w, "axpy")
+
+
 def _onednn(w):
     packed = torch.ops.mkldnn._reorder_linear_weight(w, 1)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, 'none', [], '')
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
 def _mkl(w):
     packed = torch.ops.mkl._mkl_reorder_linear_weight(w, 1)
     return lambda x: torch.ops.mkl._mkl_linear(x, packed, w, None, len(x))
+
+
 DENSE = dict(linear=_linear, rows=_rows, bags=_bags, axpy=_axpy_all, panels=panels, onednn=_onednn, mkl=_mkl)
 
-def dense_ways(dtype # of the weights
-              )->list:
+
+def dense_ways(
+    dtype,  # of the weights
+) -> list:
     "Names in `DENSE` that this machine and this torch have for `dtype`."
-    have = dict(axpy=numba is not None and dtype != torch.float16, onednn=torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_reorder_linear_weight'),
-                mkl=dtype == torch.float32 and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear'))
+    have = dict(
+        axpy=numba is not None and dtype != torch.float16,
+        onednn=torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"),
+        mkl=dtype == torch.float32 and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"),
+    )
     return [k for k in DENSE if have.get(k, True)]
 
 # %% ../nbs/03a_sparse_linear.ipynb #f2b3acf6
 def _matrices(D, N, dtype, nbytes):
     "Weights (N, D) of at least `nbytes` together, two or more, and an input for each."
     w, gen = torch.randn(N, D).to(dtype), torch.Generator().manual_seed(1)
-    n = max(2, math.ceil(nbytes/w.nbytes))
+    n = max(2, math.ceil(nbytes / w.nbytes))
     return [w.roll(i, 0) for i in range(n)], [torch.randn(1, D, generator=gen).to(dtype) for _ in range(n)]
 
-def _each(products, xs): return lambda: [f(x) for f, x in zip(products, xs)]
+
+def _each(products, xs):
+    return lambda: [f(x) for f, x in zip(products, xs)]
+
 
 def _sparse_arms(ws, xs, sparsities):
     "`name -> function`: rows and panels at each sparsity with the channels chosen beforehand, and the choosing by itself."
-    tables, arms, kernels = [panels(w) for w in ws], {}, ['bags'] + ['axpy']*('axpy' in dense_ways(ws[0].dtype))
+    tables, arms, kernels = [panels(w) for w in ws], {}, ["bags"] + ["axpy"] * ("axpy" in dense_ways(ws[0].dtype))
     lins = {k: [SparseLinear(w, kernel=k) for w in ws] for k in kernels}
     for s in sparsities:
-        k = round((1-s)*xs[0].shape[-1])
+        k = round((1 - s) * xs[0].shape[-1])
         chosen = [select(x, k) for x in xs]
-        for name, ls in lins.items(): arms[f'{name} {s:g}'] = _each([lambda x, l=l, c=c: l.sparse(x, c) for l, c in zip(ls, chosen)], xs)
-        arms[f'panels {s:g}'] = _each([lambda x, t=t, c=c: t(x, c) for t, c in zip(tables, chosen)], xs)
-        arms[f'select {s:g}'] = _each([lambda x, k=k: select(x, k)]*len(xs), xs)
+        for name, ls in lins.items():
+            arms[f"{name} {s:g}"] = _each([lambda x, l=l, c=c: l.sparse(x, c) for l, c in zip(ls, chosen)], xs)
+        arms[f"panels {s:g}"] = _each([lambda x, t=t, c=c: t(x, c) for t, c in zip(tables, chosen)], xs)
+        arms[f"select {s:g}"] = _each([lambda x, k=k: select(x, k)] * len(xs), xs)
     return arms
 
 # %% ../nbs/03a_sparse_linear.ipynb #6fa5fb74
@@ -433,103 +652,167 @@ def _kernel_rows(D, N, dtype, n_threads, sparsities, rounds, nbytes):
     dt = getattr(torch, dtype)
     ws, xs = _matrices(D, N, dt, nbytes)
     dense = {way: _each([DENSE[way](w) for w in ws], xs) for way in dense_ways(dt)}
-    with threads(n_threads): times = interleaved(dense | _sparse_arms(ws, xs, sparsities) | dict(read=reader()), rounds)
-    read, n = 2**28/statistics.median(times.pop('read')), len(ws)
+    with threads(n_threads):
+        times = interleaved(dense | _sparse_arms(ws, xs, sparsities) | dict(read=reader()), rounds)
+    read, n = 2**28 / statistics.median(times.pop("read")), len(ws)
     best = min(dense, key=lambda way: statistics.median(times[way]))
-    return [_row(arm, ts, times[best], times['linear'], n, read, dict(D=D, N=N, dtype=dtype, threads=n_threads, best_dense=best), dt.itemsize)
-            for arm, ts in times.items()]
+    return [
+        _row(
+            arm,
+            ts,
+            times[best],
+            times["linear"],
+            n,
+            read,
+            dict(D=D, N=N, dtype=dtype, threads=n_threads, best_dense=best),
+            dt.itemsize,
+        )
+        for arm, ts in times.items()
+    ]
+
 
 def _row(arm, ts, best, linear, n, read, about, itemsize):
     "One row: times of one product, bytes, and ratios of the same round."
-    kind, s = arm.split() if ' ' in arm else (arm, None)
-    k = about['D'] if s is None else round((1-float(s))*about['D'])
-    nbytes = 0 if kind == 'select' else product_bytes(about['D'], about['N'], k, itemsize)
-    ratio, rate = (lambda other: statistics.median(o/t for o, t in zip(other, ts))), nbytes*n/statistics.median(ts)
-    return dict(**about, arm=kind, sparsity=None if s is None or kind == 'select' else float(s), k=k, **spread([t/n for t in ts]), bytes=nbytes,
-                gb_per_s=rate/1e9, read_gb_per_s=read/1e9, share_of_read=rate/read, vs_best_dense=ratio(best), vs_linear=ratio(linear))
+    kind, s = arm.split() if " " in arm else (arm, None)
+    k = about["D"] if s is None else round((1 - float(s)) * about["D"])
+    nbytes = 0 if kind == "select" else product_bytes(about["D"], about["N"], k, itemsize)
+    ratio, rate = (
+        (lambda other: statistics.median(o / t for o, t in zip(other, ts))),
+        nbytes * n / statistics.median(ts),
+    )
+    return dict(
+        **about,
+        arm=kind,
+        sparsity=None if s is None or kind == "select" else float(s),
+        k=k,
+        **spread([t / n for t in ts]),
+        bytes=nbytes,
+        gb_per_s=rate / 1e9,
+        read_gb_per_s=read / 1e9,
+        share_of_read=rate / read,
+        vs_best_dense=ratio(best),
+        vs_linear=ratio(linear),
+    )
 
 # %% ../nbs/03a_sparse_linear.ipynb #94103c68
-def benchmark_kernel(shapes=((2048, 8192), (4096, 11008)), # (D, N) of each
-                     sparsities=(.25, .4, .5, .6, .75),
-                     dtypes=('bfloat16', 'float32'),
-                     n_threads=(1, 2),
-                     rounds:int=15,                        # timed turns of each way
-                     nbytes:int=2**28                      # of weights that each way goes through in a turn
-                    )->list:                               # of dict: `arm`, times in ms of one product, bytes, ratios
+def benchmark_kernel(
+    shapes=((2048, 8192), (4096, 11008)),  # (D, N) of each
+    sparsities=(0.25, 0.4, 0.5, 0.6, 0.75),
+    dtypes=("bfloat16", "float32"),
+    n_threads=(1, 2),
+    rounds: int = 15,  # timed turns of each way
+    nbytes: int = 2**28,  # of weights that each way goes through in a turn
+) -> list:  # of dict: `arm`, times in ms of one product, bytes, ratios
     "Time one-token products, every dense way and sparse ones, in turn; `vs_…` above 1 is quicker than that."
-    return [row for D, N in shapes for dt in dtypes for n in n_threads for row in _kernel_rows(D, N, dt, n, sparsities, rounds, nbytes)]
+    return [
+        row
+        for D, N in shapes
+        for dt in dtypes
+        for n in n_threads
+        for row in _kernel_rows(D, N, dt, n, sparsities, rounds, nbytes)
+    ]
 
 # %% ../nbs/03a_sparse_linear.ipynb #e27e0560
 class DecodeStep:
     "One-token steps of a Llama at position `context`, over exchangeable products."
-    def __init__(self,
-                 model,        # a `LlamaForCausalLM`, without biases
-                 make,         # weight (N, D) -> product: function of x (B, D)
-                 context:int,  # tokens in the cache
-                 head=None):   # product of the output layer; of `make` if None
-        c, self.level = model.config, 0.   # level: the share of inputs left out; 0 is dense
-        self.config, self.context, self.eps, self.embed = c, context, c.rms_norm_eps, model.get_input_embeddings().weight
+
+    def __init__(
+        self,
+        model,  # a `LlamaForCausalLM`, without biases
+        make,  # weight (N, D) -> product: function of x (B, D)
+        context: int,  # tokens in the cache
+        head=None,
+    ):  # product of the output layer; of `make` if None
+        c, self.level = model.config, 0.0  # level: the share of inputs left out; 0 is dense
+        self.config, self.context, self.eps, self.embed = (
+            c,
+            context,
+            c.rms_norm_eps,
+            model.get_input_embeddings().weight,
+        )
         self.layers = [self._layer(l, make) for l in model.model.layers]
         self.norm, self.head = model.model.norm.weight, head or make(model.lm_head.weight)
-        shape = c.num_hidden_layers, 1, c.num_key_value_heads, context+1, c.head_dim
-        self.keys, self.values = (torch.zeros(shape, dtype=model.dtype) for _ in 'kv')
+        shape = c.num_hidden_layers, 1, c.num_key_value_heads, context + 1, c.head_dim
+        self.keys, self.values = (torch.zeros(shape, dtype=model.dtype) for _ in "kv")
         self.rope = [t.unsqueeze(1) for t in model.model.rotary_emb(self.keys, torch.tensor([[context]]))]
 
     def _layer(self, l, make):
         a, m, cat = l.self_attn, l.mlp, lambda *ls: make(torch.cat([x.weight for x in ls]))
-        return SimpleNamespace(qkv=cat(a.q_proj, a.k_proj, a.v_proj), o=make(a.o_proj.weight), gate_up=cat(m.gate_proj, m.up_proj),
-                               down=make(m.down_proj.weight), pre=l.input_layernorm.weight, post=l.post_attention_layernorm.weight)
+        return SimpleNamespace(
+            qkv=cat(a.q_proj, a.k_proj, a.v_proj),
+            o=make(a.o_proj.weight),
+            gate_up=cat(m.gate_proj, m.up_proj),
+            down=make(m.down_proj.weight),
+            pre=l.input_layernorm.weight,
+            post=l.post_attention_layernorm.weight,
+        )
 
 # %% ../nbs/03a_sparse_linear.ipynb #3d7e4f1e
 @patch
-def product(self:DecodeStep, f, x):
+def product(self: DecodeStep, f, x):
     "The product `f` of `x` (1, D), dense or at the level that is set."
-    return f.sparse(x, select(x, round((1-self.level)*x.shape[-1]))) if self.level else f(x)
+    return f.sparse(x, select(x, round((1 - self.level) * x.shape[-1]))) if self.level else f(x)
+
 
 @patch
-def attend(self:DecodeStep, i, qkv):
+def attend(self: DecodeStep, i, qkv):
     "Attention of layer `i`: store the key and value, read all of them."
     c, (cos, sin) = self.config, self.rope
     n, m = c.num_attention_heads, c.num_key_value_heads
-    qk, v = qkv.view(1, n+2*m, 1, c.head_dim).split([n+m, m], 1)        # (1, heads, 1, head_dim)
-    q, k = (qk*cos + torch.cat([-qk[..., c.head_dim//2:], qk[..., :c.head_dim//2]], -1)*sin).split([n, m], 1)
-    self.keys[i, :, :, self.context:], self.values[i, :, :, self.context:] = k, v
-    y = F.scaled_dot_product_attention(q.reshape(1, m, n//m, -1), self.keys[i], self.values[i])    # heads that share keys, as if they were tokens
+    qk, v = qkv.view(1, n + 2 * m, 1, c.head_dim).split([n + m, m], 1)  # (1, heads, 1, head_dim)
+    q, k = (qk * cos + torch.cat([-qk[..., c.head_dim // 2 :], qk[..., : c.head_dim // 2]], -1) * sin).split([n, m], 1)
+    self.keys[i, :, :, self.context :], self.values[i, :, :, self.context :] = k, v
+    y = F.scaled_dot_product_attention(
+        q.reshape(1, m, n // m, -1), self.keys[i], self.values[i]
+    )  # heads that share keys, as if they were tokens
     return y.view(1, -1)
+
 
 @patch
 @torch.no_grad()
-def __call__(self:DecodeStep, token:int)->torch.Tensor: # logits (1, V)
+def __call__(self: DecodeStep, token: int) -> torch.Tensor:  # logits (1, V)
     "Logits behind `token`."
     h = self.embed[token][None]
-    norm = lambda x, gain: F.rms_norm(x, x.shape[-1:], gain, self.eps)
+
+    def norm(x, gain):
+        return F.rms_norm(x, x.shape[-1:], gain, self.eps)
+
     for i, l in enumerate(self.layers):
         h = h + self.product(l.o, self.attend(i, self.product(l.qkv, norm(h, l.pre))))
         gate, up = self.product(l.gate_up, norm(h, l.post)).chunk(2, -1)
-        h = h + self.product(l.down, F.silu(gate)*up)
+        h = h + self.product(l.down, F.silu(gate) * up)
     return self.head(norm(h, self.norm))
 
 # %% ../nbs/03a_sparse_linear.ipynb #6e0d6350
-def step_model(hidden=2048, layers=8, intermediate=8192, heads=32, kv_heads=8, vocab=32768, dtype='bfloat16'):
+def step_model(hidden=2048, layers=8, intermediate=8192, heads=32, kv_heads=8, vocab=32768, dtype="bfloat16"):
     "A Llama with random weights; by default with the shapes of one of 1B parameters, of half its depth."
-    cfg = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-                      num_key_value_heads=kv_heads, tie_word_embeddings=False)
+    cfg = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(cfg, dtype=getattr(torch, dtype), attn_implementation='sdpa').eval()
+    return AutoModelForCausalLM.from_config(cfg, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
 
 # %% ../nbs/03a_sparse_linear.ipynb #651ed3af
-def decode_bytes(config, context:int, itemsize:int, level:float=0.)->int:
+def decode_bytes(config, context: int, itemsize: int, level: float = 0.0) -> int:
     "Bytes that one step must read when a share `level` of the inputs of every layer is left out."
     c, H = config, config.hidden_size
-    q, kv = c.num_attention_heads*c.head_dim, c.num_key_value_heads*c.head_dim
-    shapes = (H, q+2*kv), (q, H), (H, 2*c.intermediate_size), (c.intermediate_size, H)
-    layer = sum(round((1-level)*D)*N for D, N in shapes) + 2*(context+1)*kv
-    return itemsize*(c.num_hidden_layers*layer + H*c.vocab_size)
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = (H, q + 2 * kv), (q, H), (H, 2 * c.intermediate_size), (c.intermediate_size, H)
+    layer = sum(round((1 - level) * D) * N for D, N in shapes) + 2 * (context + 1) * kv
+    return itemsize * (c.num_hidden_layers * layer + H * c.vocab_size)
 
 # %% ../nbs/03a_sparse_linear.ipynb #9ab51dfe
 @torch.inference_mode()
-def fastest_dense(weight:torch.Tensor, # (N, D)
-                  rounds:int=7)->str:  # a name in `DENSE`
+def fastest_dense(
+    weight: torch.Tensor,  # (N, D)
+    rounds: int = 7,
+) -> str:  # a name in `DENSE`
     "The quickest dense product of one token with `weight` on this machine, as now measured."
     x = torch.randn(1, weight.shape[1]).to(weight.dtype)
     arms = {way: (lambda f=DENSE[way](weight): f(x)) for way in dense_ways(weight.dtype)}
@@ -539,178 +822,310 @@ def fastest_dense(weight:torch.Tensor, # (N, D)
 # %% ../nbs/03a_sparse_linear.ipynb #27c3261a
 def _step_arms(model, context, sparsities):
     "`name -> function`: stock transformers, our step over `F.linear`, over the best dense product, and sparse, the model that `generate` runs; and which is best."
-    best = fastest_dense(torch.cat([model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight]))
+    best = fastest_dense(
+        torch.cat([model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight])
+    )
     dense = DecodeStep(model, DENSE[best], context)
     steps = dict(linear=DecodeStep(model, _linear, context), best_dense=dense)
-    ours, cache = DecodeStep(model, SparseLinear, context, head=dense.head), fill(DynamicCache(config=model.config), model.config, context, model.dtype)
-    def at(level): ours.level = level; return ours(7)
+    ours, cache = (
+        DecodeStep(model, SparseLinear, context, head=dense.head),
+        fill(DynamicCache(config=model.config), model.config, context, model.dtype),
+    )
+
+    def at(level):
+        ours.level = level
+        return ours(7)
+
     arms = dict(stock=lambda: model(torch.tensor([[7]]), past_key_values=cache).logits)
-    arms |= {k: lambda s=s: s(7) for k, s in steps.items()} | {f'sparse {s:g}': lambda s=s: at(s) for s in (0., *sparsities)}
+    arms |= {k: lambda s=s: s(7) for k, s in steps.items()} | {
+        f"sparse {s:g}": lambda s=s: at(s) for s in (0.0, *sparsities)
+    }
     return arms | _generate_arms(model, context, sparsities), best
+
 
 def _generate_arms(model, context, sparsities):
     "`name -> function`: a step of `model` in transformers, its projections as LaRoSA makes them, at each level."
-    from llmopt.larosa import set_levels, sparsify, split_levels    # which imports this module
-    new = sparsify(copy.deepcopy(model, {id(p): p for p in model.parameters()}), linear=SparseLinear)    # norms and embedding are shared
-    cache = fill(DynamicCache(config=model.config), model.config, context, model.dtype)
-    def at(levels): set_levels(new, levels); return new(torch.tensor([[7]]), past_key_values=cache).logits
-    return {f'generate {s:g}': lambda l=split_levels(new, s, 'uniform'): at(l) for s in (0., *sparsities)}
+    from llmopt.larosa import set_levels, sparsify, split_levels  # which imports this module
 
+    new = sparsify(
+        copy.deepcopy(model, {id(p): p for p in model.parameters()}), linear=SparseLinear
+    )  # norms and embedding are shared
+    cache = fill(DynamicCache(config=model.config), model.config, context, model.dtype)
+
+    def at(levels):
+        set_levels(new, levels)
+        return new(torch.tensor([[7]]), past_key_values=cache).logits
+
+    return {f"generate {s:g}": lambda l=split_levels(new, s, "uniform"): at(l) for s in (0.0, *sparsities)}
 
 # %% ../nbs/03a_sparse_linear.ipynb #86d72b38
 @torch.inference_mode()
-def benchmark_step(sparsities=(.25, .4, .5, .6, .75),
-                   dtype:str='bfloat16', n_threads:int=2,
-                   rounds:int=11,          # timed steps of each way
-                   context:int=128,        # tokens in the cache
-                   **shape                 # see `step_model`
-                  )->list:                 # of dict: `arm`, times in ms, bytes, the bound, ratios
+def benchmark_step(
+    sparsities=(0.25, 0.4, 0.5, 0.6, 0.75),
+    dtype: str = "bfloat16",
+    n_threads: int = 2,
+    rounds: int = 11,  # timed steps of each way
+    context: int = 128,  # tokens in the cache
+    **shape,  # see `step_model`
+) -> list:  # of dict: `arm`, times in ms, bytes, the bound, ratios
     "Time whole one-token steps in turn: stock transformers, our step dense twice, and sparse."
     model = step_model(dtype=dtype, **shape)
     with threads(n_threads):
         arms, best = _step_arms(model, context, sparsities)
         times = interleaved(arms | dict(read=reader()), rounds)
-    read = 2**28/statistics.median(times.pop('read'))
-    about = dict(dtype=dtype, threads=n_threads, context=context, best_dense=best, kernel=_kernel(model.dtype, None), **shape)
+    read = 2**28 / statistics.median(times.pop("read"))
+    about = dict(
+        dtype=dtype, threads=n_threads, context=context, best_dense=best, kernel=_kernel(model.dtype, None), **shape
+    )
     return [_step_row(arm, times, read, model, about) for arm in times]
+
 
 def _step_row(arm, times, read, model, about):
     "One row: times of one step, the byte bound, and ratios of the same round."
-    level = float(arm.split()[1]) if ' ' in arm else None
-    nbytes, ts = decode_bytes(model.config, about['context'], model.dtype.itemsize, level or 0.), times[arm]
-    ratio = lambda other: statistics.median(o/t for o, t in zip(times[other], ts))
-    return dict(**about, arm=arm.split()[0], sparsity=level, **spread(ts), bytes=nbytes, read_gb_per_s=read/1e9, bound_ms=1000*nbytes/read,
-                share_of_bound=nbytes/read/statistics.median(ts), vs_best_dense=ratio('best_dense'), vs_linear=ratio('linear'), vs_stock=ratio('stock'))
+    level = float(arm.split()[1]) if " " in arm else None
+    nbytes, ts = decode_bytes(model.config, about["context"], model.dtype.itemsize, level or 0.0), times[arm]
+
+    def ratio(other):
+        return statistics.median(o / t for o, t in zip(times[other], ts))
+
+    return dict(
+        **about,
+        arm=arm.split()[0],
+        sparsity=level,
+        **spread(ts),
+        bytes=nbytes,
+        read_gb_per_s=read / 1e9,
+        bound_ms=1000 * nbytes / read,
+        share_of_bound=nbytes / read / statistics.median(ts),
+        vs_best_dense=ratio("best_dense"),
+        vs_linear=ratio("linear"),
+        vs_stock=ratio("stock"),
+    )
 
 # %% ../nbs/03a_sparse_linear.ipynb #9848ae36
 try:
-    import triton, triton.language as tl
+    import triton
+    import triton.language as tl
+
     jit = triton.jit
-except ImportError: triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f=None, **_: f or (lambda g: g)
+except ImportError:
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f=None, **_: f or (lambda g: g)
 
 # %% ../nbs/03a_sparse_linear.ipynb #5d8bf866
 @jit
-def _magnitude(v, BITS:tl.constexpr):
+def _magnitude(v, BITS: tl.constexpr):
     "`|v|` as an integer of as many bits, in the same order."
-    if BITS == 15: m = v.to(tl.int16, bitcast=True).to(tl.int32) & 0x7fff
-    else: m = v.to(tl.int32, bitcast=True) & 0x7fffffff
+    if BITS == 15:
+        m = v.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    else:
+        m = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return m
 
-@jit
-def _add4(a, b, c, d, e, f, g, h): return a+e, b+f, c+g, d+h
 
 @jit
-def _digit(bits, low, room, SHIFT:tl.constexpr):
+def _add4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@jit
+def _digit(bits, low, room, SHIFT: tl.constexpr):
     "The next three bits of the `room`-th largest of those that begin like `low`, and its place among those that have them, too."
     digit = (bits ^ low) >> SHIFT
-    flags = tl.sum(tl.where(digit < 8, 1 << 4*(digit & 7), 0), 1)              # how many of eight channels have which digit
-    n = tl.reduce((flags & 0xf000f, flags >> 4 & 0xf000f, flags >> 8 & 0xf000f, flags >> 12 & 0xf000f), 0, _add4)
-    found, above, passed = room*0, room*0, room*0
-    for c in tl.static_range(7):                                               # digits 7 to 1
-        passed += n[3-c%4] >> (0 if c > 3 else 16) & 0xffff
+    flags = tl.sum(tl.where(digit < 8, 1 << 4 * (digit & 7), 0), 1)  # how many of eight channels have which digit
+    n = tl.reduce((flags & 0xF000F, flags >> 4 & 0xF000F, flags >> 8 & 0xF000F, flags >> 12 & 0xF000F), 0, _add4)
+    found, above, passed = room * 0, room * 0, room * 0
+    for c in tl.static_range(7):  # digits 7 to 1
+        passed += n[3 - c % 4] >> (0 if c > 3 else 16) & 0xFFFF
         found += (passed >= room).to(tl.int32)
         above = tl.where(passed < room, passed, above)
-    return low | found << SHIFT, room-above
+    return low | found << SHIFT, room - above
 
-@jit(do_not_specialize=['k'])
-def _select_kernel(x, y, D, k, eps, NORM:tl.constexpr, ALL:tl.constexpr, BITS:tl.constexpr, BLOCK:tl.constexpr):
-    b, i = tl.program_id(0).to(tl.int64), 8*tl.arange(0, BLOCK//8)[:, None]+tl.arange(0, 8)[None, :]
-    v = tl.load(x+b*D+i, mask=i < D, other=0.)
+
+@jit(do_not_specialize=["k"])
+def _select_kernel(x, y, D, k, eps, NORM: tl.constexpr, ALL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    b, i = tl.program_id(0).to(tl.int64), 8 * tl.arange(0, BLOCK // 8)[:, None] + tl.arange(0, 8)[None, :]
+    v = tl.load(x + b * D + i, mask=i < D, other=0.0)
     if NORM:
         f = v.to(tl.float32)
-        v = (f*(1/tl.sqrt(tl.sum(tl.sum(f*f, 1), 0)/D+eps))).to(x.dtype.element_ty)
+        v = (f * (1 / tl.sqrt(tl.sum(tl.sum(f * f, 1), 0) / D + eps))).to(x.dtype.element_ty)
     if not ALL:
-        bits, low, room = _magnitude(v, BITS), 0, k                            # what lies behind D is 0, and comes last
-        for r in tl.static_range((BITS+2)//3): low, room = _digit(bits, low, room, 3*((BITS+2)//3-1-r))
+        bits, low, room = _magnitude(v, BITS), 0, k  # what lies behind D is 0, and comes last
+        for r in tl.static_range((BITS + 2) // 3):
+            low, room = _digit(bits, low, room, 3 * ((BITS + 2) // 3 - 1 - r))
         tie = (bits == low).to(tl.int32)
         rows = tl.sum(tie, 1)
-        before = (tl.cumsum(rows, 0)-rows)[:, None]+tl.cumsum(tie, 1)-tie
-        v = tl.where((bits > low) | ((tie > 0) & (before < room)), v, 0.)
-    tl.store(y+b*D+i, v.to(y.dtype.element_ty), mask=i < D)
+        before = (tl.cumsum(rows, 0) - rows)[:, None] + tl.cumsum(tie, 1) - tie
+        v = tl.where((bits > low) | ((tie > 0) & (before < room)), v, 0.0)
+    tl.store(y + b * D + i, v.to(y.dtype.element_ty), mask=i < D)
 
 # %% ../nbs/03a_sparse_linear.ipynb #e9378c99
 @jit
-def _finish(out, residual, y, b, first, N, GATED:tl.constexpr, BLOCK_N:tl.constexpr):
+def _finish(out, residual, y, b, first, N, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
     "Store a block of outputs, with the residual stream added, or as silu(even ones)*odd ones."
-    n = first+tl.arange(0, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = y.dtype.element_ty
-    if residual is not None: out += tl.load(residual+b*N+n, mask=n < N, other=0.).to(tl.float32)
+    if residual is not None:
+        out += tl.load(residual + b * N + n, mask=n < N, other=0.0).to(tl.float32)
     if GATED:
-        gate, up = tl.split(tl.reshape(out.to(dtype).to(tl.float32), [BLOCK_N//2, 2]))
-        m = first//2+tl.arange(0, BLOCK_N//2)
-        tl.store(y+b*(N//2)+m, ((gate/(1+tl.exp(-gate))).to(dtype).to(tl.float32)*up).to(dtype), mask=m < N//2)
-    else: tl.store(y+b*N+n, out.to(dtype), mask=n < N)
+        gate, up = tl.split(tl.reshape(out.to(dtype).to(tl.float32), [BLOCK_N // 2, 2]))
+        m = first // 2 + tl.arange(0, BLOCK_N // 2)
+        tl.store(
+            y + b * (N // 2) + m,
+            ((gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up).to(dtype),
+            mask=m < N // 2,
+        )
+    else:
+        tl.store(y + b * N + n, out.to(dtype), mask=n < N)
+
 
 @jit
-def _inputs(x, b, at, D): return tl.load(x+b*D+at, mask=at < D, other=0.)
+def _inputs(x, b, at, D):
+    return tl.load(x + b * D + at, mask=at < D, other=0.0)
+
 
 @jit
 def _weights(rows, v, at, n, N, stride):
     "Rows of the inputs `v` that are not 0."
-    return tl.load(rows+at.to(tl.int64)[:, :, None]*stride+n[None, None, :], mask=(v != 0)[:, :, None] & (n < N)[None, None, :], other=0., eviction_policy='evict_first')
+    return tl.load(
+        rows + at.to(tl.int64)[:, :, None] * stride + n[None, None, :],
+        mask=(v != 0)[:, :, None] & (n < N)[None, None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
 
-@jit(do_not_specialize=['split'])
-def _product_kernel(rows, x, residual, partial, counters, y, N, D, stride, split, GATED:tl.constexpr,
-                    UNROLL:tl.constexpr, ROWS:tl.constexpr, BLOCK_N:tl.constexpr, SPLIT:tl.constexpr):
+
+@jit(do_not_specialize=["split"])
+def _product_kernel(
+    rows,
+    x,
+    residual,
+    partial,
+    counters,
+    y,
+    N,
+    D,
+    stride,
+    split,
+    GATED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     block, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, i = block*BLOCK_N+tl.arange(0, BLOCK_N), UNROLL*tl.arange(0, ROWS)[:, None]+tl.arange(0, UNROLL)[None, :]
+    n, i = block * BLOCK_N + tl.arange(0, BLOCK_N), UNROLL * tl.arange(0, ROWS)[:, None] + tl.arange(0, UNROLL)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    first, step = s*UNROLL*ROWS, split*UNROLL*ROWS
-    v = _inputs(x, b, first+i, D)
-    w, after = _weights(rows, v, first+i, n, N, stride), _inputs(x, b, first+step+i, D)
-    for j in range(first+step, D+step, step):                                       # weights of one turn are under way while those of another are added, in registers
+    first, step = s * UNROLL * ROWS, split * UNROLL * ROWS
+    v = _inputs(x, b, first + i, D)
+    w, after = _weights(rows, v, first + i, n, N, stride), _inputs(x, b, first + step + i, D)
+    for j in range(
+        first + step, D + step, step
+    ):  # weights of one turn are under way while those of another are added, in registers
         last, old, v = v, w, after
-        w, after = _weights(rows, v, j+i, n, N, stride), _inputs(x, b, j+step+i, D)
-        total += tl.sum(last.to(tl.float32)[:, :, None]*old.to(tl.float32), 1)      # within a thread
-    if SPLIT == 1: _finish(tl.sum(total, 0), residual, y, b, block*BLOCK_N, N, GATED, BLOCK_N)
+        w, after = _weights(rows, v, j + i, n, N, stride), _inputs(x, b, j + step + i, D)
+        total += tl.sum(last.to(tl.float32)[:, :, None] * old.to(tl.float32), 1)  # within a thread
+    if SPLIT == 1:
+        _finish(tl.sum(total, 0), residual, y, b, block * BLOCK_N, N, GATED, BLOCK_N)
     else:
-        mine, counter, some = partial+b*split*N, counters+b*tl.num_programs(0)+block, tl.arange(0, SPLIT)[:, None]
-        tl.store(mine+s*N+n, tl.sum(total, 0), mask=n < N)
-        tl.debug_barrier()                                                          # all threads have stored
-        if tl.atomic_add(counter, 1, sem='acq_rel') == split-1:                     # this program is the last at its block
-            out = tl.sum(tl.load(mine+some*N+n[None, :], mask=(some < split) & (n < N)[None, :], other=0., cache_modifier='.cg'), 0)
-            _finish(out, residual, y, b, block*BLOCK_N, N, GATED, BLOCK_N)
+        mine, counter, some = (
+            partial + b * split * N,
+            counters + b * tl.num_programs(0) + block,
+            tl.arange(0, SPLIT)[:, None],
+        )
+        tl.store(mine + s * N + n, tl.sum(total, 0), mask=n < N)
+        tl.debug_barrier()  # all threads have stored
+        if tl.atomic_add(counter, 1, sem="acq_rel") == split - 1:  # this program is the last at its block
+            out = tl.sum(
+                tl.load(
+                    mine + some * N + n[None, :],
+                    mask=(some < split) & (n < N)[None, :],
+                    other=0.0,
+                    cache_modifier=".cg",
+                ),
+                0,
+            )
+            _finish(out, residual, y, b, block * BLOCK_N, N, GATED, BLOCK_N)
             tl.store(counter, 0)
 
 # %% ../nbs/03a_sparse_linear.ipynb #c6c36f0a
 def _need_triton(dtype):
     "An error in one line without Triton, and for a precision that the kernels do not have."
-    if triton is None: raise ImportError('this needs Triton, which comes with torch for CUDA: pip install triton')
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32): raise ValueError(f'the Triton kernels take bfloat16, float16 and float32, not {dtype}')
+    if triton is None:
+        raise ImportError("this needs Triton, which comes with torch for CUDA: pip install triton")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"the Triton kernels take bfloat16, float16 and float32, not {dtype}")
 
-def triton_select(x:torch.Tensor, # (B, D)
-                  k=None,         # channels to keep; None is all
-                  eps=None        # of an RMS norm without gain before the selection; None is no norm
-                 )->torch.Tensor: # (B, D), normalized, and 0 where `select` would not keep it
+
+def triton_select(
+    x: torch.Tensor,  # (B, D)
+    k=None,  # channels to keep; None is all
+    eps=None,  # of an RMS norm without gain before the selection; None is no norm
+) -> torch.Tensor:  # (B, D), normalized, and 0 where `select` would not keep it
     "Norm and selection in one launch, with the ties of `select`."
     _need_triton(x.dtype)
     (B, D), x = x.shape, x.contiguous()
-    if k is not None and not 0 <= k <= D: raise ValueError(f'k must lie between 0 and D={D}, not {k}')
-    if D >= 2**15: raise ValueError(f'counts are kept in 15 bits, which {D} channels overflow')
-    if k == 0: return torch.zeros_like(x)
-    y, bits, block, every, norm = torch.empty_like(x), 8*x.itemsize-1, max(8, triton.next_power_of_2(D)), k in (None, D), eps is not None
-    _select_kernel[(B,)](x, y, D, k or 0, eps or 0., norm, every, bits, block, num_warps=min(32, max(4, block//512)))
+    if k is not None and not 0 <= k <= D:
+        raise ValueError(f"k must lie between 0 and D={D}, not {k}")
+    if D >= 2**15:
+        raise ValueError(f"counts are kept in 15 bits, which {D} channels overflow")
+    if k == 0:
+        return torch.zeros_like(x)
+    y, bits, block, every, norm = (
+        torch.empty_like(x),
+        8 * x.itemsize - 1,
+        max(8, triton.next_power_of_2(D)),
+        k in (None, D),
+        eps is not None,
+    )
+    _select_kernel[(B,)](x, y, D, k or 0, eps or 0.0, norm, every, bits, block, num_warps=min(32, max(4, block // 512)))
     return y
 
 # %% ../nbs/03a_sparse_linear.ipynb #425bf4f6
 @cache
-def _processors(device): return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 4
+def _processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
-def triton_product(rows:torch.Tensor,   # (D, N or more), the last dimension contiguous
-                   x:torch.Tensor,      # (B, D); rows of zeros are not read
-                   N:int,               # outputs
-                   residual=None,       # (B, N), added
-                   gated:bool=False,    # return silu(even outputs)*odd outputs
-                   counters=None,       # int32 zeros, zeros again afterwards, at least B*N/block_n; made here if None
-                   split=None,          # programs that share a block of outputs; None: as many as make four programs of a processor
-                   block_n:int=128, unroll:int=8, num_warps:int=4 # outputs of a program, loads of a thread in a turn
-                  )->torch.Tensor:      # (B, N), or (B, N/2)
+
+def triton_product(
+    rows: torch.Tensor,  # (D, N or more), the last dimension contiguous
+    x: torch.Tensor,  # (B, D); rows of zeros are not read
+    N: int,  # outputs
+    residual=None,  # (B, N), added
+    gated: bool = False,  # return silu(even outputs)*odd outputs
+    counters=None,  # int32 zeros, zeros again afterwards, at least B*N/block_n; made here if None
+    split=None,  # programs that share a block of outputs; None: as many as make four programs of a processor
+    block_n: int = 128,
+    unroll: int = 8,
+    num_warps: int = 4,  # outputs of a program, loads of a thread in a turn
+) -> torch.Tensor:  # (B, N), or (B, N/2)
     "The product with the rows of the channels that are not 0, plus `residual`, in one launch."
     _need_triton(rows.dtype)
-    (B, D), blocks, lanes = x.shape, triton.cdiv(N, block_n), max(1, 32*num_warps*8//block_n)
-    if split is None: split = max(1, min(4*_processors(rows.device)//(blocks*B), 32, triton.cdiv(D, unroll*lanes)))
-    if counters is None: counters = torch.zeros(B*blocks, dtype=torch.int32, device=rows.device)
-    partial, y = torch.empty(B, split, N, dtype=torch.float32, device=rows.device), torch.empty(B, N//(1+gated), dtype=rows.dtype, device=rows.device)
+    (B, D), blocks, lanes = x.shape, triton.cdiv(N, block_n), max(1, 32 * num_warps * 8 // block_n)
+    if split is None:
+        split = max(1, min(4 * _processors(rows.device) // (blocks * B), 32, triton.cdiv(D, unroll * lanes)))
+    if counters is None:
+        counters = torch.zeros(B * blocks, dtype=torch.int32, device=rows.device)
+    partial, y = (
+        torch.empty(B, split, N, dtype=torch.float32, device=rows.device),
+        torch.empty(B, N // (1 + gated), dtype=rows.dtype, device=rows.device),
+    )
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    _product_kernel[(blocks, split, B)](rows, x, residual, partial, counters, y, N, D, rows.stride(0), split, gated, unroll, lanes, block_n, triton.next_power_of_2(split), num_warps=num_warps)
+    _product_kernel[(blocks, split, B)](
+        rows,
+        x,
+        residual,
+        partial,
+        counters,
+        y,
+        N,
+        D,
+        rows.stride(0),
+        split,
+        gated,
+        unroll,
+        lanes,
+        block_n,
+        triton.next_power_of_2(split),
+        num_warps=num_warps,
+    )
     return y

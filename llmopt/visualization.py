@@ -13,10 +13,18 @@ __all__ = ['NAMES', 'AA', 'COLORS', 'OTHERS', 'MARKERS', 'INK', 'FAINT', 'BAND',
            'drawable', 'plot', 'plot_file']
 
 # %% ../nbs/07_visualization.ipynb #08fcec35
-import io, math, re, textwrap, unicodedata, warnings
+import io
+import math
+import re
+import textwrap
+import unicodedata
+import warnings
 from pathlib import Path
 
-import numpy as np, pandas as pd, PIL.Image, seaborn as sns
+import numpy as np
+import pandas as pd
+import PIL.Image
+import seaborn as sns
 from fastcore.basics import patch
 from matplotlib import font_manager, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,850 +37,1194 @@ from .results import Metric, Results, ResultsError, Run, load
 
 # %% ../nbs/07_visualization.ipynb #adfc31fd
 NAMES = dict(
-    ttft_ms='time to first token', preprocess_ms='shortening and tokenizing', prefill_ms='prefill', tpot_ms='time per token', e2el_ms='total time',
-    itl_ms='gap between tokens', prefill_tok_per_s='prefill rate', prefill_eff_tok_per_s='prefill rate in baseline tokens', decode_tok_per_s='decode rate',
-    decode_base_tok_per_s='decode rate in baseline tokens', decode_char_per_s='characters per second', prompt_tokens='tokens read',
-    prompt_tokens_base='tokens of the prompt',
-    completion_tokens='tokens of the answer', completion_tokens_base="answer in the baseline's tokens",
-    kv_bytes_live='KV cache, live', kv_bytes_peak='KV cache, peak',
-    kv_bytes_reserved='KV cache, reserved', weight_bytes='weights', peak_rss_delta_bytes='added by answering', peak_rss_bytes='peak memory',
-    kl_mean='KL divergence', kl_p99='KL divergence, 99th percentile', top1_agree='same top token', bits_per_byte_delta='extra bits per byte',
-    exact_match='same answer', rougeL_vs_base='ROUGE-L with the baseline', keyword_recall='keywords found')
+    ttft_ms="time to first token",
+    preprocess_ms="shortening and tokenizing",
+    prefill_ms="prefill",
+    tpot_ms="time per token",
+    e2el_ms="total time",
+    itl_ms="gap between tokens",
+    prefill_tok_per_s="prefill rate",
+    prefill_eff_tok_per_s="prefill rate in baseline tokens",
+    decode_tok_per_s="decode rate",
+    decode_base_tok_per_s="decode rate in baseline tokens",
+    decode_char_per_s="characters per second",
+    prompt_tokens="tokens read",
+    prompt_tokens_base="tokens of the prompt",
+    completion_tokens="tokens of the answer",
+    completion_tokens_base="answer in the baseline's tokens",
+    kv_bytes_live="KV cache, live",
+    kv_bytes_peak="KV cache, peak",
+    kv_bytes_reserved="KV cache, reserved",
+    weight_bytes="weights",
+    peak_rss_delta_bytes="added by answering",
+    peak_rss_bytes="peak memory",
+    kl_mean="KL divergence",
+    kl_p99="KL divergence, 99th percentile",
+    top1_agree="same top token",
+    bits_per_byte_delta="extra bits per byte",
+    exact_match="same answer",
+    rougeL_vs_base="ROUGE-L with the baseline",
+    keyword_recall="keywords found",
+)
 
 # %% ../nbs/07_visualization.ipynb #4667abd4
-def scale(x:float, unit:str)->tuple: # factor and unit to show
+def scale(x: float, unit: str) -> tuple:  # factor and unit to show
     "By what to multiply values up to `x`, and what to call them then."
-    if unit == 'ms' and x >= 10_000: return 1e-3, 's'
-    k = min(3, int(math.log(max(x, 1), 1024))) if unit == 'byte' else 0
-    return (1024**-k, ['bytes', 'KiB', 'MiB', 'GiB'][k]) if unit == 'byte' else (1, unit)
+    if unit == "ms" and x >= 10_000:
+        return 1e-3, "s"
+    k = min(3, int(math.log(max(x, 1), 1024))) if unit == "byte" else 0
+    return (1024**-k, ["bytes", "KiB", "MiB", "GiB"][k]) if unit == "byte" else (1, unit)
 
-def number(x:float)->str:
+
+def number(x: float) -> str:
     "`x` with about three digits."
-    if abs(x) >= 99.95 or x == round(x): return f'{x:,.0f}'
-    if abs(x) >= 9.995: return f'{x:.1f}'
-    return f'{x:.2f}' if abs(x) >= .095 else f'{x:.2g}'
+    if abs(x) >= 99.95 or x == round(x):
+        return f"{x:,.0f}"
+    if abs(x) >= 9.995:
+        return f"{x:.1f}"
+    return f"{x:.2f}" if abs(x) >= 0.095 else f"{x:.2g}"
 
 # %% ../nbs/07_visualization.ipynb #498a858a
-def plain(text)->str:
+def plain(text) -> str:
     "`text` with what cannot be printed as a dot."
-    return ''.join(c if c.isprintable() else '·' for c in str(text))
+    return "".join(c if c.isprintable() else "·" for c in str(text))
 
-def label(name:str, width:int=24)->str:
+
+def label(name: str, width: int = 24) -> str:
     "`name` on at most two lines of `width`; the middle of a longer one is left out."
     name = plain(name)
-    if len(name) > 2*width: name = name[:width-1] + '…' + name[-width:]
-    if len(name) <= width: return name
-    cuts = [(c == '+', i+1) for i, c in enumerate(name) if c in '+:,_-/ ' and len(name)-width <= i+1 <= width]
+    if len(name) > 2 * width:
+        name = name[: width - 1] + "…" + name[-width:]
+    if len(name) <= width:
+        return name
+    cuts = [(c == "+", i + 1) for i, c in enumerate(name) if c in "+:,_-/ " and len(name) - width <= i + 1 <= width]
     cut = max(cuts, default=(0, width))[1]
-    return name[:cut] + '\n' + name[cut:]
+    return name[:cut] + "\n" + name[cut:]
 
 # %% ../nbs/07_visualization.ipynb #7c2c414c
-AA = 'baseline*'
-COLORS = {'baseline': '#4d4d4d', AA: '#9a9a9a', 'word_removal': '#0072B2', 'simple_adaptivocab': '#E69F00', 'larosa': '#009E73',
-          'hybrid_kv_cache': '#CC79A7', 'all_combined': '#D55E00'}
-OTHERS = ['#56B4E9', '#882255', '#999933', '#332288', '#44AA99', '#8C564B', '#661100']
-MARKERS = 'osD^vPX<>phd'
+AA = "baseline*"
+COLORS = {
+    "baseline": "#4d4d4d",
+    AA: "#9a9a9a",
+    "word_removal": "#0072B2",
+    "simple_adaptivocab": "#E69F00",
+    "larosa": "#009E73",
+    "hybrid_kv_cache": "#CC79A7",
+    "all_combined": "#D55E00",
+}
+OTHERS = ["#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#8C564B", "#661100"]
+MARKERS = "osD^vPX<>phd"
 
 # %% ../nbs/07_visualization.ipynb #77b17ea9
-def looks(methods:list)->dict: # method -> (colour, marker)
+def looks(methods: list) -> dict:  # method -> (colour, marker)
     "A fixed colour and marker for each of `methods`."
-    free = OTHERS + [c for m, c in COLORS.items() if m not in methods and m not in ('baseline', AA)]
+    free = OTHERS + [c for m, c in COLORS.items() if m not in methods and m not in ("baseline", AA)]
     rest = [m for m in methods if m not in COLORS]
     color = COLORS | {m: free[i % len(free)] for i, m in enumerate(rest)}
-    marked = [m for m in methods if m not in ('baseline', AA)]
+    marked = [m for m in methods if m not in ("baseline", AA)]
     mark = {m: MARKERS[1:][i % 11] for i, m in enumerate(marked)}
     return {m: (color[m], mark.get(m, MARKERS[0])) for m in methods}
 
 # %% ../nbs/07_visualization.ipynb #37a0fa5e
 class View:
     "The rows of `results` that succeeded, with order and look of the methods."
-    def __init__(self, results:Results):
+
+    def __init__(self, results: Results):
         df = results.frame
-        for c in [c for c in df if c in results.definitions and c != 'itl_ms']: df[c] = pd.to_numeric(df[c], errors='coerce')
+        for c in [c for c in df if c in results.definitions and c != "itl_ms"]:
+            df[c] = pd.to_numeric(df[c], errors="coerce")
         self.results, self.rows, self.failed = results, df[df.error.isna()], df[df.error.notna()]
         names = list(dict.fromkeys([*(m.id for m in results.methods), *df.method]))
-        self.methods = sorted(names, key=lambda m: (m != 'baseline', m != AA))
-        self.look, self.queries = looks(self.methods), list(dict.fromkeys([*(q.id for q in results.queries), *df['query']]))
+        self.methods = sorted(names, key=lambda m: (m != "baseline", m != AA))
+        self.look, self.queries = (
+            looks(self.methods),
+            list(dict.fromkeys([*(q.id for q in results.queries), *df["query"]])),
+        )
         self.summary = {(s.method, s.metric): s for s in results.summary}
 
 # %% ../nbs/07_visualization.ipynb #7ab2ce6d
 @patch
-def metric(self:View, name)->Metric:
+def metric(self: View, name) -> Metric:
     "The definition of a metric in the file."
-    return self.results.definitions.get(name) or Metric(formula='', unit='', better='neither')
+    return self.results.definitions.get(name) or Metric(formula="", unit="", better="neither")
+
 
 @patch
-def values(self:View, what, arm=None)->pd.DataFrame: # method, query, round, x
+def values(self: View, what, arm=None) -> pd.DataFrame:  # method, query, round, x
     "The finite values of `what`, a metric or a function of the rows, in `arm`, or the arm of the metric."
     d = self.rows[self.rows.arm == (arm or self.metric(what).arm)]
     x = (d[what] if isinstance(what, str) else what(d)).astype(float)
-    return d[['method', 'query', 'round']].assign(x=x)[np.isfinite(x)]
+    return d[["method", "query", "round"]].assign(x=x)[np.isfinite(x)]
 
 # %% ../nbs/07_visualization.ipynb #b6961da4
 @patch
-def arms(self:View, *arms)->list:
+def arms(self: View, *arms) -> list:
     "The methods that were tried in one of `arms`, failed ones included."
     tried = {r.method for r in self.results.runs if r.arm in arms}
     return [m for m in self.methods if m in tried]
 
+
 @patch
-def usable(self:View)->bool:
+def usable(self: View) -> bool:
     "Is there a row that succeeded and holds a number?"
-    cols = [c for c in self.results.definitions if c in self.rows and c != 'itl_ms']
+    cols = [c for c in self.results.definitions if c in self.rows and c != "itl_ms"]
     return bool(self.rows[cols].notna().any(axis=None))
 
 # %% ../nbs/07_visualization.ipynb #7af20586
-INK, FAINT, BAND = '#222222', '#6e6e6e', '#e3e3e3'
-_WIDE = 'Noto Sans CJK JP', 'Noto Sans CJK SC', 'WenQuanYi Zen Hei', 'Hiragino Sans', 'Yu Gothic', 'Microsoft YaHei', 'Arial Unicode MS'
+INK, FAINT, BAND = "#222222", "#6e6e6e", "#e3e3e3"
+_WIDE = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans",
+    "Yu Gothic",
+    "Microsoft YaHei",
+    "Arial Unicode MS",
+)
 _FONTS = [f for f in _WIDE if f in font_manager.get_font_names()]
-WIDTH = 12 # inches of a sheet
-STYLE = {**sns.axes_style('whitegrid'), 'font.family': ['DejaVu Sans', *_FONTS], 'font.size': 9, 'text.parse_math': False, 'text.hinting': 'none',
-         'text.color': INK, 'axes.edgecolor': '#b5b5b5', 'grid.color': '#ececec', 'axes.linewidth': .8,
-         'figure.facecolor': 'white', 'savefig.facecolor': 'white'}
+WIDTH = 12  # inches of a sheet
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    "font.family": ["DejaVu Sans", *_FONTS],
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.hinting": "none",
+    "text.color": INK,
+    "axes.edgecolor": "#b5b5b5",
+    "grid.color": "#ececec",
+    "axes.linewidth": 0.8,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
 
 # %% ../nbs/07_visualization.ipynb #71f1571a
 @patch
-def machine(self:View)->str:
+def machine(self: View) -> str:
     "Device, processor, cores, threads and torch, as far as the file knows."
     e, c = self.results.environment, self.results.config
-    counts = [f'{e[k]} {what}{"s"*(e[k] != 1)}' for k, what in (('cores_logical', 'core'), ('torch_num_threads', 'thread')) if e.get(k)]
-    device = ' '.join(str(x) for x in (c.get('device'), e.get('cpu_model')) if x)
-    torch = f"torch {e['torch']}" if e.get('torch') else ''
-    return ', '.join(filter(None, [device, *map(str, e.get('accelerators') or []), *counts, torch])) or 'an unnamed machine'
+    counts = [
+        f"{e[k]} {what}{'s' * (e[k] != 1)}"
+        for k, what in (("cores_logical", "core"), ("torch_num_threads", "thread"))
+        if e.get(k)
+    ]
+    device = " ".join(str(x) for x in (c.get("device"), e.get("cpu_model")) if x)
+    torch = f"torch {e['torch']}" if e.get("torch") else ""
+    return (
+        ", ".join(filter(None, [device, *map(str, e.get("accelerators") or []), *counts, torch]))
+        or "an unnamed machine"
+    )
+
 
 @patch
-def model(self:View)->str:
+def model(self: View) -> str:
     "Name, size and type of the model."
-    c, n = self.results.config, self.results.config.get('parameters')
-    size = [f'{n/1e6:,.1f} M parameters' if isinstance(n, (int, float)) else '', str(c.get('dtype_used') or '').replace('torch.', '')]
-    return f"{c.get('model_id') or 'unnamed model'} ({', '.join(filter(None, size))})".removesuffix(' ()')
+    c, n = self.results.config, self.results.config.get("parameters")
+    size = [
+        f"{n / 1e6:,.1f} M parameters" if isinstance(n, (int, float)) else "",
+        str(c.get("dtype_used") or "").replace("torch.", ""),
+    ]
+    return f"{c.get('model_id') or 'unnamed model'} ({', '.join(filter(None, size))})".removesuffix(" ()")
+
 
 @patch
-def extent(self:View)->str:
+def extent(self: View) -> str:
     "Queries, rounds, tokens and date."
-    c, qs, rounds = self.results.config, self.results.queries, int(self.rows[self.rows.arm == 'speed']['round'].nunique()) or 1
-    asked = f' ("{textwrap.shorten(qs[0].text, 90, placeholder=" …")}")' if len(qs) == 1 else ''
-    n = f'{len(self.queries)} quer{"y" if len(self.queries) == 1 else "ies"}{asked} × {rounds} round{"s"*(rounds > 1)}'
-    tokens = f"{c['max_new_tokens']} new tokens" if c.get('max_new_tokens') else ''
-    return ', '.join(map(str, filter(None, [n, tokens, c.get('decoding'), self.results.created[:10]])))
+    c, qs, rounds = (
+        self.results.config,
+        self.results.queries,
+        int(self.rows[self.rows.arm == "speed"]["round"].nunique()) or 1,
+    )
+    asked = f' ("{textwrap.shorten(qs[0].text, 90, placeholder=" …")}")' if len(qs) == 1 else ""
+    n = f"{len(self.queries)} quer{'y' if len(self.queries) == 1 else 'ies'}{asked} × {rounds} round{'s' * (rounds > 1)}"
+    tokens = f"{c['max_new_tokens']} new tokens" if c.get("max_new_tokens") else ""
+    return ", ".join(map(str, filter(None, [n, tokens, c.get("decoding"), self.results.created[:10]])))
 
 # %% ../nbs/07_visualization.ipynb #1ca26c8f
 @patch
-def remarks(self:View)->list: # lines for the foot of a sheet
+def remarks(self: View) -> list:  # lines for the foot of a sheet
     "What limits the numbers, and what failed."
-    rounds = self.rows[self.rows.arm == 'speed']['round'].nunique()
-    out = ['One round: nothing is known of the spread from round to round.'] if rounds == 1 else []
+    rounds = self.rows[self.rows.arm == "speed"]["round"].nunique()
+    out = ["One round: nothing is known of the spread from round to round."] if rounds == 1 else []
     if len(self.failed):
-        n = self.failed.groupby('method').size()
-        out.append('Failed measurements: ' + ', '.join(f'{m} {n[m]}' for m in self.methods if m in n) + f'. The first: {self.failed.error.iloc[0]}')
-    return out + [f'Note: {w}' for w in self.results.warnings]
+        n = self.failed.groupby("method").size()
+        out.append(
+            "Failed measurements: "
+            + ", ".join(f"{m} {n[m]}" for m in self.methods if m in n)
+            + f". The first: {self.failed.error.iloc[0]}"
+        )
+    return out + [f"Note: {w}" for w in self.results.warnings]
+
 
 @patch
-def formulas(self:View, metrics)->list: # lines
+def formulas(self: View, metrics) -> list:  # lines
     "The definitions of `metrics` in the file."
-    return [f'{NAMES.get(k, k)} ({k}, {d.unit}): {d.formula}' for k in metrics if (d := self.metric(k)).formula]
+    return [f"{NAMES.get(k, k)} ({k}, {d.unit}): {d.formula}" for k in metrics if (d := self.metric(k)).formula]
 
 # %% ../nbs/07_visualization.ipynb #7cef86e4
-def with_palette(im:PIL.Image.Image)->PIL.Image.Image:
+def with_palette(im: PIL.Image.Image) -> PIL.Image.Image:
     "The image with at most 256 colours."
-    im = im.convert('RGB')
-    seen = [c for _, c in sorted(im.getcolors(im.width*im.height), reverse=True)]
-    ours = [tuple(round(255*x) for x in to_rgb(c)) for c in [*COLORS.values(), *OTHERS]]
+    im = im.convert("RGB")
+    seen = [c for _, c in sorted(im.getcolors(im.width * im.height), reverse=True)]
+    ours = [tuple(round(255 * x) for x in to_rgb(c)) for c in [*COLORS.values(), *OTHERS]]
     pal = np.array([*dict.fromkeys(ours + seen)][:256], dtype=np.uint8)
-    pack = lambda a: np.asarray(a).astype(np.int32)@np.array([65536, 256, 1], dtype=np.int32)
+
+    def pack(a):
+        return np.asarray(a).astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
+
     index = np.zeros(2**24, dtype=np.uint8)
     index[pack(seen)] = cKDTree(pal).query(seen)[1]
-    out = PIL.Image.fromarray(index[pack(im)], 'P')
+    out = PIL.Image.fromarray(index[pack(im)], "P")
     out.putpalette(pal.tobytes())
     return out
 
 # %% ../nbs/07_visualization.ipynb #03eff285
 class _Canvas(FigureCanvasAgg):
     "Draws in our style, whoever asks, and writes PNG with a palette."
+
     def print_figure(self, *args, **kw):
         with rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Glyph .* missing')
+            warnings.filterwarnings("ignore", "Glyph .* missing")
             return super().print_figure(*args, **kw)
-    def print_png(self, file, **kw): # matplotlib passes more than the parent takes
+
+    def print_png(self, file, **kw):  # matplotlib passes more than the parent takes
         buf = io.BytesIO()
         super().print_png(buf)
-        with_palette(PIL.Image.open(buf)).save(file, 'PNG', optimize=True)
+        with_palette(PIL.Image.open(buf)).save(file, "PNG", optimize=True)
 
 # %% ../nbs/07_visualization.ipynb #77836ddc
 class Chart(Figure):
     "A figure without `pyplot`; notebooks show it."
+
     def __init__(self, *args, dpi=80, **kw):
         super().__init__(*args, dpi=dpi, **kw)
         _Canvas(self)
-    def png(self, dpi:int=150)->bytes:
+
+    def png(self, dpi: int = 150) -> bytes:
         "The figure as a PNG file."
         buf = io.BytesIO()
-        self.savefig(buf, format='png', dpi=dpi)
+        self.savefig(buf, format="png", dpi=dpi)
         return buf.getvalue()
-    def _repr_png_(self): return self.png(160)
+
+    def _repr_png_(self):
+        return self.png(160)
 
 # %% ../nbs/07_visualization.ipynb #6ed9dfbf
 def sheet(
-    v:View,
-    title:str,
-    height:float,      # inches of the body
-    read=(),           # how to read it; remarks of the file follow
-    metrics=(),        # whose definitions are printed
-    width:float=WIDTH, # inches
-)->tuple:              # figure, body
+    v: View,
+    title: str,
+    height: float,  # inches of the body
+    read=(),  # how to read it; remarks of the file follow
+    metrics=(),  # whose definitions are printed
+    width: float = WIDTH,  # inches
+) -> tuple:  # figure, body
     "A figure with a heading and remarks around a body to draw in."
-    wrap = lambda lines, n: [s for l in lines for s in textwrap.wrap(plain(l), int(n), subsequent_indent='   ')]
-    head = wrap([f'{v.model()} on {v.machine()}', v.extent()], width*14.5)
-    left, right = wrap([*read, *v.remarks()], width*8.3), wrap(v.formulas(metrics), width*8.3)
-    top, bottom = .42 + .18*len(head), .2 + .15*max(len(left), len(right))
-    fig = Chart(figsize=(width, top+height+bottom), layout='constrained')
+
+    def wrap(lines, n):
+        return [s for l in lines for s in textwrap.wrap(plain(l), int(n), subsequent_indent="   ")]
+
+    head = wrap([f"{v.model()} on {v.machine()}", v.extent()], width * 14.5)
+    left, right = wrap([*read, *v.remarks()], width * 8.3), wrap(v.formulas(metrics), width * 8.3)
+    top, bottom = 0.42 + 0.18 * len(head), 0.2 + 0.15 * max(len(left), len(right))
+    fig = Chart(figsize=(width, top + height + bottom), layout="constrained")
     up, body, down = fig.subfigures(3, 1, height_ratios=[top, height, bottom], hspace=0)
-    up.text(.012, 1-.1/top, title, fontsize=14, weight='bold', va='top')
-    for part, x, y, size, lines in ((up, .012, .37/top, 9, head), (down, .012, .06/bottom, 7.5, left), (down, .51, .06/bottom, 7.5, right)):
-        part.text(x, 1-y, '\n'.join(lines), fontsize=size, color=FAINT, va='top', linespacing=1.35)
-    fig.get_layout_engine().set(w_pad=.1, h_pad=.05)
+    up.text(0.012, 1 - 0.1 / top, title, fontsize=14, weight="bold", va="top")
+    for part, x, y, size, lines in (
+        (up, 0.012, 0.37 / top, 9, head),
+        (down, 0.012, 0.06 / bottom, 7.5, left),
+        (down, 0.51, 0.06 / bottom, 7.5, right),
+    ):
+        part.text(x, 1 - y, "\n".join(lines), fontsize=size, color=FAINT, va="top", linespacing=1.35)
+    fig.get_layout_engine().set(w_pad=0.1, h_pad=0.05)
     return fig, body
 
 # %% ../nbs/07_visualization.ipynb #3360dfbe
-def _heading(ax, text, sub='', right=''):
+def _heading(ax, text, sub="", right=""):
     "A title, a smaller line below it, and a remark at the right."
-    ax.set_title(text, loc='left', fontsize=10, weight='bold', pad=17)
-    ax.set_title(right, loc='right', fontsize=8, color=FAINT, pad=17)
-    ax.annotate(sub, (0, 1), (0, 5), 'axes fraction', textcoords='offset points', fontsize=8, color=FAINT)
+    ax.set_title(text, loc="left", fontsize=10, weight="bold", pad=17)
+    ax.set_title(right, loc="right", fontsize=8, color=FAINT, pad=17)
+    ax.annotate(sub, (0, 1), (0, 5), "axes fraction", textcoords="offset points", fontsize=8, color=FAINT)
+
 
 def _lane_axis(ax, v, methods, names=True):
     "Horizontal lanes for `methods`, named or not."
-    room = max(0, 4-len(methods))/2
-    ax.set_ylim(len(methods)-.5+room, -.5-room)
-    ax.set_yticks(range(len(methods)), [label(m) for m in methods] if names else ['']*len(methods))
+    room = max(0, 4 - len(methods)) / 2
+    ax.set_ylim(len(methods) - 0.5 + room, -0.5 - room)
+    ax.set_yticks(range(len(methods)), [label(m) for m in methods] if names else [""] * len(methods))
     ax.tick_params(labelsize=8, length=0, labelcolor=INK)
-    ax.grid(axis='y', visible=False)
+    ax.grid(axis="y", visible=False)
     sns.despine(ax=ax, left=True)
 
 # %% ../nbs/07_visualization.ipynb #1a388582
-BETTER = dict(lower='◂ lower is better', higher='higher is better ▸', neither='')
+BETTER = dict(lower="◂ lower is better", higher="higher is better ▸", neither="")
+
+
 def _side(ax, i, text, color=INK):
     "A number to the right of lane `i`."
-    ax.text(1.015, i, text, transform=ax.get_yaxis_transform(), va='center', fontsize=8, color=color)
+    ax.text(1.015, i, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=color)
 
-def _nothing(ax, why='not measured in this file'):
+
+def _nothing(ax, why="not measured in this file"):
     "Say that a panel has no data."
-    ax.text(.5, .5, why, transform=ax.transAxes, ha='center', va='center', color=FAINT, fontsize=9)
-    ax.set_xticks([]); ax.grid(visible=False)
+    ax.text(0.5, 0.5, why, transform=ax.transAxes, ha="center", va="center", color=FAINT, fontsize=9)
+    ax.set_xticks([])
+    ax.grid(visible=False)
 
-def _spots(v, d)->np.ndarray: # offsets within a lane
+
+def _spots(v, d) -> np.ndarray:  # offsets within a lane
     "Where the rows of `d` stand in their lane: a height for each query, rounds close together."
-    at = np.linspace(-.24, .24, len(v.queries)) if len(v.queries) > 1 else np.zeros(1)
-    n = max(1, d['round'].max()) if len(d) else 1
-    step = .3/len(v.queries)
-    return at[[v.queries.index(q) for q in d['query']]] + step*(d['round'].to_numpy()/n-.5)*(d['round'].nunique() > 1)
+    at = np.linspace(-0.24, 0.24, len(v.queries)) if len(v.queries) > 1 else np.zeros(1)
+    n = max(1, d["round"].max()) if len(d) else 1
+    step = 0.3 / len(v.queries)
+    return at[[v.queries.index(q) for q in d["query"]]] + step * (d["round"].to_numpy() / n - 0.5) * (
+        d["round"].nunique() > 1
+    )
 
 # %% ../nbs/07_visualization.ipynb #bddc1412
-def _lane(ax, v, i, method, d, k=1.):
+def _lane(ax, v, i, method, d, k=1.0):
     "Dots, quartiles and median of the values `d.x`, times `k`, in lane `i`."
     color, mark = v.look[method]
-    if not len(d): return _side(ax, i, 'failed' if method in set(v.failed.method) else '–', FAINT)
-    x = d.x*k
+    if not len(d):
+        return _side(ax, i, "failed" if method in set(v.failed.method) else "–", FAINT)
+    x = d.x * k
     if len(x) > 1:
-        ax.plot(x, i+_spots(v, d), 'o', ms=3.6, color=color, alpha=.5, mew=0)
-        ax.plot(x.quantile([.25, .75]), [i, i], color=color, lw=5, alpha=.3, solid_capstyle='butt')
-    ax.plot(x.median(), i, mark, color=color, ms=7, mec='white', mew=.8, zorder=5)
+        ax.plot(x, i + _spots(v, d), "o", ms=3.6, color=color, alpha=0.5, mew=0)
+        ax.plot(x.quantile([0.25, 0.75]), [i, i], color=color, lw=5, alpha=0.3, solid_capstyle="butt")
+    ax.plot(x.median(), i, mark, color=color, ms=7, mec="white", mew=0.8, zorder=5)
     _side(ax, i, number(x.median()))
 
 # %% ../nbs/07_visualization.ipynb #712cf4e5
-def lanes(ax, v:View, what, methods, names=True, title=None, unit=None, better=None, arm=None, sub=''):
+def lanes(ax, v: View, what, methods, names=True, title=None, unit=None, better=None, arm=None, sub=""):
     "A metric, or a function of the rows, for each of `methods`."
     d, m = v.values(what, arm), v.metric(what)
     k, u = scale(d.x.abs().max() if len(d) else 0, m.unit if unit is None else unit)
-    _heading(ax, title or NAMES.get(what, what), ', '.join(filter(None, [u, BETTER[better or m.better], sub])))
+    _heading(ax, title or NAMES.get(what, what), ", ".join(filter(None, [u, BETTER[better or m.better], sub])))
     _lane_axis(ax, v, methods, names)
-    if not len(d): return _nothing(ax)
-    for i, name in enumerate(methods): _lane(ax, v, i, name, d[d.method == name], k)
-    _span_axis(ax, d.x*k, u)
+    if not len(d):
+        return _nothing(ax)
+    for i, name in enumerate(methods):
+        _lane(ax, v, i, name, d[d.method == name], k)
+    _span_axis(ax, d.x * k, u)
 
 # %% ../nbs/07_visualization.ipynb #d0391424
-def _span_axis(ax, x, unit=''):
+def _span_axis(ax, x, unit=""):
     "Limits and ticks for the values `x`."
     lo, hi = min(0, x.min()), max(0, x.max())
-    if unit in ('ratio', '0 or 1'): lo, hi = 0, max(1, hi)
-    pad = .04*(hi-lo or 1)
-    ax.set_xlim(lo-pad, (hi if hi > lo else 1)+pad)
-    if lo < 0: ax.axvline(0, color=FAINT, lw=1, zorder=1)
+    if unit in ("ratio", "0 or 1"):
+        lo, hi = 0, max(1, hi)
+    pad = 0.04 * (hi - lo or 1)
+    ax.set_xlim(lo - pad, (hi if hi > lo else 1) + pad)
+    if lo < 0:
+        ax.axvline(0, color=FAINT, lw=1, zorder=1)
     ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f'{t:,.10g}'))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:,.10g}"))
 
 # %% ../nbs/07_visualization.ipynb #a9fde9d7
-def grid(body, rows:int, cols:int)->list: # axes, row by row
+def grid(body, rows: int, cols: int) -> list:  # axes, row by row
     "Axes in a grid, with room between them."
-    body.set_facecolor('white')
-    axs = body.subplots(rows, cols, squeeze=False, gridspec_kw=dict(wspace=.06, hspace=.05))
+    body.set_facecolor("white")
+    axs = body.subplots(rows, cols, squeeze=False, gridspec_kw=dict(wspace=0.06, hspace=0.05))
     return list(axs.flat)
 
-def tall(n:int)->float: # inches
+
+def tall(n: int) -> float:  # inches
     "The height of a panel with `n` lanes."
-    return max(1.75, .85 + .3*n)
+    return max(1.75, 0.85 + 0.3 * n)
 
 # %% ../nbs/07_visualization.ipynb #2a2e336f
 @patch
-def blocks(self:View, metric, method)->pd.DataFrame: # query, round, x
+def blocks(self: View, metric, method) -> pd.DataFrame:  # query, round, x
     "method/baseline in every block where both were measured."
-    d = self.values(metric).set_index(['query', 'round'])
-    x = (d[d.method == method].x/d[d.method == 'baseline'].x).replace([0, np.inf], np.nan).dropna()
-    return x.rename('x').reset_index()
+    d = self.values(metric).set_index(["query", "round"])
+    x = (d[d.method == method].x / d[d.method == "baseline"].x).replace([0, np.inf], np.nan).dropna()
+    return x.rename("x").reset_index()
 
 # %% ../nbs/07_visualization.ipynb #023aad06
 def _ratio_ticks(lo, hi):
     "Round numbers from `lo` to `hi`, 1 among them."
-    if hi/lo > 8: ticks = [a*10.**e for e in range(-6, 7) for a in (1, 2, 5)]
-    elif hi/lo > 2.2: ticks = [.15, .2, .3, .5, .7, 1, 1.5, 2, 3, 5, 7]
+    if hi / lo > 8:
+        ticks = [a * 10.0**e for e in range(-6, 7) for a in (1, 2, 5)]
+    elif hi / lo > 2.2:
+        ticks = [0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7]
     else:
-        step = next((s for s in (.05, .1, .2) if (hi-lo)/s <= 6), .5)
-        ticks = [1+k*step for k in range(-12, 25)]
+        step = next((s for s in (0.05, 0.1, 0.2) if (hi - lo) / s <= 6), 0.5)
+        ticks = [1 + k * step for k in range(-12, 25)]
     ticks = [t for t in ticks if lo <= t <= hi]
-    return [t for i, t in enumerate(ticks) if (i-ticks.index(1)) % (len(ticks)//7+1) == 0]
+    return [t for i, t in enumerate(ticks) if (i - ticks.index(1)) % (len(ticks) // 7 + 1) == 0]
+
 
 def _ratio_axis(ax, lo, hi):
     "A logarithmic axis that holds `lo` to `hi` and 1."
-    lo, hi = min(lo, 1/1.1)/1.03, max(hi, 1.1)*1.03
-    ax.set_xscale('log'); ax.set_xlim(lo, hi)
-    ax.xaxis.set_minor_locator(NullLocator()); ax.xaxis.set_major_locator(FixedLocator(_ratio_ticks(lo, hi)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f'×{t:g}'))
+    lo, hi = min(lo, 1 / 1.1) / 1.03, max(hi, 1.1) * 1.03
+    ax.set_xscale("log")
+    ax.set_xlim(lo, hi)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(FixedLocator(_ratio_ticks(lo, hi)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"×{t:g}"))
 
 # %% ../nbs/07_visualization.ipynb #832e09f6
 def _ratio_lane(ax, v, i, method, metric):
     "Block ratios, median and interval of `method` in lane `i`."
     d, s, (color, mark) = v.blocks(metric, method), v.summary.get((method, metric)), v.look[method]
-    if not len(d): return _side(ax, i, 'failed' if method in set(v.failed.method) else '–', FAINT) or []
-    if method == 'baseline': return ax.plot(1, i, mark, ms=7, mec='white', mew=.8, color=color, zorder=5) and []
-    r, sure = (s.ratio if s and s.ratio else d.x.median()), bool(s and s.verdict in ('better', 'worse'))
-    if len(d) > 1: ax.plot(d.x, i+_spots(v, d), 'o', ms=3.6, color=color, alpha=.5, mew=0)
+    if not len(d):
+        return _side(ax, i, "failed" if method in set(v.failed.method) else "–", FAINT) or []
+    if method == "baseline":
+        return ax.plot(1, i, mark, ms=7, mec="white", mew=0.8, color=color, zorder=5) and []
+    r, sure = (s.ratio if s and s.ratio else d.x.median()), bool(s and s.verdict in ("better", "worse"))
+    if len(d) > 1:
+        ax.plot(d.x, i + _spots(v, d), "o", ms=3.6, color=color, alpha=0.5, mew=0)
     ci = [s.ratio_low, s.ratio_high] if s and s.ratio_low else []
-    if ci: ax.plot(ci, [i, i], color=color, lw=2.2, zorder=4)
-    look = dict(mec='white', mew=.8, color=color) if sure else dict(mec=color, mew=1.4, color='white')
+    if ci:
+        ax.plot(ci, [i, i], color=color, lw=2.2, zorder=4)
+    look = dict(mec="white", mew=0.8, color=color) if sure else dict(mec=color, mew=1.4, color="white")
     ax.plot(r, i, mark, ms=7, zorder=5, **look)
-    _side(ax, i, f'×{r:.2f} {s.verdict if sure else "noise" if ci else "no interval"}', INK if sure else FAINT)
+    _side(ax, i, f"×{r:.2f} {s.verdict if sure else 'noise' if ci else 'no interval'}", INK if sure else FAINT)
     return [*d.x, *ci]
 
 # %% ../nbs/07_visualization.ipynb #a195fdf4
-def ratios(ax, v:View, metric, methods, names=True):
+def ratios(ax, v: View, metric, methods, names=True):
     "Ratios of a metric to the baseline, with the noise floor behind them."
-    _heading(ax, NAMES.get(metric, metric), f'method / baseline, {BETTER[v.metric(metric).better]}')
+    _heading(ax, NAMES.get(metric, metric), f"method / baseline, {BETTER[v.metric(metric).better]}")
     _lane_axis(ax, v, methods, names)
     xs = [x for i, m in enumerate(methods) for x in _ratio_lane(ax, v, i, m, metric)]
-    if not xs: return _nothing(ax, 'nothing to compare with the baseline')
+    if not xs:
+        return _nothing(ax, "nothing to compare with the baseline")
     floor = v.results.noise_floor.get(metric)
-    if floor: ax.axvspan(floor.low, floor.high, color=BAND, zorder=0, lw=0)
+    if floor:
+        ax.axvspan(floor.low, floor.high, color=BAND, zorder=0, lw=0)
     ax.axvline(1, color=FAINT, lw=1, zorder=1)
     _ratio_axis(ax, min([*xs, *([floor.low] if floor else [])]), max([*xs, *([floor.high] if floor else [])]))
 
 # %% ../nbs/07_visualization.ipynb #6d1e05dc
-def _tint(color, f:float)->tuple:
+def _tint(color, f: float) -> tuple:
     "`color` mixed with white: 1 is the colour, 0 is white."
-    return tuple(1-f*(1-c) for c in to_rgb(color))
+    return tuple(1 - f * (1 - c) for c in to_rgb(color))
+
 
 def _key(ax, entries):
     "Small grey legend below the title: names of shades."
-    for name, f in entries: ax.barh([0], [0], color=_tint('#4d4d4d', f), label=name)
-    small = dict(fontsize=8, handlelength=1, handleheight=.8, columnspacing=1, borderpad=.2)
-    ax.legend(loc='lower left', bbox_to_anchor=(-.015, .985), ncol=len(entries), frameon=False, labelcolor=FAINT, **small)
+    for name, f in entries:
+        ax.barh([0], [0], color=_tint("#4d4d4d", f), label=name)
+    small = dict(fontsize=8, handlelength=1, handleheight=0.8, columnspacing=1, borderpad=0.2)
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(-0.015, 0.985), ncol=len(entries), frameon=False, labelcolor=FAINT, **small
+    )
 
 # %% ../nbs/07_visualization.ipynb #24acf028
-PHASES = dict(preprocessing=1., prefill=.62, decode=.28) # and their shades
+PHASES = dict(preprocessing=1.0, prefill=0.62, decode=0.28)  # and their shades
+
+
 @patch
-def phases(self:View)->pd.DataFrame: # method x phase, ms
+def phases(self: View) -> pd.DataFrame:  # method x phase, ms
     "Time of each phase in the round with the median total, mean over queries."
-    d = self.rows[(self.rows.arm == 'speed') & self.rows.e2el_ms.notna()]
-    d = d.assign(preprocessing=d.preprocess_ms, prefill=d.prefill_ms, decode=d.e2el_ms-d.ttft_ms).sort_values('e2el_ms')
-    g = d.groupby(['method', 'query'])
-    n, i = g.e2el_ms.transform('size'), g.cumcount()
-    middle = d[(i == (n-1)//2) | (i == n//2)]
-    return middle.groupby(['method', 'query'])[list(PHASES)].mean().groupby('method').mean()
+    d = self.rows[(self.rows.arm == "speed") & self.rows.e2el_ms.notna()]
+    d = d.assign(preprocessing=d.preprocess_ms, prefill=d.prefill_ms, decode=d.e2el_ms - d.ttft_ms).sort_values(
+        "e2el_ms"
+    )
+    g = d.groupby(["method", "query"])
+    n, i = g.e2el_ms.transform("size"), g.cumcount()
+    middle = d[(i == (n - 1) // 2) | (i == n // 2)]
+    return middle.groupby(["method", "query"])[list(PHASES)].mean().groupby("method").mean()
 
 # %% ../nbs/07_visualization.ipynb #7d26db44
-def phase_bars(ax, v:View, methods, names=True):
+def phase_bars(ax, v: View, methods, names=True):
     "Stacked time of the phases, with the spread of the total."
-    t, d = v.phases(), v.values('e2el_ms')
-    k, u = scale(d.x.max() if len(d) else 0, 'ms')
-    _heading(ax, 'where the time goes')
+    t, d = v.phases(), v.values("e2el_ms")
+    k, u = scale(d.x.max() if len(d) else 0, "ms")
+    _heading(ax, "where the time goes")
     _lane_axis(ax, v, methods, names)
-    if not len(d): return _nothing(ax)
-    _key(ax, [(f'{p}, {u}' if p == 'decode' else p, f) for p, f in PHASES.items()])
+    if not len(d):
+        return _nothing(ax)
+    _key(ax, [(f"{p}, {u}" if p == "decode" else p, f) for p, f in PHASES.items()])
     for i, m in enumerate(methods):
-        if m in t.index: _phase_bar(ax, v, i, m, t.loc[m]*k, d[d.method == m].assign(x=lambda d: d.x*k))
-        else: _side(ax, i, 'failed' if m in set(v.failed.method) else '–', FAINT)
-    _span_axis(ax, d.x*k)
+        if m in t.index:
+            _phase_bar(ax, v, i, m, t.loc[m] * k, d[d.method == m].assign(x=lambda d: d.x * k))
+        else:
+            _side(ax, i, "failed" if m in set(v.failed.method) else "–", FAINT)
+    _span_axis(ax, d.x * k)
 
 # %% ../nbs/07_visualization.ipynb #b97bf3c1
 def _phase_bar(ax, v, i, method, parts, d):
     "One stacked bar with the totals `d` on it."
     color, left = v.look[method][0], 0
     for p, f in PHASES.items():
-        ax.barh(i, parts[p], .62, left=left, color=_tint(color, f), lw=0)
+        ax.barh(i, parts[p], 0.62, left=left, color=_tint(color, f), lw=0)
         left += np.nan_to_num(parts[p])
     if len(d) > 1:
-        ax.plot(d.x, i+_spots(v, d), 'o', ms=2.6, color=INK, alpha=.6, mew=0)
-        ax.plot(d.x.quantile([.25, .75]), [i, i], color=INK, lw=1.2)
+        ax.plot(d.x, i + _spots(v, d), "o", ms=2.6, color=INK, alpha=0.6, mew=0)
+        ax.plot(d.x.quantile([0.25, 0.75]), [i, i], color=INK, lw=1.2)
     _side(ax, i, number(left))
 
 # %% ../nbs/07_visualization.ipynb #ee66ad67
-def kept_tokens(ax, v:View, methods, names=True):
+def kept_tokens(ax, v: View, methods, names=True):
     "Share of the prompt's tokens that the model still reads."
-    lanes(ax, v, lambda d: d.prompt_tokens/d.prompt_tokens_base, methods, names, 'share of the prompt read', 'ratio', 'lower', 'speed', 'numbers: tokens')
-    one = v.rows[v.rows.arm == 'speed'].groupby(['method', 'query'])[['prompt_tokens', 'prompt_tokens_base']].median().groupby('method').sum()
+    lanes(
+        ax,
+        v,
+        lambda d: d.prompt_tokens / d.prompt_tokens_base,
+        methods,
+        names,
+        "share of the prompt read",
+        "ratio",
+        "lower",
+        "speed",
+        "numbers: tokens",
+    )
+    one = (
+        v.rows[v.rows.arm == "speed"]
+        .groupby(["method", "query"])[["prompt_tokens", "prompt_tokens_base"]]
+        .median()
+        .groupby("method")
+        .sum()
+    )
     for t in [t for t in ax.texts if t.get_transform() == ax.get_yaxis_transform()]:
         m = methods[round(t.get_position()[1])]
-        if m in one.index and one.prompt_tokens_base[m]: t.set_text('{:,.0f} of {:,.0f}'.format(*one.loc[m]))
+        if m in one.index and one.prompt_tokens_base[m]:
+            t.set_text("{:,.0f} of {:,.0f}".format(*one.loc[m]))
 
 # %% ../nbs/07_visualization.ipynb #4b4ff36e
-KV = 'kv_bytes_live', 'kv_bytes_peak', 'kv_bytes_reserved'
-def kv_bars(ax, v:View, methods, names=True):
+KV = "kv_bytes_live", "kv_bytes_peak", "kv_bytes_reserved"
+
+
+def kv_bars(ax, v: View, methods, names=True):
     "Live, peak and reserved bytes of the KV cache."
     ds = {k: v.values(k) for k in KV}
     top = max([d.x.max() for d in ds.values() if len(d)], default=0)
     used = max([d.x.max() for d in list(ds.values())[:2] if len(d)], default=top)
-    k, u = scale(used, 'byte')
-    _heading(ax, 'KV cache', f'{u}; solid: live, tick: peak, outline: reserved', BETTER['lower'])
+    k, u = scale(used, "byte")
+    _heading(ax, "KV cache", f"{u}; solid: live, tick: peak, outline: reserved", BETTER["lower"])
     _lane_axis(ax, v, methods, names)
-    if not top: return _nothing(ax)
-    for i, m in enumerate(methods): _kv_bar(ax, v, i, m, [d[d.method == m].assign(x=lambda d: d.x*k) for d in ds.values()])
-    _span_axis(ax, pd.Series([0, min(top, 1.6*used)*k]))
+    if not top:
+        return _nothing(ax)
+    for i, m in enumerate(methods):
+        _kv_bar(ax, v, i, m, [d[d.method == m].assign(x=lambda d: d.x * k) for d in ds.values()])
+    _span_axis(ax, pd.Series([0, min(top, 1.6 * used) * k]))
 
 # %% ../nbs/07_visualization.ipynb #9119a13d
 def _kv_bar(ax, v, i, method, ds):
     "One bar of the cache: live, peak and reserved, mean over queries, and the single peaks."
-    (live, peak, held), color = [d.groupby('query').x.median().mean() for d in ds], v.look[method][0]
-    if not any(map(len, ds)): return _side(ax, i, 'failed' if method in set(v.failed.method) else '–', FAINT)
-    ax.barh(i, live, .5, color=_tint(color, .45), lw=0)
-    ax.barh(i, held, .62, fill=False, ec=color, lw=1.1) # may run out of the axes: reserving addresses costs no memory
-    ax.plot([peak, peak], [i-.31, i+.31], color=color, lw=2.6, solid_capstyle='butt')
-    if ds[1].x.nunique() > 1: ax.plot(ds[1].x, i+_spots(v, ds[1]), 'o', ms=2.6, color=INK, alpha=.6, mew=0)
-    _side(ax, i, ' / '.join(number(x) if np.isfinite(x) else '–' for x in dict.fromkeys([live, peak, held])))
+    (live, peak, held), color = [d.groupby("query").x.median().mean() for d in ds], v.look[method][0]
+    if not any(map(len, ds)):
+        return _side(ax, i, "failed" if method in set(v.failed.method) else "–", FAINT)
+    ax.barh(i, live, 0.5, color=_tint(color, 0.45), lw=0)
+    ax.barh(i, held, 0.62, fill=False, ec=color, lw=1.1)  # may run out of the axes: reserving addresses costs no memory
+    ax.plot([peak, peak], [i - 0.31, i + 0.31], color=color, lw=2.6, solid_capstyle="butt")
+    if ds[1].x.nunique() > 1:
+        ax.plot(ds[1].x, i + _spots(v, ds[1]), "o", ms=2.6, color=INK, alpha=0.6, mew=0)
+    _side(ax, i, " / ".join(number(x) if np.isfinite(x) else "–" for x in dict.fromkeys([live, peak, held])))
 
 # %% ../nbs/07_visualization.ipynb #6245d41f
-def rss_bars(ax, v:View, methods, names=True):
+def rss_bars(ax, v: View, methods, names=True):
     "Peak resident memory: with the model loaded and idle, and while answering."
-    p, q = (v.values(m).groupby('method').x.median() for m in ('peak_rss_bytes', 'peak_rss_delta_bytes'))
-    k, u = scale(p.max() if len(p) else 0, 'byte')
-    _heading(ax, NAMES['peak_rss_bytes'], f'{u}; pale: idle, dark: added by answering', BETTER['lower'])
+    p, q = (v.values(m).groupby("method").x.median() for m in ("peak_rss_bytes", "peak_rss_delta_bytes"))
+    k, u = scale(p.max() if len(p) else 0, "byte")
+    _heading(ax, NAMES["peak_rss_bytes"], f"{u}; pale: idle, dark: added by answering", BETTER["lower"])
     _lane_axis(ax, v, methods, names)
-    if not len(p): return _nothing(ax)
+    if not len(p):
+        return _nothing(ax)
     for i, m in enumerate(methods):
-        if m not in p: _side(ax, i, 'failed' if m in set(v.failed.method) else '–', FAINT); continue
+        if m not in p:
+            _side(ax, i, "failed" if m in set(v.failed.method) else "–", FAINT)
+            continue
         more = q.get(m, 0)
-        for x, left, f in ((p[m]-more, 0, .35), (more, p[m]-more, 1.)): ax.barh(i, x*k, .62, left=left*k, color=_tint(v.look[m][0], f), lw=0)
-        _side(ax, i, f'{number(p[m]*k)} (+{number(more*k)})')
-    _span_axis(ax, p*k)
+        for x, left, f in ((p[m] - more, 0, 0.35), (more, p[m] - more, 1.0)):
+            ax.barh(i, x * k, 0.62, left=left * k, color=_tint(v.look[m][0], f), lw=0)
+        _side(ax, i, f"{number(p[m] * k)} (+{number(more * k)})")
+    _span_axis(ax, p * k)
 
 # %% ../nbs/07_visualization.ipynb #b0996807
 @patch
-def tradeoff(self:View)->pd.DataFrame: # a row a method: x, x_low, x_high, y, y_low, y_high
+def tradeoff(self: View) -> pd.DataFrame:  # a row a method: x, x_low, x_high, y, y_low, y_high
     "Speed-up in total time and quality lost, with their intervals."
-    kl, bits = (set(self.values(k).method) for k in ('kl_mean', 'bits_per_byte_delta'))
-    self.loss = 'kl_mean' if kl >= bits else 'bits_per_byte_delta'
-    rows, y = {}, self.values(self.loss).groupby('method').x.quantile([.25, .5, .75]).unstack()
+    kl, bits = (set(self.values(k).method) for k in ("kl_mean", "bits_per_byte_delta"))
+    self.loss = "kl_mean" if kl >= bits else "bits_per_byte_delta"
+    rows, y = {}, self.values(self.loss).groupby("method").x.quantile([0.25, 0.5, 0.75]).unstack()
     for m in y.index:
-        s, d = self.summary.get((m, 'e2el_ms')), self.blocks('e2el_ms', m).x
-        if not len(d): continue
-        r = s.ratio if s and s.ratio and m != 'baseline' else d.median()
-        ci = [1/s.ratio_high, 1/s.ratio_low] if s and s.ratio_low and m != 'baseline' else [1/r, 1/r]
-        rows[m] = dict(x=1/r, x_low=ci[0], x_high=ci[1], y=y.loc[m, .5], y_low=y.loc[m, .25], y_high=y.loc[m, .75])
+        s, d = self.summary.get((m, "e2el_ms")), self.blocks("e2el_ms", m).x
+        if not len(d):
+            continue
+        r = s.ratio if s and s.ratio and m != "baseline" else d.median()
+        ci = [1 / s.ratio_high, 1 / s.ratio_low] if s and s.ratio_low and m != "baseline" else [1 / r, 1 / r]
+        rows[m] = dict(x=1 / r, x_low=ci[0], x_high=ci[1], y=y.loc[m, 0.5], y_low=y.loc[m, 0.25], y_high=y.loc[m, 0.75])
     return pd.DataFrame(rows).T
 
 # %% ../nbs/07_visualization.ipynb #828fa43a
-def beaten(t:pd.DataFrame)->set: # methods
+def beaten(t: pd.DataFrame) -> set:  # methods
     "The methods of a `tradeoff` than which another is as good in both and better in one."
-    better = lambda a, b: a.x >= b.x and a.y <= b.y and (a.x > b.x or a.y < b.y)
+
+    def better(a, b):
+        return a.x >= b.x and a.y <= b.y and (a.x > b.x or a.y < b.y)
+
     return {m for m in t.index if any(better(t.loc[n], t.loc[m]) for n in t.index if n != m)}
 
 # %% ../nbs/07_visualization.ipynb #9a48b00f
-LEGEND = dict(loc='center left', bbox_to_anchor=(1.01, .5), frameon=False, fontsize=8, labelspacing=.35, handletextpad=.4, handlelength=1.6)
-def pareto(ax, v:View, names=True):
+LEGEND = dict(
+    loc="center left",
+    bbox_to_anchor=(1.01, 0.5),
+    frameon=False,
+    fontsize=8,
+    labelspacing=0.35,
+    handletextpad=0.4,
+    handlelength=1.6,
+)
+
+
+def pareto(ax, v: View, names=True):
     "Quality lost against speed-up, with intervals; `names` adds a legend."
-    t = v.tradeoff(); pale = beaten(t)
+    t = v.tradeoff()
+    pale = beaten(t)
     d = v.metric(v.loss)
-    _heading(ax, 'what speed costs', f'right: faster; up: {NAMES.get(v.loss, v.loss)}, {d.unit}')
+    _heading(ax, "what speed costs", f"right: faster; up: {NAMES.get(v.loss, v.loss)}, {d.unit}")
     sns.despine(ax=ax)
-    if not len(t): return _nothing(ax, 'speed and quality were not both measured')
-    for m in [m for m in v.methods if m in t.index]: _cross(ax, t.loc[m], *v.look[m], .45 if m in pale else 1., m)
-    floor = v.results.noise_floor.get('e2el_ms')
-    if floor: ax.axvspan(1/floor.high, 1/floor.low, color=BAND, zorder=0, lw=0)
-    ends = [t.x_low.min(), t.x_high.max(), *([1/floor.high, 1/floor.low] if floor else [])]
+    if not len(t):
+        return _nothing(ax, "speed and quality were not both measured")
+    for m in [m for m in v.methods if m in t.index]:
+        _cross(ax, t.loc[m], *v.look[m], 0.45 if m in pale else 1.0, m)
+    floor = v.results.noise_floor.get("e2el_ms")
+    if floor:
+        ax.axvspan(1 / floor.high, 1 / floor.low, color=BAND, zorder=0, lw=0)
+    ends = [t.x_low.min(), t.x_high.max(), *([1 / floor.high, 1 / floor.low] if floor else [])]
     _ratio_axis(ax, min(ends), max(ends))
     ax.tick_params(labelsize=8, length=0)
     lo, hi = min(0, t.y_low.min()), t.y_high.max() or 1
-    ax.yaxis.set_major_locator(MaxNLocator(4)); ax.set_ylim(lo-.07*(hi-lo), hi+.09*(hi-lo))
-    if names: ax.legend(**LEGEND)
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+    ax.set_ylim(lo - 0.07 * (hi - lo), hi + 0.09 * (hi - lo))
+    if names:
+        ax.legend(**LEGEND)
 
 # %% ../nbs/07_visualization.ipynb #4dd4c3e5
 def _cross(ax, r, color, mark, alpha, name):
     "One method of a `tradeoff`: a marker with an interval both ways."
     ax.plot([r.x_low, r.x_high], [r.y, r.y], color=color, lw=1.6, alpha=alpha, zorder=3)
     ax.plot([r.x, r.x], [r.y_low, r.y_high], color=color, lw=1.6, alpha=alpha, zorder=3)
-    ax.plot(r.x, r.y, mark, color=color, ms=8, mec='white', mew=.8, alpha=alpha, zorder=5, ls='', label=label(name, 30))
+    ax.plot(
+        r.x, r.y, mark, color=color, ms=8, mec="white", mew=0.8, alpha=alpha, zorder=5, ls="", label=label(name, 30)
+    )
 
 # %% ../nbs/07_visualization.ipynb #f8632814
 @patch
-def gaps(self:View)->pd.DataFrame: # method, step, x
+def gaps(self: View) -> pd.DataFrame:  # method, step, x
     "Every gap between two tokens in the speed arm, in ms."
-    d = self.rows[(self.rows.arm == 'speed') & self.rows.itl_ms.notna()]
-    parts = [pd.DataFrame(dict(method=r.method, step=np.arange(1, len(r.itl_ms)+1), x=r.itl_ms)) for r in d.itertuples()]
+    d = self.rows[(self.rows.arm == "speed") & self.rows.itl_ms.notna()]
+    parts = [
+        pd.DataFrame(dict(method=r.method, step=np.arange(1, len(r.itl_ms) + 1), x=r.itl_ms)) for r in d.itertuples()
+    ]
     return pd.concat(parts or [pd.DataFrame(dict(method=[], step=[], x=[]))], ignore_index=True)
 
-def _line(v, method, every)->dict:
+
+def _line(v, method, every) -> dict:
     "Look of a method as a line, with its marker now and then."
     color, mark = v.look[method]
-    return dict(color=color, lw=1.4, marker=mark, ms=5, mec='white', mew=.5, markevery=every)
+    return dict(color=color, lw=1.4, marker=mark, ms=5, mec="white", mew=0.5, markevery=every)
 
 # %% ../nbs/07_visualization.ipynb #c541e058
-def gap_lines(ax, v:View, methods):
+def gap_lines(ax, v: View, methods):
     "Gap between tokens at each step: median and range."
     g = v.gaps()
-    _heading(ax, 'gap between tokens, step by step', 'ms at each step; line: median, band: all of them')
-    sns.despine(ax=ax); ax.tick_params(labelsize=8, length=0)
-    if not len(g): return _nothing(ax)
+    _heading(ax, "gap between tokens, step by step", "ms at each step; line: median, band: all of them")
+    sns.despine(ax=ax)
+    ax.tick_params(labelsize=8, length=0)
+    if not len(g):
+        return _nothing(ax)
     for m in [m for m in methods if m in set(g.method)]:
-        band = dict(estimator='median', errorbar=('pi', 100), err_kws=dict(alpha=.12, lw=0))
-        sns.lineplot(g[g.method == m], x='step', y='x', ax=ax, **band, **_line(v, m, g.step.max()//6 or 1))
+        band = dict(estimator="median", errorbar=("pi", 100), err_kws=dict(alpha=0.12, lw=0))
+        sns.lineplot(g[g.method == m], x="step", y="x", ax=ax, **band, **_line(v, m, g.step.max() // 6 or 1))
     _time_axis(ax.yaxis, ax.set_ylim, g.x)
-    ax.set(xlabel='', ylabel='')
+    ax.set(xlabel="", ylabel="")
 
 # %% ../nbs/07_visualization.ipynb #d5c2ea45
 def _time_axis(axis, limits, x):
     "A logarithmic axis for times, with plain numbers."
     lo, hi = x[x > 0].min(), x.max()
-    ticks = [a*10.**e for e in range(-3, 7) for a in (1, 2, 5)] if hi > 5*lo else MaxNLocator(5).tick_values(lo, hi)
-    axis.axes.set(**{f'{axis.axis_name}scale': 'log'})
-    limits(lo/1.08, hi*1.08)
+    ticks = (
+        [a * 10.0**e for e in range(-3, 7) for a in (1, 2, 5)] if hi > 5 * lo else MaxNLocator(5).tick_values(lo, hi)
+    )
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    limits(lo / 1.08, hi * 1.08)
     axis.set_minor_locator(NullLocator())
-    axis.set_major_locator(FixedLocator([t for t in ticks if lo/1.08 <= t <= hi*1.08] or [lo, hi]))
-    axis.set_major_formatter(FuncFormatter(lambda t, _: f'{t:,.10g}'))
+    axis.set_major_locator(FixedLocator([t for t in ticks if lo / 1.08 <= t <= hi * 1.08] or [lo, hi]))
+    axis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:,.10g}"))
 
 # %% ../nbs/07_visualization.ipynb #982b8361
-def gap_shares(ax, v:View, methods):
+def gap_shares(ax, v: View, methods):
     "Share of the gaps that are at most so long."
     g = v.gaps()
-    _heading(ax, 'gap between tokens, all of them', 'share of the gaps up to so many ms')
-    sns.despine(ax=ax); ax.tick_params(labelsize=8, length=0)
-    if not len(g): return _nothing(ax)
-    for m in [m for m in methods if m in set(g.method)]: sns.ecdfplot(x=g[g.method == m].x, ax=ax, label=label(m, 26), **_line(v, m, .12))
+    _heading(ax, "gap between tokens, all of them", "share of the gaps up to so many ms")
+    sns.despine(ax=ax)
+    ax.tick_params(labelsize=8, length=0)
+    if not len(g):
+        return _nothing(ax)
+    for m in [m for m in methods if m in set(g.method)]:
+        sns.ecdfplot(x=g[g.method == m].x, ax=ax, label=label(m, 26), **_line(v, m, 0.12))
     _time_axis(ax.xaxis, ax.set_xlim, g.x)
-    ax.set(xlabel='', ylabel='')
+    ax.set(xlabel="", ylabel="")
     ax.legend(**LEGEND)
 
 # %% ../nbs/07_visualization.ipynb #90e8c408
-_PIECE = re.compile(r'[^\S\n]*(?:\n|<[^<>\s]{1,40}>|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s])')
-def pieces(text:str)->list:
+_PIECE = re.compile(
+    r"[^\S\n]*(?:\n|<[^<>\s]{1,40}>|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s])"
+)
+
+
+def pieces(text: str) -> list:
     "`text` in words, punctuation, template marks and line ends, each with the space before it."
     return _PIECE.findall(text)
 
 # %% ../nbs/07_visualization.ipynb #89858ead
-def common(a:list, b:list)->list: # of (i, j) with a[i] == b[j], rising
+def common(a: list, b: list) -> list:  # of (i, j) with a[i] == b[j], rising
     "A longest common subsequence, matched as early as possible."
     ids, n, m = {p: i for i, p in enumerate({*a, *b})}, len(a), len(b)
     x, y = (np.array([ids[p] for p in ps], dtype=int)[::-1] for ps in (a, b))
-    t = np.zeros((n+1, m+1), dtype=np.int32) # lengths for the last i of a and the last j of b
-    for i in range(n): t[i+1, 1:] = np.maximum.accumulate(np.maximum(t[i, 1:], t[i, :-1] + (y == x[i])))
+    t = np.zeros((n + 1, m + 1), dtype=np.int32)  # lengths for the last i of a and the last j of b
+    for i in range(n):
+        t[i + 1, 1:] = np.maximum.accumulate(np.maximum(t[i, 1:], t[i, :-1] + (y == x[i])))
     i, j, out = n, m, []
     while i and j:
-        if x[i-1] == y[j-1]: out.append((n-i, m-j)); i, j = i-1, j-1
-        elif t[i-1, j] >= t[i, j-1]: i -= 1
-        else: j -= 1
+        if x[i - 1] == y[j - 1]:
+            out.append((n - i, m - j))
+            i, j = i - 1, j - 1
+        elif t[i - 1, j] >= t[i, j - 1]:
+            i -= 1
+        else:
+            j -= 1
     return out
 
 # %% ../nbs/07_visualization.ipynb #68f40038
-def changes(text:str, base:str)->list: # of (piece, kind)
+def changes(text: str, base: str) -> list:  # of (piece, kind)
     "The pieces of `text`, and those of `base` that it lacks, in order."
     a, b = pieces(base), pieces(text)
     out, i, j = [], 0, 0
-    for k, l in [*common([p.strip(' \t') for p in a], [p.strip(' \t') for p in b]), (len(a), len(b))]:
-        out += [(p, 'removed') for p in a[i:k]] + [(p, 'added') for p in b[j:l]]
-        both = max(a[k:k+1]+b[l:l+1], key=len, default='') # with the space before it, if one has it
-        if both: out.append((both, 'mark' if re.fullmatch(r'\s*(<.+>|\n)', both) else 'same'))
-        i, j = k+1, l+1
+    for k, l in [*common([p.strip(" \t") for p in a], [p.strip(" \t") for p in b]), (len(a), len(b))]:
+        out += [(p, "removed") for p in a[i:k]] + [(p, "added") for p in b[j:l]]
+        both = max(a[k : k + 1] + b[l : l + 1], key=len, default="")  # with the space before it, if one has it
+        if both:
+            out.append((both, "mark" if re.fullmatch(r"\s*(<.+>|\n)", both) else "same"))
+        i, j = k + 1, l + 1
     return out
 
 # %% ../nbs/07_visualization.ipynb #2646a5c7
-def columns(text:str)->int:
+def columns(text: str) -> int:
     "Columns of a fixed-width font that `text` takes."
-    return sum(0 if unicodedata.combining(c) else 1+(unicodedata.east_asian_width(c) in 'WF') for c in text)
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
-def chunks(parts:list, width:int)->list: # of lists of (piece, kind)
+
+def chunks(parts: list, width: int) -> list:  # of lists of (piece, kind)
     "Parts that must stay on one line: a word and the punctuation after it; what is wider than a line is cut."
-    out, glue = [], None # glue: the kind that the next piece must have to stay with the last one
+    out, glue = [], None  # glue: the kind that the next piece must have to stay with the last one
     for p, kind in parts:
-        n = max(1, width//2) if columns(p) > width else len(p)
+        n = max(1, width // 2) if columns(p) > width else len(p)
         for i in range(0, len(p), n):
-            stay = glue == kind and i == 0 and not p[0].isspace() and columns(''.join(t for t, _ in out[-1])+p) <= width
-            if stay: out[-1].append((p[i:i+n], kind))
-            else: out.append([(p[i:i+n], kind)])
-        glue = None if kind == 'mark' or re.search(r'[\s\u3040-\u30ff\u3400-\u9fff]$', p) else kind
+            stay = (
+                glue == kind and i == 0 and not p[0].isspace() and columns("".join(t for t, _ in out[-1]) + p) <= width
+            )
+            if stay:
+                out[-1].append((p[i : i + n], kind))
+            else:
+                out.append([(p[i : i + n], kind)])
+        glue = None if kind == "mark" or re.search(r"[\s\u3040-\u30ff\u3400-\u9fff]$", p) else kind
     return out
 
 # %% ../nbs/07_visualization.ipynb #860a23f1
 def flow(
-    parts:list, # of (piece, kind)
-    width:int,  # columns
-    n:int,      # lines
-)->list:        # of lines of [column, text, kind]
+    parts: list,  # of (piece, kind)
+    width: int,  # columns
+    n: int,  # lines
+) -> list:  # of lines of [column, text, kind]
     "Fill at most `n` lines; the last one says how much was left out."
-    lines, col, todo = [[]], 0, chunks([(plain(p.replace('\n', '↵').replace('\t', ' ')), k) for p, k in parts], width)
+    lines, col, todo = [[]], 0, chunks([(plain(p.replace("\n", "↵").replace("\t", " ")), k) for p, k in parts], width)
     for i, chunk in enumerate(todo):
         if col and col + sum(columns(p) for p, _ in chunk) > width:
-            if len(lines) == n: return lines + [[[0, f'… {sum(len(p) for c in todo[i:] for p, _ in c):,} more characters', 'cut']]]
-            lines.append([]); col = 0
+            if len(lines) == n:
+                return lines + [[[0, f"… {sum(len(p) for c in todo[i:] for p, _ in c):,} more characters", "cut"]]]
+            lines.append([])
+            col = 0
         for p, kind in chunk:
             p = p if col else p.lstrip()
-            if lines[-1] and lines[-1][-1][2] == kind: lines[-1][-1][1] += p
-            else: lines[-1].append([col, p, kind])
+            if lines[-1] and lines[-1][-1][2] == kind:
+                lines[-1][-1][1] += p
+            else:
+                lines[-1].append([col, p, kind])
             col += columns(p)
     return lines
 
 # %% ../nbs/07_visualization.ipynb #bfd70b6a
-MONO, SIZE, STEP = ['DejaVu Sans Mono', *_FONTS], 8, .158 # font, points, inches from line to line
-CHAR = SIZE/72*1233/2048 # inches: the width of a character of that font
-KINDS_OF_TEXT = dict(same=INK, mark='#a8a8a8', removed='#b3573a', added='#0072B2', cut=FAINT, faint=FAINT, failed='#b3573a')
+MONO, SIZE, STEP = ["DejaVu Sans Mono", *_FONTS], 8, 0.158  # font, points, inches from line to line
+CHAR = SIZE / 72 * 1233 / 2048  # inches: the width of a character of that font
+KINDS_OF_TEXT = dict(
+    same=INK, mark="#a8a8a8", removed="#b3573a", added="#0072B2", cut=FAINT, faint=FAINT, failed="#b3573a"
+)
 
 # %% ../nbs/07_visualization.ipynb #3d805b33
 def _write(ax, x, y, lines):
     "Draw `lines` of [column, text, kind] with the first one at `x`, `y` (inches)."
     for i, line in enumerate(lines):
         for col, text, kind in line:
-            x0, y0 = x+col*CHAR, y+(i+.5)*STEP
-            weight = 'bold' if kind == 'added' else None
-            ax.text(x0, y0, text, family=MONO, fontsize=SIZE, color=KINDS_OF_TEXT[kind], va='center_baseline', weight=weight)
-            lead = columns(text)-columns(text.lstrip())
-            if kind == 'removed': ax.plot([x0+lead*CHAR, x0+columns(text)*CHAR], [y0, y0], color=KINDS_OF_TEXT[kind], lw=.8)
+            x0, y0 = x + col * CHAR, y + (i + 0.5) * STEP
+            weight = "bold" if kind == "added" else None
+            ax.text(
+                x0, y0, text, family=MONO, fontsize=SIZE, color=KINDS_OF_TEXT[kind], va="center_baseline", weight=weight
+            )
+            lead = columns(text) - columns(text.lstrip())
+            if kind == "removed":
+                ax.plot([x0 + lead * CHAR, x0 + columns(text) * CHAR], [y0, y0], color=KINDS_OF_TEXT[kind], lw=0.8)
 
 # %% ../nbs/07_visualization.ipynb #51c391dc
-def facts(r:Run)->list: # short lines
+def facts(r: Run) -> list:  # short lines
     "What was measured on one answer."
-    share = lambda name, x: f'{name} {x:.0%}' if x is not None else ''
-    read = f'read {r.prompt_tokens:,} of {r.prompt_tokens_base:,} tokens' if r.prompt_tokens and r.prompt_tokens_base else ''
-    far = [f'KL {number(r.kl_mean)}' if r.kl_mean is not None else '', share('same top', r.top1_agree)] if r.method != 'baseline' else []
-    end = {'stop': 'ended by itself', 'length': f'cut at {r.completion_tokens or 0:,} tokens'}.get(r.finish_reason, '')
-    return [l for l in (read, ', '.join(filter(None, far)), ', '.join(filter(None, [share('keywords', r.keyword_recall), end]))) if l]
+
+    def share(name, x):
+        return f"{name} {x:.0%}" if x is not None else ""
+
+    read = (
+        f"read {r.prompt_tokens:,} of {r.prompt_tokens_base:,} tokens"
+        if r.prompt_tokens and r.prompt_tokens_base
+        else ""
+    )
+    far = (
+        [f"KL {number(r.kl_mean)}" if r.kl_mean is not None else "", share("same top", r.top1_agree)]
+        if r.method != "baseline"
+        else []
+    )
+    end = {"stop": "ended by itself", "length": f"cut at {r.completion_tokens or 0:,} tokens"}.get(r.finish_reason, "")
+    return [
+        l
+        for l in (
+            read,
+            ", ".join(filter(None, far)),
+            ", ".join(filter(None, [share("keywords", r.keyword_recall), end])),
+        )
+        if l
+    ]
 
 # %% ../nbs/07_visualization.ipynb #b0e228a3
-def _cell(message, kind='faint'):
+def _cell(message, kind="faint"):
     "A message, cut into words."
     return [(p, kind) for p in pieces(message)]
 
-def answer(text:str, base:str|None)->list: # of (piece, kind)
+
+def answer(text: str, base: str | None) -> list:  # of (piece, kind)
     "An answer, with what it shares with the beginning of the baseline's in grey."
-    if base is not None and text == base: return _cell("(the baseline's answer, word for word)")
+    if base is not None and text == base:
+        return _cell("(the baseline's answer, word for word)")
     same, parts = True, []
-    for p, b in zip(pieces(text), [*pieces(base or ''), *[None]*len(text)]):
+    for p, b in zip(pieces(text), [*pieces(base or ""), *[None] * len(text)]):
         same = same and p == b
-        parts.append((p, 'mark' if same else 'same'))
-    return parts or _cell('(empty)')
+        parts.append((p, "mark" if same else "same"))
+    return parts or _cell("(empty)")
 
 # %% ../nbs/07_visualization.ipynb #4f33dcb9
 @patch
-def texts(self:View, query, width:int, n:int)->list: # of (method, facts, lines read, lines answered)
+def texts(self: View, query, width: int, n: int) -> list:  # of (method, facts, lines read, lines answered)
     "What each method's model read and answered on one query."
-    arm = 'quality' if self.arms('quality') else 'speed'
+    arm = "quality" if self.arms("quality") else "speed"
     runs = {r.method: r for r in self.results.runs[::-1] if (r.query, r.arm) == (query, arm)}
-    base, out = runs.get('baseline'), []
+    base, out = runs.get("baseline"), []
     for r in [runs[m] for m in self.methods if m in runs and m != AA]:
         b = base if base and base.prompt_text else r
-        read = changes(r.prompt_text, b.prompt_text) if r.prompt_text else _cell('(not in the file)')
-        said = _cell(f'failed: {r.error}', 'failed') if r.error else answer(r.output_text or '', None if b is r else b.output_text)
+        read = changes(r.prompt_text, b.prompt_text) if r.prompt_text else _cell("(not in the file)")
+        said = (
+            _cell(f"failed: {r.error}", "failed")
+            if r.error
+            else answer(r.output_text or "", None if b is r else b.output_text)
+        )
         out.append((r.method, facts(r), flow(read, width, n), flow(said, width, n)))
     return out
 
 # %% ../nbs/07_visualization.ipynb #112eea97
-LEFT = 2.2 # inches for the names
-COLS = int((WIDTH-LEFT)/2/CHAR)-2 # columns of each text
-def input_output_pairs(v:View)->Chart:
+LEFT = 2.2  # inches for the names
+COLS = int((WIDTH - LEFT) / 2 / CHAR) - 2  # columns of each text
+
+
+def input_output_pairs(v: View) -> Chart:
     "What each method's model read and answered, query by query."
-    cells = max(1, len(v.queries)*len([m for m in v.methods if m != AA]))
-    n = max(2, min(7, 600//cells))
+    cells = max(1, len(v.queries) * len([m for m in v.methods if m != AA]))
+    n = max(2, min(7, 600 // cells))
     blocks = [(q, v.texts(q, COLS, n)) for q in v.queries]
-    heights = [.46+sum(_row_height(r) for r in rows) for _, rows in blocks]
+    heights = [0.46 + sum(_row_height(r) for r in rows) for _, rows in blocks]
     shown = max(1, int(np.searchsorted(np.cumsum(heights), 200)))
-    left = [f'{len(blocks)-shown} more queries do not fit on this sheet.'] if shown < len(blocks) else []
-    read = "Struck out: words that the method removed. Blue: words it put in. Grey: marks of the chat template, and the beginning " \
-           "that an answer shares with the baseline's."
-    fig, body = sheet(v, 'What each model read, and what it answered', sum(heights[:shown])+.3, [read, *left])
-    ax = _page(body, sum(heights[:shown])+.3)
-    for (q, rows), y in zip(blocks[:shown], .3+np.cumsum([0, *heights])): _query_block(ax, v, q, rows, y)
+    left = [f"{len(blocks) - shown} more queries do not fit on this sheet."] if shown < len(blocks) else []
+    read = (
+        "Struck out: words that the method removed. Blue: words it put in. Grey: marks of the chat template, and the beginning "
+        "that an answer shares with the baseline's."
+    )
+    fig, body = sheet(v, "What each model read, and what it answered", sum(heights[:shown]) + 0.3, [read, *left])
+    ax = _page(body, sum(heights[:shown]) + 0.3)
+    for (q, rows), y in zip(blocks[:shown], 0.3 + np.cumsum([0, *heights])):
+        _query_block(ax, v, q, rows, y)
     return fig
 
 # %% ../nbs/07_visualization.ipynb #c6014bc2
-def _row_height(row)->float: # inches
+def _row_height(row) -> float:  # inches
     "The height of a row of `texts`."
     name, fact, read, said = row
-    return max(len(read), len(said), len(fact)+label(name, 30).count('\n')+1)*STEP + .1
+    return max(len(read), len(said), len(fact) + label(name, 30).count("\n") + 1) * STEP + 0.1
+
 
 def _page(body, height):
     "Axes in inches, from the top left."
     ax = body.add_axes([0, 0, 1, 1])
-    ax.set(xlim=(0, WIDTH), ylim=(height, 0)); ax.set_axis_off()
-    for x, t in ((LEFT, 'what the model read'), (LEFT+(COLS+2)*CHAR, 'what it answered')): ax.text(x, .17, t, fontsize=9, weight='bold', va='center')
+    ax.set(xlim=(0, WIDTH), ylim=(height, 0))
+    ax.set_axis_off()
+    for x, t in ((LEFT, "what the model read"), (LEFT + (COLS + 2) * CHAR, "what it answered")):
+        ax.text(x, 0.17, t, fontsize=9, weight="bold", va="center")
     return ax
 
 # %% ../nbs/07_visualization.ipynb #b90aeb67
 def _query_block(ax, v, query, rows, y):
     "The band of one query and a row for each method, from `y` down."
     q = next((q for q in v.results.queries if q.id == query), None)
-    about = f'{plain(query)}:  {textwrap.shorten(plain(q.text), 95, placeholder=" …") if q else ""}'
-    ax.fill_between([.1, WIDTH-.1], y+.1, y+.36, color='#eef1f4', lw=0)
-    ax.text(.17, y+.23, about, fontsize=9, weight='bold', va='center')
-    words = textwrap.shorten('keywords: ' + plain(', '.join(q.keywords)), 60, placeholder=' …') if q and q.keywords else ''
-    ax.text(WIDTH-.17, y+.23, words, fontsize=8, color=FAINT, va='center', ha='right')
-    y += .42
+    about = f"{plain(query)}:  {textwrap.shorten(plain(q.text), 95, placeholder=' …') if q else ''}"
+    ax.fill_between([0.1, WIDTH - 0.1], y + 0.1, y + 0.36, color="#eef1f4", lw=0)
+    ax.text(0.17, y + 0.23, about, fontsize=9, weight="bold", va="center")
+    words = (
+        textwrap.shorten("keywords: " + plain(", ".join(q.keywords)), 60, placeholder=" …") if q and q.keywords else ""
+    )
+    ax.text(WIDTH - 0.17, y + 0.23, words, fontsize=8, color=FAINT, va="center", ha="right")
+    y += 0.42
     for row in rows:
         _text_row(ax, v, row, y)
         y += _row_height(row)
-        if row is not rows[-1]: ax.plot([.17, WIDTH-.17], [y-.06, y-.06], color='#e2e2e2', lw=.7)
+        if row is not rows[-1]:
+            ax.plot([0.17, WIDTH - 0.17], [y - 0.06, y - 0.06], color="#e2e2e2", lw=0.7)
 
 # %% ../nbs/07_visualization.ipynb #1079e4b6
 def _text_row(ax, v, row, y):
     "One method: name and facts, text read, answer."
     name, fact, read, said = row
     color, mark = v.look[name]
-    ax.plot(.24, y+.5*STEP, mark, color=color, ms=6.5, mec='white', mew=.6)
-    for i, t in enumerate(label(name, 30).split('\n')): ax.text(.36, y+(i+.5)*STEP, t, fontsize=8, weight='bold', va='center_baseline')
-    for j, t in enumerate(fact, i+1): ax.text(.36, y+(j+.5)*STEP, t, fontsize=7.5, color=FAINT, va='center_baseline')
-    _write(ax, LEFT, y, read); _write(ax, LEFT+(COLS+2)*CHAR, y, said)
+    ax.plot(0.24, y + 0.5 * STEP, mark, color=color, ms=6.5, mec="white", mew=0.6)
+    for i, t in enumerate(label(name, 30).split("\n")):
+        ax.text(0.36, y + (i + 0.5) * STEP, t, fontsize=8, weight="bold", va="center_baseline")
+    for j, t in enumerate(fact, i + 1):
+        ax.text(0.36, y + (j + 0.5) * STEP, t, fontsize=7.5, color=FAINT, va="center_baseline")
+    _write(ax, LEFT, y, read)
+    _write(ax, LEFT + (COLS + 2) * CHAR, y, said)
 
 # %% ../nbs/07_visualization.ipynb #ea4715f7
-DOTS = 'Lanes: a dot is one query in one round, queries from top to bottom; marker and number are the median, the pale bar the quartiles.'
-BARS = 'Bars: mean over queries; the time is that of the round with the median total, the rest the median over rounds. Dots are the single measurements, ' \
-       'the line their quartiles.'
-QUALITY = 'kl_mean', 'kl_p99', 'top1_agree', 'bits_per_byte_delta', 'rougeL_vs_base', 'keyword_recall'
-def quality_comparison(v:View)->Chart:
+DOTS = "Lanes: a dot is one query in one round, queries from top to bottom; marker and number are the median, the pale bar the quartiles."
+BARS = (
+    "Bars: mean over queries; the time is that of the round with the median total, the rest the median over rounds. Dots are the single measurements, "
+    "the line their quartiles."
+)
+QUALITY = "kl_mean", "kl_p99", "top1_agree", "bits_per_byte_delta", "rougeL_vs_base", "keyword_recall"
+
+
+def quality_comparison(v: View) -> Chart:
     "How far the answers are from the baseline's."
-    ms = v.arms('quality') or v.methods
-    greedy = ['Greedy answers do not change from round to round, so each query is answered once.'] if v.results.config.get('decoding') == 'greedy' else []
-    fig, body = sheet(v, 'Quality: how far from the baseline', 2*tall(len(ms)), [DOTS, *greedy], QUALITY)
-    for i, (ax, m) in enumerate(zip(grid(body, 2, 3), QUALITY)): lanes(ax, v, m, ms, i % 3 == 0)
+    ms = v.arms("quality") or v.methods
+    greedy = (
+        ["Greedy answers do not change from round to round, so each query is answered once."]
+        if v.results.config.get("decoding") == "greedy"
+        else []
+    )
+    fig, body = sheet(v, "Quality: how far from the baseline", 2 * tall(len(ms)), [DOTS, *greedy], QUALITY)
+    for i, (ax, m) in enumerate(zip(grid(body, 2, 3), QUALITY)):
+        lanes(ax, v, m, ms, i % 3 == 0)
     return fig
 
 # %% ../nbs/07_visualization.ipynb #39973e74
-TIMES = 'ttft_ms', 'tpot_ms', 'e2el_ms'
-BLOCKS = 'Ratios: a dot is one block (one query in one round), marker and line are the median and its 95 % interval, the grey band holds 95 % of what the ' \
-         'baseline does against itself; hollow: within that noise.'
-def performance_dashboard(v:View)->Chart:
+TIMES = "ttft_ms", "tpot_ms", "e2el_ms"
+BLOCKS = (
+    "Ratios: a dot is one block (one query in one round), marker and line are the median and its 95 % interval, the grey band holds 95 % of what the "
+    "baseline does against itself; hollow: within that noise."
+)
+
+
+def performance_dashboard(v: View) -> Chart:
     "Time, tokens, memory, and what speed costs in quality."
-    ms, fast = [m for m in v.arms('quality', 'speed') if m != AA], [m for m in v.arms('speed') if m != 'baseline']
+    ms, fast = [m for m in v.arms("quality", "speed") if m != AA], [m for m in v.arms("speed") if m != "baseline"]
     heights = [max(tall(len(ms)), h) for h in (0, 0, 2.6)]
-    fig, body = sheet(v, 'Performance: what each method buys', sum(heights), [BLOCKS, BARS], (*TIMES, *KV, 'peak_rss_bytes', 'kl_mean'))
+    fig, body = sheet(
+        v,
+        "Performance: what each method buys",
+        sum(heights),
+        [BLOCKS, BARS],
+        (*TIMES, *KV, "peak_rss_bytes", "kl_mean"),
+    )
     top, mid, low = body.subfigures(3, 1, height_ratios=heights, hspace=0)
-    for i, (ax, m) in enumerate(zip(grid(top, 1, 3), TIMES)): ratios(ax, v, m, fast, i == 0)
-    for i, (ax, f) in enumerate(zip(grid(mid, 1, 3), (phase_bars, kept_tokens, kv_bars))): f(ax, v, ms, i == 0)
-    left, right = low.subplots(1, 2, gridspec_kw=dict(width_ratios=[1, 1.6], wspace=.08))
+    for i, (ax, m) in enumerate(zip(grid(top, 1, 3), TIMES)):
+        ratios(ax, v, m, fast, i == 0)
+    for i, (ax, f) in enumerate(zip(grid(mid, 1, 3), (phase_bars, kept_tokens, kv_bars))):
+        f(ax, v, ms, i == 0)
+    left, right = low.subplots(1, 2, gridspec_kw=dict(width_ratios=[1, 1.6], wspace=0.08))
     rss_bars(left, v, ms)
     pareto(right, v)
     return fig
 
 # %% ../nbs/07_visualization.ipynb #b4d347d1
-def time_metrics(v:View)->Chart:
+def time_metrics(v: View) -> Chart:
     "Times of one message, with their rounds."
-    ms, one = v.arms('speed'), [m for m in v.arms('speed') if m != AA]
-    fig, body = sheet(v, 'Time', 2*tall(len(ms))+.4, [DOTS, BARS], (*TIMES, 'preprocess_ms', 'prefill_ms', 'itl_ms'))
+    ms, one = v.arms("speed"), [m for m in v.arms("speed") if m != AA]
+    fig, body = sheet(
+        v, "Time", 2 * tall(len(ms)) + 0.4, [DOTS, BARS], (*TIMES, "preprocess_ms", "prefill_ms", "itl_ms")
+    )
     axs = grid(body, 2, 3)
-    for i, m in enumerate(TIMES): lanes(axs[i], v, m, ms, i == 0)
+    for i, m in enumerate(TIMES):
+        lanes(axs[i], v, m, ms, i == 0)
     phase_bars(axs[3], v, ms)
     gap_lines(axs[4], v, one)
     gap_shares(axs[5], v, one)
     return fig
 
 # %% ../nbs/07_visualization.ipynb #94f2765f
-def token_metrics(v:View)->Chart:
+def token_metrics(v: View) -> Chart:
     "Tokens read and written."
-    ms = [m for m in v.arms('speed', 'quality') if m != AA]
-    fig, body = sheet(v, 'Tokens', 2*tall(len(ms)), [DOTS], ('prompt_tokens', 'prompt_tokens_base', 'completion_tokens', 'completion_tokens_base'))
+    ms = [m for m in v.arms("speed", "quality") if m != AA]
+    fig, body = sheet(
+        v,
+        "Tokens",
+        2 * tall(len(ms)),
+        [DOTS],
+        ("prompt_tokens", "prompt_tokens_base", "completion_tokens", "completion_tokens_base"),
+    )
     a, b, c, d, e, f = grid(body, 2, 3)
-    lanes(a, v, 'prompt_tokens', ms)
+    lanes(a, v, "prompt_tokens", ms)
     kept_tokens(b, v, ms, False)
-    lanes(c, v, lambda d: d.prompt_tokens+d.completion_tokens, ms, False, 'tokens read and written', 'token', 'lower', 'speed')
-    lanes(d, v, 'completion_tokens', ms, True, 'tokens of the answer', arm='quality', sub='natural stop')
-    lanes(e, v, 'completion_tokens_base', ms, False, "the same in the baseline's tokens", arm='quality', sub='natural stop')
-    lanes(f, v, _chars_per_token, ms, False, 'characters per token of the answer', 'character', 'higher', 'quality')
+    lanes(
+        c,
+        v,
+        lambda d: d.prompt_tokens + d.completion_tokens,
+        ms,
+        False,
+        "tokens read and written",
+        "token",
+        "lower",
+        "speed",
+    )
+    lanes(d, v, "completion_tokens", ms, True, "tokens of the answer", arm="quality", sub="natural stop")
+    lanes(
+        e,
+        v,
+        "completion_tokens_base",
+        ms,
+        False,
+        "the same in the baseline's tokens",
+        arm="quality",
+        sub="natural stop",
+    )
+    lanes(f, v, _chars_per_token, ms, False, "characters per token of the answer", "character", "higher", "quality")
     return fig
 
-def _chars_per_token(d): return d.output_text.map(lambda t: len(t) if isinstance(t, str) else 0)/d.completion_tokens
+
+def _chars_per_token(d):
+    return d.output_text.map(lambda t: len(t) if isinstance(t, str) else 0) / d.completion_tokens
 
 # %% ../nbs/07_visualization.ipynb #6352c073
-def memory_metrics(v:View)->Chart:
+def memory_metrics(v: View) -> Chart:
     "Memory of the cache, the weights and the process."
-    ms = [m for m in v.arms('speed', 'memory') if m != AA]
-    once = 'Peak memory is measured once for each method, in a process of its own: it has no interval.'
-    fig, body = sheet(v, 'Memory', 2*tall(len(ms)), [DOTS, BARS, once], (*KV, 'weight_bytes', 'peak_rss_bytes', 'peak_rss_delta_bytes'))
+    ms = [m for m in v.arms("speed", "memory") if m != AA]
+    once = "Peak memory is measured once for each method, in a process of its own: it has no interval."
+    fig, body = sheet(
+        v,
+        "Memory",
+        2 * tall(len(ms)),
+        [DOTS, BARS, once],
+        (*KV, "weight_bytes", "peak_rss_bytes", "peak_rss_delta_bytes"),
+    )
     a, b, c, d = grid(body, 2, 2)
     kv_bars(a, v, ms)
-    each = lambda d: d.kv_bytes_live/(d.prompt_tokens_base+d.completion_tokens_base)
-    lanes(b, v, each, ms, False, 'KV cache for each baseline token of text', 'byte', 'lower', 'speed')
+
+    def each(d):
+        return d.kv_bytes_live / (d.prompt_tokens_base + d.completion_tokens_base)
+
+    lanes(b, v, each, ms, False, "KV cache for each baseline token of text", "byte", "lower", "speed")
     rss_bars(c, v, ms)
-    lanes(d, v, 'weight_bytes', ms, False)
+    lanes(d, v, "weight_bytes", ms, False)
     return fig
 
 # %% ../nbs/07_visualization.ipynb #52885df1
-RATES = 'prefill_tok_per_s', 'prefill_eff_tok_per_s', 'decode_base_tok_per_s', 'decode_char_per_s'
-def efficiency_metrics(v:View)->Chart:
+RATES = "prefill_tok_per_s", "prefill_eff_tok_per_s", "decode_base_tok_per_s", "decode_char_per_s"
+
+
+def efficiency_metrics(v: View) -> Chart:
     "Work for each second, in the method's and in the baseline's tokens."
-    ms = v.arms('speed')
-    fig, body = sheet(v, 'Efficiency', 2*tall(len(ms)), [DOTS, BLOCKS], RATES)
+    ms = v.arms("speed")
+    fig, body = sheet(v, "Efficiency", 2 * tall(len(ms)), [DOTS, BLOCKS], RATES)
     a, b, c, d, e, f = grid(body, 2, 3)
-    for ax, m in zip((a, b, d, e), RATES): lanes(ax, v, m, ms, ax in (a, d))
-    for ax, m in ((c, RATES[1]), (f, RATES[2])): ratios(ax, v, m, ms, False)
+    for ax, m in zip((a, b, d, e), RATES):
+        lanes(ax, v, m, ms, ax in (a, d))
+    for ax, m in ((c, RATES[1]), (f, RATES[2])):
+        ratios(ax, v, m, ms, False)
     return fig
 
 # %% ../nbs/07_visualization.ipynb #e43be80e
-COST = 'What speed costs: colours and shapes are those of the lanes, the lines 95 % interval and quartiles, the grey band is noise; ' \
-       'pale: another method is better in both.'
-def comprehensive_dashboard(v:View)->Chart:
+COST = (
+    "What speed costs: colours and shapes are those of the lanes, the lines 95 % interval and quartiles, the grey band is noise; "
+    "pale: another method is better in both."
+)
+
+
+def comprehensive_dashboard(v: View) -> Chart:
     "Nine panels on one message: time, tokens and memory, rates and quality."
-    ms, shown = [m for m in v.arms('speed', 'quality', 'memory') if m != AA], ('ttft_ms', 'tpot_ms', 'decode_base_tok_per_s', 'kl_mean')
-    fig, body = sheet(v, 'One message, every method', 3*max(tall(len(ms)), 2.1), [DOTS, BARS, COST], (*shown, *KV, 'peak_rss_bytes'))
+    ms, shown = (
+        [m for m in v.arms("speed", "quality", "memory") if m != AA],
+        ("ttft_ms", "tpot_ms", "decode_base_tok_per_s", "kl_mean"),
+    )
+    fig, body = sheet(
+        v, "One message, every method", 3 * max(tall(len(ms)), 2.1), [DOTS, BARS, COST], (*shown, *KV, "peak_rss_bytes")
+    )
     axs = grid(body, 3, 3)
-    for i, m in zip((0, 1, 6, 7), shown): lanes(axs[i], v, m, ms, i % 3 == 0)
-    for i, f in zip((2, 3, 4, 5), (phase_bars, kept_tokens, kv_bars, rss_bars)): f(axs[i], v, ms, i % 3 == 0)
+    for i, m in zip((0, 1, 6, 7), shown):
+        lanes(axs[i], v, m, ms, i % 3 == 0)
+    for i, f in zip((2, 3, 4, 5), (phase_bars, kept_tokens, kv_bars, rss_bars)):
+        f(axs[i], v, ms, i % 3 == 0)
     pareto(axs[8], v, False)
     return fig
 
 # %% ../nbs/07_visualization.ipynb #e9423359
-_SUITS = dict(compare=[quality_comparison, input_output_pairs, performance_dashboard],
-              ask=[time_metrics, token_metrics, memory_metrics, efficiency_metrics, comprehensive_dashboard])
+_SUITS = dict(
+    compare=[quality_comparison, input_output_pairs, performance_dashboard],
+    ask=[time_metrics, token_metrics, memory_metrics, efficiency_metrics, comprehensive_dashboard],
+)
 KINDS = {f.__name__: (f, [kind]) for kind, fs in _SUITS.items() for f in fs}
 
 # %% ../nbs/07_visualization.ipynb #b25211ad
-def drawable(results:Results)->View:
+def drawable(results: Results) -> View:
     "The `View` of results; `ResultsError` if no measurement succeeded."
     v = View(results)
-    if v.usable(): return v
-    why = f": the first error is '{v.failed.error.iloc[0]}'" if len(v.failed) else ''
-    raise ResultsError(f'nothing to draw: no measurement succeeded{why}')
+    if v.usable():
+        return v
+    why = f": the first error is '{v.failed.error.iloc[0]}'" if len(v.failed) else ""
+    raise ResultsError(f"nothing to draw: no measurement succeeded{why}")
+
 
 def plot(
-    results:Results, # from `llmopt.results.load` or a comparison
-    kind:str,        # a name in `KINDS`
-)->Chart:
+    results: Results,  # from `llmopt.results.load` or a comparison
+    kind: str,  # a name in `KINDS`
+) -> Chart:
     "Draw one chart; `ResultsError` for an unknown name or results without a measurement."
-    if kind not in KINDS: raise ResultsError(f"unknown chart '{kind}'; known: {', '.join(KINDS)}")
-    with rc_context(STYLE): return KINDS[kind][0](drawable(results))
+    if kind not in KINDS:
+        raise ResultsError(f"unknown chart '{kind}'; known: {', '.join(KINDS)}")
+    with rc_context(STYLE):
+        return KINDS[kind][0](drawable(results))
 
 # %% ../nbs/07_visualization.ipynb #c081caa0
 def plot_file(
-    path,           # of a results file
-    output='plots', # folder for the pictures, made if need be
-    kinds=None,     # names in `KINDS`; those that suit the file if None
-)->list:            # paths of the PNG files
+    path,  # of a results file
+    output="plots",  # folder for the pictures, made if need be
+    kinds=None,  # names in `KINDS`; those that suit the file if None
+) -> list:  # paths of the PNG files
     "Draw the charts of a results file; `ResultsError` if it cannot be read, drawn or written."
     results = load(path)
-    names = [kinds] if isinstance(kinds, str) else kinds or [k for k, (_, suits) in KINDS.items() if results.kind in suits]
+    names = (
+        [kinds] if isinstance(kinds, str) else kinds or [k for k, (_, suits) in KINDS.items() if results.kind in suits]
+    )
     for k in names:
-        if k not in KINDS: raise ResultsError(f"unknown chart '{k}'; known: {', '.join(KINDS)}")
-    drawable(results); folder = Path(output)
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ResultsError(f"cannot write to '{output}': {e.strerror}") from None
-    return [_save(plot(results, k), folder/f'{k}.png') for k in dict.fromkeys(names)]
+        if k not in KINDS:
+            raise ResultsError(f"unknown chart '{k}'; known: {', '.join(KINDS)}")
+    drawable(results)
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ResultsError(f"cannot write to '{output}': {e.strerror}") from None
+    return [_save(plot(results, k), folder / f"{k}.png") for k in dict.fromkeys(names)]
 
 # %% ../nbs/07_visualization.ipynb #9926d355
-def _save(fig, path)->Path:
+def _save(fig, path) -> Path:
     "Write a chart as PNG and free it."
-    try: path.write_bytes(fig.png())
-    except OSError as e: raise ResultsError(f"cannot write '{path}': {e.strerror}") from None
+    try:
+        path.write_bytes(fig.png())
+    except OSError as e:
+        raise ResultsError(f"cannot write '{path}': {e.strerror}") from None
     fig.clear()
     return path

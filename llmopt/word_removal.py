@@ -9,101 +9,139 @@ __all__ = ['PATTERNS', 'DEFAULT', 'STOP_WORDS', 'ASSETS', 'SCORERS', 'MODEL_FREE
            'time_scorers', 'BreakEven', 'break_even', 'Words', 'asked_in', 'survival', 'recall_table']
 
 # %% ../nbs/01_word_removal.ipynb #51743b05
-import heapq, json, math, re, time, unicodedata
+import heapq
+import json
+import math
+import re
+import time
+import unicodedata
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from html import escape
 from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from fastcore.basics import patch
 
 # %% ../nbs/01_word_removal.ipynb #297ef994
 class Word(NamedTuple):
     "A word of a text, by position."
-    start:int # offset of its first character
-    end:int   # offset behind its last character
-    lead:int  # characters of punctuation that it begins with
-    tail:int  # characters of punctuation that it ends with
-    mark:bool # has it neither letter nor digit?
+
+    start: int  # offset of its first character
+    end: int  # offset behind its last character
+    lead: int  # characters of punctuation that it begins with
+    tail: int  # characters of punctuation that it ends with
+    mark: bool  # has it neither letter nor digit?
 
 # %% ../nbs/01_word_removal.ipynb #e6fdd697
-_RUN, _CORE = re.compile(r'\S+'), re.compile(r'[^\W_](?:.*[^\W_])?', re.S)
+_RUN, _CORE = re.compile(r"\S+"), re.compile(r"[^\W_](?:.*[^\W_])?", re.S)
+
 
 def _word(text, s, e):
     "The run `text[s:e]` as a `Word`."
-    if text[s].isalnum() and text[e-1].isalnum(): return Word(s, e, 0, 0, False)
+    if text[s].isalnum() and text[e - 1].isalnum():
+        return Word(s, e, 0, 0, False)
     m = _CORE.search(text, s, e)
-    if not m: return Word(s, e, 0, 0, True)
+    if not m:
+        return Word(s, e, 0, 0, True)
     end = m.end()
-    while end < e and unicodedata.category(text[end])[0] == 'M': end += 1
-    return Word(s, e, m.start()-s, e-end, False)
+    while end < e and unicodedata.category(text[end])[0] == "M":
+        end += 1
+    return Word(s, e, m.start() - s, e - end, False)
 
 # %% ../nbs/01_word_removal.ipynb #bca5daf3
-_KATA, _HAN = '\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f', '\u3005-\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af'
-_CJK = re.compile(f'[{_KATA}{_HAN}]')
-_PIECE = re.compile(f'[{_KATA}]+|[{_HAN}][\u3099\u309a\ufe00-\ufe0f\U000e0100-\U000e01ef]*|[^{_KATA}{_HAN}]+')
+_KATA, _HAN = (
+    "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f",
+    "\u3005-\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af",
+)
+_CJK = re.compile(f"[{_KATA}{_HAN}]")
+_PIECE = re.compile(f"[{_KATA}]+|[{_HAN}][\u3099\u309a\ufe00-\ufe0f\U000e0100-\U000e01ef]*|[^{_KATA}{_HAN}]+")
+
 
 def _pieces(text, s, e):
     "The words of a run that holds Chinese or Japanese characters."
     res, lead = [], s
     for m in _PIECE.finditer(text, s, e):
-        if _CJK.match(m[0]) or _CORE.search(m[0]): res.append(_word(text, lead, m.end()))
-        elif res: res[-1] = res[-1]._replace(end=m.end(), tail=res[-1].tail+m.end()-m.start())
+        if _CJK.match(m[0]) or _CORE.search(m[0]):
+            res.append(_word(text, lead, m.end()))
+        elif res:
+            res[-1] = res[-1]._replace(end=m.end(), tail=res[-1].tail + m.end() - m.start())
         lead = m.end() if res else s
     return res
 
 # %% ../nbs/01_word_removal.ipynb #8f4306a0
-def split_words(text:str # any text
-               )->list:  # of `Word`, in order
+def split_words(
+    text: str,  # any text
+) -> list:  # of `Word`, in order
     "The words of `text`; all that lies between them is white space."
-    res, simple, new = [], text.isascii(), tuple.__new__ # a plain word is made without a call of Python
+    res, simple, new = [], text.isascii(), tuple.__new__  # a plain word is made without a call of Python
     for m in _RUN.finditer(text):
         s, e = m.span()
-        if simple and text[s].isalnum() and text[e-1].isalnum(): res.append(new(Word, (s, e, 0, 0, False)))
-        elif not simple and _CJK.search(text, s, e): res += _pieces(text, s, e)
-        else: res.append(_word(text, s, e))
+        if simple and text[s].isalnum() and text[e - 1].isalnum():
+            res.append(new(Word, (s, e, 0, 0, False)))
+        elif not simple and _CJK.search(text, s, e):
+            res += _pieces(text, s, e)
+        else:
+            res.append(_word(text, s, e))
     return res
 
 # %% ../nbs/01_word_removal.ipynb #f0dc9ad1
-def segments(text:str # any text
-            )->list:  # of strings: space, word, space, word, …, space (a space may be empty)
+def segments(
+    text: str,  # any text
+) -> list:  # of strings: space, word, space, word, …, space (a space may be empty)
     "`text` cut at the borders of its words; `''.join(segments(text)) == text`."
     ws = split_words(text)
     cuts = [0, *(i for w in ws for i in (w.start, w.end)), len(text)]
     return [text[a:b] for a, b in pairwise(cuts)]
 
 # %% ../nbs/01_word_removal.ipynb #2d3e76cf
-_END, _STOPS = re.compile(r'[.!?…。！？؟।]'), {'.', '!', '?', '。', '！', '？', '...'}
-_ABBR = set('mr mrs ms dr prof st vs etc e.g i.e fig jr sr inc ltd co approx cf al'.split())
+_END, _STOPS = re.compile(r"[.!?…。！？؟।]"), {".", "!", "?", "。", "！", "？", "..."}
+_ABBR = set("mr mrs ms dr prof st vs etc e.g i.e fig jr sr inc ltd co approx cf al".split())
+
 
 def _says_end(text, w):
     "Does the punctuation of `w` end a sentence?"
-    if w.mark: return text[w.start:w.end] in _STOPS
-    if not w.tail or not _END.search(text, w.end-w.tail, w.end): return False
-    core = text[w.start+w.lead:w.end-w.tail]
-    return not (text[w.end-w.tail] == '.' and (core.lower() in _ABBR or len(core) == 1 and core.isascii() and core.isupper()))
+    if w.mark:
+        return text[w.start : w.end] in _STOPS
+    if not w.tail or not _END.search(text, w.end - w.tail, w.end):
+        return False
+    core = text[w.start + w.lead : w.end - w.tail]
+    return not (
+        text[w.end - w.tail] == "." and (core.lower() in _ABBR or len(core) == 1 and core.isascii() and core.isupper())
+    )
 
 # %% ../nbs/01_word_removal.ipynb #5d131a11
 class Passage:
     "A text, its words, and all that a scorer may want to know about them."
-    def __init__(self, text:str,    # the text
-                 rate:float=1.,     # share that is to be kept, for scorers that depend on it
-                 question:str='',   # what will be asked about the text
-                 statistics=None,   # `Statistics` of language at large; the shipped ones if None
-                 model_score=None,  # `text -> [(start, end, value)]`
-                 seed:int=0,        # for what is random
-                 tokenizer=None):   # what counts tokens; None counts words
-        self.text, self.rate, self.question, self.seed = text, rate, question or '', seed
+
+    def __init__(
+        self,
+        text: str,  # the text
+        rate: float = 1.0,  # share that is to be kept, for scorers that depend on it
+        question: str = "",  # what will be asked about the text
+        statistics=None,  # `Statistics` of language at large; the shipped ones if None
+        model_score=None,  # `text -> [(start, end, value)]`
+        seed: int = 0,  # for what is random
+        tokenizer=None,
+    ):  # what counts tokens; None counts words
+        self.text, self.rate, self.question, self.seed = text, rate, question or "", seed
         self.fixed = frozenset()  # indices of words that stay in any case
-        self.statistics, self.model_score, self.tokenizer, self.words = statistics, model_score, tokenizer, split_words(text)
+        self.statistics, self.model_score, self.tokenizer, self.words = (
+            statistics,
+            model_score,
+            tokenizer,
+            split_words(text),
+        )
         cuts = [0, *(i for w in self.words for i in (w.start, w.end)), len(text)]
         self.gaps = [text[a:b] for a, b in zip(cuts[::2], cuts[1::2])]
-    def __len__(self): return len(self.words)
+
+    def __len__(self):
+        return len(self.words)
 
 # %% ../nbs/01_word_removal.ipynb #1d33ebb2
 def _lazy(f):
@@ -113,101 +151,127 @@ def _lazy(f):
     prop.__set_name__(Passage, f.__name__[1:])
     return f
 
+
 @_lazy
 def _ends(p):
     "1 for each word that is the last of its sentence."
     res, text = bytearray(len(p)), p.text
     for i, (w, nxt) in enumerate(pairwise(p.words)):
-        lines = p.gaps[i+1].count('\n')
-        res[i] = lines > 1 or (lines or _says_end(text, w)) and not text[nxt.start+nxt.lead].islower()
-    if p.words: res[-1] = 1
+        lines = p.gaps[i + 1].count("\n")
+        res[i] = lines > 1 or (lines or _says_end(text, w)) and not text[nxt.start + nxt.lead].islower()
+    if p.words:
+        res[-1] = 1
     return res
 
 # %% ../nbs/01_word_removal.ipynb #49c7c543
 _OPEN, _CLOSE = set('([{<"“‘«‹„*_~`（「『《【'), set(')]}>"”»›*_~`）」』》】')
 
+
 def _orphans(p, a, b):
     "Closing and opening marks that words `a` to `b` leave behind, once pairs around nothing have gone."
     close, opened = [], []
     for w in p.words[a:b]:
-        opened += [c for c in p.text[w.start:w.start+w.lead] if c in _OPEN]
-        for c in p.text[w.end-w.tail:w.end]:
-            if c in _CLOSE: opened.pop() if opened else close.append(c)
-    return ''.join(close), ''.join(opened)
+        opened += [c for c in p.text[w.start : w.start + w.lead] if c in _OPEN]
+        for c in p.text[w.end - w.tail : w.end]:
+            if c in _CLOSE:
+                opened.pop() if opened else close.append(c)
+    return "".join(close), "".join(opened)
 
 # %% ../nbs/01_word_removal.ipynb #19effbab
 def _last_end(p, a, b):
     "The closing mark of the last sentence that ends among words `a` to `b`; '' if none does."
     for w in p.words[a:b][::-1]:
-        if w.tail and not w.mark and _says_end(p.text, w): return _END.findall(p.text, w.end-w.tail, w.end)[-1]
-    return ''
+        if w.tail and not w.mark and _says_end(p.text, w):
+            return _END.findall(p.text, w.end - w.tail, w.end)[-1]
+    return ""
 
 # %% ../nbs/01_word_removal.ipynb #1a858306
 def _space(gaps, all_lines=False):
     "One gap in place of several."
-    if all_lines and (lines := [g for g in gaps if '\n' in g]): return ''.join(lines)
-    return max(gaps, key=lambda g: (min(g.count('\n'), 2), g != ''))
+    if all_lines and (lines := [g for g in gaps if "\n" in g]):
+        return "".join(lines)
+    return max(gaps, key=lambda g: (min(g.count("\n"), 2), g != ""))
+
 
 def _single(p, i):
     "Is word `i` a character that needs no space around it?"
     w = p.words[i]
-    return bool(_CJK.match(p.text, w.start+w.lead)) and w.end-w.tail-w.start-w.lead <= 3 and not re.match(f'[{_KATA}]', p.text[w.start+w.lead])
+    return (
+        bool(_CJK.match(p.text, w.start + w.lead))
+        and w.end - w.tail - w.start - w.lead <= 3
+        and not re.match(f"[{_KATA}]", p.text[w.start + w.lead])
+    )
 
 # %% ../nbs/01_word_removal.ipynb #2e87ffc4
 def _bridge(p, a, b, fixed=(), all_lines=False):
     "`(cut, after, space, before)`: what stands between words `a` and `b` when those between them go; `cut` characters of `a` go too."
-    close, opened = _orphans(p, a+1, b)
-    if b < len(p) and p.words[b].mark: opened = ''
-    if a < 0: return 0, '', p.gaps[0], opened
-    end = '' if p.words[a].mark or _says_end(p.text, p.words[a]) else _last_end(p, a+1, b)
-    if p.words[a].mark: close = ''
-    cut = int(a not in fixed and p.words[a].tail > 0 and p.text[p.words[a].end-1] in ',;' + ':'*bool(end))
-    if b == len(p): return cut, close+end, ''.join(g for g in p.gaps[a+1:b] if all_lines and '\n' in g)+p.gaps[b], ''
-    space = _space(p.gaps[a+1:b+1], all_lines)
-    return cut, close+end, space or ('' if _single(p, a) or _single(p, b) else ' '), opened
+    close, opened = _orphans(p, a + 1, b)
+    if b < len(p) and p.words[b].mark:
+        opened = ""
+    if a < 0:
+        return 0, "", p.gaps[0], opened
+    end = "" if p.words[a].mark or _says_end(p.text, p.words[a]) else _last_end(p, a + 1, b)
+    if p.words[a].mark:
+        close = ""
+    cut = int(a not in fixed and p.words[a].tail > 0 and p.text[p.words[a].end - 1] in ",;" + ":" * bool(end))
+    if b == len(p):
+        return cut, close + end, "".join(g for g in p.gaps[a + 1 : b] if all_lines and "\n" in g) + p.gaps[b], ""
+    space = _space(p.gaps[a + 1 : b + 1], all_lines)
+    return cut, close + end, space or ("" if _single(p, a) or _single(p, b) else " "), opened
 
 # %% ../nbs/01_word_removal.ipynb #f1ba9d12
 @_lazy
 def _rough(p):
     "1 for each word whose removal needs care: punctuation, or other than one space before or after it."
-    odd = [g != ' ' for g in p.gaps]
+    odd = [g != " " for g in p.gaps]
     return bytearray(o or n or w.lead > 0 or w.tail > 0 for o, n, w in zip(odd, odd[1:], p.words))
 
 # %% ../nbs/01_word_removal.ipynb #6267c624
 @patch
-def render(self:Passage,
-           kept:list,             # indices of the words that stay, in order
-           fixed=(),              # indices of words whose punctuation must not change
-           gaps:list|None=None,   # white space to use; the text's own if None
-           all_lines:bool=False   # keep every line break, not only the strongest
-          )->str:
+def render(
+    self: Passage,
+    kept: list,  # indices of the words that stay, in order
+    fixed=(),  # indices of words whose punctuation must not change
+    gaps: list | None = None,  # white space to use; the text's own if None
+    all_lines: bool = False,  # keep every line break, not only the strongest
+) -> str:
     "The text with only the words in `kept`."
-    if not kept: return ''
+    if not kept:
+        return ""
     gaps, out, words, text, rough = gaps or self.gaps, [], self.words, self.text, self.rough
     for a, b in pairwise([-1, *kept, len(words)]):
-        if b == a+1: s = '' if a < 0 else text[words[a].start:words[a].end]; out += s, gaps[b]
-        elif a >= 0 and b < len(words) and not words[a].tail and rough.find(1, a+1, b) < 0: out += text[words[a].start:words[a].end], ' '
+        if b == a + 1:
+            s = "" if a < 0 else text[words[a].start : words[a].end]
+            out += s, gaps[b]
+        elif a >= 0 and b < len(words) and not words[a].tail and rough.find(1, a + 1, b) < 0:
+            out += text[words[a].start : words[a].end], " "
         else:
             cut, after, space, before = _bridge(self, a, b, fixed, all_lines)
-            out += (text[words[a].start:words[a].end-cut] if a >= 0 else ''), after, space, before
-    return ''.join(out)
+            out += (text[words[a].start : words[a].end - cut] if a >= 0 else ""), after, space, before
+    return "".join(out)
 
 # %% ../nbs/01_word_removal.ipynb #b7983419
 def _capital(p, kept, gone):
     "`{index: word}` for each word that takes over the capital of a removed sentence start."
     res, ends = {}, p.ends
     for i in gone:
-        j = i+1
-        if not ends[i-1] or ends[i] or p.words[j].mark or j not in kept: continue
-        a, b = (p.text[w.start+w.lead:w.end] for w in p.words[i:j+1])
-        if a[0].isupper() and b.islower() and len(b[0].upper()) == 1: res[j] = b[0].upper()
+        j = i + 1
+        if not ends[i - 1] or ends[i] or p.words[j].mark or j not in kept:
+            continue
+        a, b = (p.text[w.start + w.lead : w.end] for w in p.words[i : j + 1])
+        if a[0].isupper() and b.islower() and len(b[0].upper()) == 1:
+            res[j] = b[0].upper()
     return res
 
 # %% ../nbs/01_word_removal.ipynb #2539e757
 def _check_n(n):
     "A `ValueError` unless `n` is a whole number of at least 2."
-    if isinstance(n, int) and not isinstance(n, bool) and n >= 2: return
-    raise ValueError(f"n must be a whole number of at least 2, not {n!r}: n=2 removes every second word, n=3 every third (1 would remove all)")
+    if isinstance(n, int) and not isinstance(n, bool) and n >= 2:
+        return
+    raise ValueError(
+        f"n must be a whole number of at least 2, not {n!r}: n=2 removes every second word, n=3 every third (1 would remove all)"
+    )
+
 
 def _drop_nth(text, n):
     "The `Passage` of `text`, the words that stay, and the text without every `n`-th."
@@ -215,68 +279,89 @@ def _drop_nth(text, n):
     p, kept, count = Passage(text), [], 0
     for i, w in enumerate(p.words):
         count += not w.mark
-        if w.mark or count % n: kept.append(i)
+        if w.mark or count % n:
+            kept.append(i)
     caps = _capital(p, set(kept), sorted({*range(len(p))} - {*kept}))
     for j, c in caps.items():
-        s = p.words[j].start+p.words[j].lead
-        p.text = p.text[:s] + c + p.text[s+1:]
+        s = p.words[j].start + p.words[j].lead
+        p.text = p.text[:s] + c + p.text[s + 1 :]
     return p, kept, text if len(kept) == len(p) else p.render(kept, all_lines=True)
 
 # %% ../nbs/01_word_removal.ipynb #4a3692ef
-def remove_every_nth_word_advanced(text:str, # any text
-                                   n:int=3   # 3 removes every third word; a `ValueError` below 2
-                                  )->str:
+def remove_every_nth_word_advanced(
+    text: str,  # any text
+    n: int = 3,  # 3 removes every third word; a `ValueError` below 2
+) -> str:
     "`text` without every `n`-th word; punctuation, lines and sentence starts are repaired."
     return _drop_nth(text, n)[2]
 
 # %% ../nbs/01_word_removal.ipynb #e5b3498a
-_UP, _LOW = 'A-ZÀ-ÖØ-ÞŠŽΑ-ΩА-ЯЁŁŚŻĆŞİČĐ', 'a-zß-öø-ÿšžα-ωа-яёłśżćşıčđğ'
-_SMALL = 'one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|several'
-_LARGE = 'hundreds?|thousands?|millions?|billions?|trillions?|dozens?|percent'
-_FIRST = ''.join(sorted({c for w in f'{_SMALL}|{_LARGE}'.split('|') for c in (w[0], w[0].upper())}))
-PATTERNS = {k: re.compile(v, re.M) for k, v in dict(code=r'^[ \t]*(?P<f>```|~~~)[\s\S]*?(?:^[ \t]*(?P=f)[ \t]*$|\Z)|`[^`\n]+`',
-    urls=r'(?:https?|ftp)://[^\s<>"]+|www\.[^\s<>"]+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+',
-    tables=r'^[ \t]*\|[^\n]*\|[ \t]*$|^[^\t\n]+(?:\t[^\t\n]*){2,}$',
-    tags=r'\{\{[^{}]{1,500}\}\}|\{%[^%\n]{1,300}%\}|\$?\{[\w.:\[\]]{0,60}\}|<\|[^|\n]{1,100}\|>|</?[A-Za-z][\w:-]*(?:\s[^<>\n]{0,200})?/?>|\[/?INST\]|<</?SYS>>',
-    quotes=r'(?<![\w"])"(?=\S)[^"\n]{1,60}(?<=\S)"(?!\w)|“[^“”\n]{1,60}”|«[^«»\n]{1,60}»|‘[^‘’\n]{1,60}’(?!\w)',
-    numbers=rf'\d+(?: (?:{_LARGE}|per cent|%))*|\b(?=[{_FIRST}])(?i:(?:{_SMALL}) )?(?i:{_LARGE})\b',
-    negations=r"\b(?=[nchuweNCHUWE])(?i:no|not|never|none|nor|neither|nobody|nothing|nowhere|cannot|without|hardly|unless|except)\b|(?i:n['’]t)\b",
-    names=rf"[{_UP}](?:(?:(?<=[{_LOW}0-9] .)|(?<=[{_LOW}0-9][,;] .))(?<!I(?!\w))[\w'’-]*(?: [{_UP}][\w'’-]*)*"
-          rf"|(?<![{_UP}] .)(?<!\w.)[{_UP}]{{1,5}}\b(?! [{_UP}]{{2}}))").items()}
+_UP, _LOW = "A-ZÀ-ÖØ-ÞŠŽΑ-ΩА-ЯЁŁŚŻĆŞİČĐ", "a-zß-öø-ÿšžα-ωа-яёłśżćşıčđğ"
+_SMALL = "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|several"
+_LARGE = "hundreds?|thousands?|millions?|billions?|trillions?|dozens?|percent"
+_FIRST = "".join(sorted({c for w in f"{_SMALL}|{_LARGE}".split("|") for c in (w[0], w[0].upper())}))
+PATTERNS = {
+    k: re.compile(v, re.M)
+    for k, v in dict(
+        code=r"^[ \t]*(?P<f>```|~~~)[\s\S]*?(?:^[ \t]*(?P=f)[ \t]*$|\Z)|`[^`\n]+`",
+        urls=r'(?:https?|ftp)://[^\s<>"]+|www\.[^\s<>"]+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+',
+        tables=r"^[ \t]*\|[^\n]*\|[ \t]*$|^[^\t\n]+(?:\t[^\t\n]*){2,}$",
+        tags=r"\{\{[^{}]{1,500}\}\}|\{%[^%\n]{1,300}%\}|\$?\{[\w.:\[\]]{0,60}\}|<\|[^|\n]{1,100}\|>|</?[A-Za-z][\w:-]*(?:\s[^<>\n]{0,200})?/?>|\[/?INST\]|<</?SYS>>",
+        quotes=r'(?<![\w"])"(?=\S)[^"\n]{1,60}(?<=\S)"(?!\w)|“[^“”\n]{1,60}”|«[^«»\n]{1,60}»|‘[^‘’\n]{1,60}’(?!\w)',
+        numbers=rf"\d+(?: (?:{_LARGE}|per cent|%))*|\b(?=[{_FIRST}])(?i:(?:{_SMALL}) )?(?i:{_LARGE})\b",
+        negations=r"\b(?=[nchuweNCHUWE])(?i:no|not|never|none|nor|neither|nobody|nothing|nowhere|cannot|without|hardly|unless|except)\b|(?i:n['’]t)\b",
+        names=rf"[{_UP}](?:(?:(?<=[{_LOW}0-9] .)|(?<=[{_LOW}0-9][,;] .))(?<!I(?!\w))[\w'’-]*(?: [{_UP}][\w'’-]*)*"
+        rf"|(?<![{_UP}] .)(?<!\w.)[{_UP}]{{1,5}}\b(?! [{_UP}]{{2}}))",
+    ).items()
+}
 DEFAULT = tuple(PATTERNS)
 
 # %% ../nbs/01_word_removal.ipynb #dd45f3dc
 def _patterns(protect):
     "The compiled patterns that `protect` asks for; a `ValueError` with the known names for one that is not known."
-    if protect is None: protect = DEFAULT
-    if isinstance(protect, (str, re.Pattern)): protect = protect.split() if isinstance(protect, str) and not protect.startswith('re:') else [protect]
+    if protect is None:
+        protect = DEFAULT
+    if isinstance(protect, (str, re.Pattern)):
+        protect = protect.split() if isinstance(protect, str) and not protect.startswith("re:") else [protect]
     res = []
     for x in protect:
-        if isinstance(x, re.Pattern): res.append(x)
-        elif isinstance(x, str) and x.startswith('re:'): res.append(re.compile(x[3:]))
-        elif x in PATTERNS: res.append(PATTERNS[x])
-        else: raise ValueError(f"nothing is known to protect under the name {x!r}; known: {', '.join(PATTERNS)}, or give a compiled regular expression")
+        if isinstance(x, re.Pattern):
+            res.append(x)
+        elif isinstance(x, str) and x.startswith("re:"):
+            res.append(re.compile(x[3:]))
+        elif x in PATTERNS:
+            res.append(PATTERNS[x])
+        else:
+            raise ValueError(
+                f"nothing is known to protect under the name {x!r}; known: {', '.join(PATTERNS)}, or give a compiled regular expression"
+            )
     return res
 
 # %% ../nbs/01_word_removal.ipynb #8bcf9cdc
-def protected_spans(text:str,             # any text
-                    protect=DEFAULT,      # names in `PATTERNS`, compiled regular expressions, `'re:…'`
-                    question:str|None=None# protected where the text begins or ends with it
-                   )->tuple:              # of (start, end), in order, not overlapping
+def protected_spans(
+    text: str,  # any text
+    protect=DEFAULT,  # names in `PATTERNS`, compiled regular expressions, `'re:…'`
+    question: str | None = None,  # protected where the text begins or ends with it
+) -> tuple:  # of (start, end), in order, not overlapping
     "What must stay of `text` byte for byte; a `ValueError` for an unknown name."
     found = [m.span() for r in _patterns(protect) for m in r.finditer(text)]
-    q, t = (question or '').strip(), text.strip()
+    q, t = (question or "").strip(), text.strip()
     at = text.find(t)
-    if q and t.startswith(q): found.append((at, at+len(q)))
-    if q and t.endswith(q): found.append((at+len(t)-len(q), at+len(t)))
+    if q and t.startswith(q):
+        found.append((at, at + len(q)))
+    if q and t.endswith(q):
+        found.append((at + len(t) - len(q), at + len(t)))
     return _merge((s + len(x) - len(x.lstrip()), s + len(x.rstrip())) for s, e in found if (x := text[s:e]).strip())
+
 
 def _merge(spans):
     "The union of `spans`, as a tuple in order."
     res = []
     for s, e in sorted(spans):
-        if res and s < res[-1][1]: res[-1][1] = max(e, res[-1][1])
-        else: res.append([s, e])
+        if res and s < res[-1][1]:
+            res[-1][1] = max(e, res[-1][1])
+        else:
+            res.append([s, e])
     return tuple(map(tuple, res))
 
 # %% ../nbs/01_word_removal.ipynb #4cbcd15f
@@ -285,11 +370,13 @@ def _fixed(p, spans):
     starts, stops, words, gaps = [w.start for w in p.words], [w.end for w in p.words], set(), set()
     for s, e in spans:
         a, b = bisect_right(stops, s), bisect_left(starts, e)
-        words.update(range(a, b)); gaps.update(range(a+1, b))
+        words.update(range(a, b))
+        gaps.update(range(a + 1, b))
     return words, gaps
 
 # %% ../nbs/01_word_removal.ipynb #19d4ffa8
-STOP_WORDS = frozenset('''a about above across after again against ago all almost along already also although always am among an and another any anyone
+STOP_WORDS = frozenset(
+    """a about above across after again against ago all almost along already also although always am among an and another any anyone
 anything are aren't around as at away back be became because become becomes been before began begin being below between both but by came can can't come
 comes could couldn't did didn't do does doesn't doing don't done down during each either else enough etc even ever every everyone everything far few
 first for from further gave get gets getting give given gives go goes going gone got had hadn't has hasn't have haven't having he he'd he'll her here
@@ -300,112 +387,150 @@ quite rather really said same saw say saying says see seem seemed seems seen sev
 something sometimes soon still such take taken takes than that that'd that'll the their theirs them themselves then there therefore these they they'd
 they'll they're they've thing things think this those though through thus to together too took toward towards try under until up upon us use used uses
 using usually very want was wasn't way we we'd we'll we're we've well went were weren't what whatever when where whether which while who whole whom whose
-why will with within won't would wouldn't yeah yes yet you you'd you'll you're you've your yours yourself um uh mm 's 've 're 'll 'd 'm'''.split())
+why will with within won't would wouldn't yeah yes yet you you'd you'll you're you've your yours yourself um uh mm 's 've 're 'll 'd 'm""".split()
+)
 
 # %% ../nbs/01_word_removal.ipynb #3a5df52f
 def _key(core):
     "`core` as it is compared: small letters, no possessive."
-    k = core.casefold().replace('’', "'")
+    k = core.casefold().replace("’", "'")
     return k[:-2] if k.endswith("'s") and len(k) > 2 else k
+
 
 @_lazy
 def _keys(p):
     "Each word as it is compared: '' for punctuation, the mark itself for an emoji."
-    def symbol(s): return s if any(unicodedata.category(c) == 'So' for c in s) else ''
-    cores = [p.text[s+lead:e-tail] for s, e, lead, tail, _ in p.words]
+
+    def symbol(s):
+        return s if any(unicodedata.category(c) == "So" for c in s) else ""
+
+    cores = [p.text[s + lead : e - tail] for s, e, lead, tail, _ in p.words]
     key = {s: _key(s) for s in set(cores)}
     return [symbol(s) if w[4] else key[s] for w, s in zip(p.words, cores)]
+
 
 @_lazy
 def _content(p):
     "For each word, whether it carries content: neither punctuation nor on the stop-list."
-    return [k != '' and k not in STOP_WORDS for k in p.keys]
+    return [k != "" and k not in STOP_WORDS for k in p.keys]
 
 # %% ../nbs/01_word_removal.ipynb #0e8d02aa
 @dataclass(frozen=True)
 class Statistics:
     "How often words occur in a background corpus."
-    documents:int # texts in the corpus
-    words:int     # words in all of them
-    df:dict       # word -> texts that it occurs in
-    counts:dict   # word -> times that it occurs
-    pairs:dict    # 'word word' -> times that the two are neighbours
+
+    documents: int  # texts in the corpus
+    words: int  # words in all of them
+    df: dict  # word -> texts that it occurs in
+    counts: dict  # word -> times that it occurs
+    pairs: dict  # 'word word' -> times that the two are neighbours
 
 # %% ../nbs/01_word_removal.ipynb #6c212f38
 def _top(counts, n):
     "The `n` most frequent of `counts`, ties in order of the alphabet."
     return dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))[:n])
 
-def fit_statistics(texts,               # strings
-                   max_words:int=50_000,# words to keep, the most frequent
-                   max_pairs:int=50_000 # pairs to keep, the most frequent that occur at least three times
-                  )->Statistics:
+
+def fit_statistics(
+    texts,  # strings
+    max_words: int = 50_000,  # words to keep, the most frequent
+    max_pairs: int = 50_000,  # pairs to keep, the most frequent that occur at least three times
+) -> Statistics:
     "Count words and pairs of neighbours over `texts`."
     docs, df, counts, pairs = 0, Counter(), Counter(), Counter()
     for t in texts:
         ks = [k for k in Passage(t).keys if k]
-        docs += 1; counts.update(ks); df.update(set(ks)); pairs.update(f'{a} {b}' for a, b in pairwise(ks))
+        docs += 1
+        counts.update(ks)
+        df.update(set(ks))
+        pairs.update(f"{a} {b}" for a, b in pairwise(ks))
     top = _top(counts, max_words)
-    return Statistics(docs, sum(counts.values()), {k: df[k] for k in top}, top, _top({k: c for k, c in pairs.items() if c > 2}, max_pairs))
+    return Statistics(
+        docs,
+        sum(counts.values()),
+        {k: df[k] for k in top},
+        top,
+        _top({k: c for k, c in pairs.items() if c > 2}, max_pairs),
+    )
 
 # %% ../nbs/01_word_removal.ipynb #24435f51
 @patch
-def save(self:Statistics, path)->None:
+def save(self: Statistics, path) -> None:
     "Write the statistics to `path` as JSON."
-    d = dict(documents=self.documents, words=self.words, vocabulary={k: [self.df[k], c] for k, c in self.counts.items()}, pairs=self.pairs)
-    Path(path).write_text(json.dumps(d, ensure_ascii=False, separators=(',', ':')), encoding='utf-8')
+    d = dict(
+        documents=self.documents,
+        words=self.words,
+        vocabulary={k: [self.df[k], c] for k, c in self.counts.items()},
+        pairs=self.pairs,
+    )
+    Path(path).write_text(json.dumps(d, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
 
 @patch(cls_method=True)
-def load(cls:Statistics, path)->Statistics:
+def load(cls: Statistics, path) -> Statistics:
     "The statistics that `save` wrote to `path`."
-    try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise ValueError(f"no statistics in {path} ({e}); write some with `fit_statistics(texts).save(path)`") from None
-    v = d['vocabulary']
-    return cls(d['documents'], d['words'], {k: x[0] for k, x in v.items()}, {k: x[1] for k, x in v.items()}, d['pairs'])
+    try:
+        d = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"no statistics in {path} ({e}); write some with `fit_statistics(texts).save(path)`") from None
+    v = d["vocabulary"]
+    return cls(d["documents"], d["words"], {k: x[0] for k, x in v.items()}, {k: x[1] for k, x in v.items()}, d["pairs"])
 
 # %% ../nbs/01_word_removal.ipynb #a05bdd8e
-ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path.cwd().parent/'llmopt'/'assets'
+ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path.cwd().parent / "llmopt" / "assets"
+
 
 @lru_cache
-def default_statistics()->Statistics: # of the project's own texts
+def default_statistics() -> Statistics:  # of the project's own texts
     "The statistics that ship with the package."
-    return Statistics.load(ASSETS/'word_statistics.json')
+    return Statistics.load(ASSETS / "word_statistics.json")
 
 # %% ../nbs/01_word_removal.ipynb #f48fbd25
 @patch
-def idf(self:Statistics, key:str)->float:
+def idf(self: Statistics, key: str) -> float:
     "Inverse document frequency in nats; highest for a word that never occurred."
-    return math.log((1+self.documents)/(.5+self.df.get(key, 0)))
+    return math.log((1 + self.documents) / (0.5 + self.df.get(key, 0)))
+
 
 @patch
-def surprisal(self:Statistics, key:str, before:str, after:str, mix=.7)->float:
+def surprisal(self: Statistics, key: str, before: str, after: str, mix=0.7) -> float:
     "How surprising `key` is between `before` and `after`, in nats."
     c = self.counts
-    alone = (1-mix)*(c.get(key, 0)+.5)/(self.words+len(c)+1)
-    left, right = self.pairs.get(f'{before} {key}', 0)/max(c.get(before, 0), 1), self.pairs.get(f'{key} {after}', 0)/max(c.get(after, 0), 1)
-    return -math.log(alone+mix*left) - math.log(alone+mix*right)
+    alone = (1 - mix) * (c.get(key, 0) + 0.5) / (self.words + len(c) + 1)
+    left, right = (
+        self.pairs.get(f"{before} {key}", 0) / max(c.get(before, 0), 1),
+        self.pairs.get(f"{key} {after}", 0) / max(c.get(after, 0), 1),
+    )
+    return -math.log(alone + mix * left) - math.log(alone + mix * right)
 
 # %% ../nbs/01_word_removal.ipynb #5aab3857
 SCORERS = {}
+
 
 def _scorer(f):
     "Enter `f` into `SCORERS`."
     SCORERS[f.__name__[1:]] = f
     return f
 
-@_scorer
-def _every_nth(p): return [float(int((i+1)*p.rate+1e-9) > int(i*p.rate+1e-9)) for i in range(len(p))]
 
 @_scorer
-def _random(p): return (lambda r: [r.random() for _ in p.words])(Random(p.seed))
+def _every_nth(p):
+    return [float(int((i + 1) * p.rate + 1e-9) > int(i * p.rate + 1e-9)) for i in range(len(p))]
+
+
+@_scorer
+def _random(p):
+    return (lambda r: [r.random() for _ in p.words])(Random(p.seed))
 
 # %% ../nbs/01_word_removal.ipynb #aa930270
 def _discount(p, values):
     "`values`, of which function words keep a twentieth and punctuation nothing."
-    return [v if c else v*.05 if k else 0. for v, c, k in zip(values, p.content, p.keys)]
+    return [v if c else v * 0.05 if k else 0.0 for v, c, k in zip(values, p.content, p.keys)]
+
 
 @_lazy
-def _stats(p): return p.statistics or default_statistics()
+def _stats(p):
+    return p.statistics or default_statistics()
 
 # %% ../nbs/01_word_removal.ipynb #426e45e8
 @_lazy
@@ -413,18 +538,25 @@ def _rarity(p):
     "Inverse document frequency of each different word."
     return {k: p.stats.idf(k) for k in set(p.keys)}
 
+
 @_scorer
-def _stop_list(p): return _discount(p, [1.]*len(p))
+def _stop_list(p):
+    return _discount(p, [1.0] * len(p))
 
 # %% ../nbs/01_word_removal.ipynb #18e2b4d0
 @_scorer
-def _idf(p): return _discount(p, [p.rarity[k] for k in p.keys])
+def _idf(p):
+    return _discount(p, [p.rarity[k] for k in p.keys])
+
 
 @_scorer
-def _bigram(p): return _discount(p, [p.stats.surprisal(k, a, b) for a, k, b in zip(['', *p.keys], p.keys, [*p.keys[1:], ''])])
+def _bigram(p):
+    return _discount(p, [p.stats.surprisal(k, a, b) for a, k, b in zip(["", *p.keys], p.keys, [*p.keys[1:], ""])])
 
 # %% ../nbs/01_word_removal.ipynb #8d9b0c96
-def _stem(key): return re.sub(r'(?<=....)(?:ing|ed|es|s|e)$', '', key)
+def _stem(key):
+    return re.sub(r"(?<=....)(?:ing|ed|es|s|e)$", "", key)
+
 
 @_lazy
 def _asked(p):
@@ -432,228 +564,305 @@ def _asked(p):
     q = Passage(p.question)
     return {_stem(k) for k, c in zip(q.keys, q.content) if c}
 
+
 def _favour(p, values):
     "`values`, those of words that the question has half of the way to the top."
-    top = max(values, default=0.)
-    return [(v+top)/2 if c and _stem(k) in p.asked else v for v, k, c in zip(values, p.keys, p.content)] if p.asked else values
+    top = max(values, default=0.0)
+    return (
+        [(v + top) / 2 if c and _stem(k) in p.asked else v for v, k, c in zip(values, p.keys, p.content)]
+        if p.asked
+        else values
+    )
 
 # %% ../nbs/01_word_removal.ipynb #3fecd398
 @_lazy
 def _weight(p):
     "Weight of each different word: how much the text is about it, how rare it is, and whether it is asked for."
-    w = {k: math.log(1+n)*min(p.rarity[k], 4.) for k, n in Counter(p.keys).items()}
-    top = max(w.values(), default=0.) if p.asked else 0.
-    return {k: 0. if not k else v*.05 if k in STOP_WORDS else v+4*top if top and _stem(k) in p.asked else v for k, v in w.items()}
+    w = {k: math.log(1 + n) * min(p.rarity[k], 4.0) for k, n in Counter(p.keys).items()}
+    top = max(w.values(), default=0.0) if p.asked else 0.0
+    return {
+        k: 0.0 if not k else v * 0.05 if k in STOP_WORDS else v + 4 * top if top and _stem(k) in p.asked else v
+        for k, v in w.items()
+    }
+
 
 @_lazy
 def _cost(p):
     "Tokens of each word by itself."
-    words = [p.text[w.start:w.end] for w in p.words]
-    if p.tokenizer is None: return [1]*len(words)
+    words = [p.text[w.start : w.end] for w in p.words]
+    if p.tokenizer is None:
+        return [1] * len(words)
     of = dict.fromkeys(words)
-    of = dict(zip(of, _count_each(p.tokenizer, [' '+w for w in of])))
+    of = dict(zip(of, _count_each(p.tokenizer, [" " + w for w in of])))
     return [max(of[w], 1) for w in words]
+
 
 @_scorer
 def _coverage(p):
-    seen, res, cost, weight = Counter(p.keys[i] for i in p.fixed), [0.]*len(p), p.cost, p.weight
+    seen, res, cost, weight = Counter(p.keys[i] for i in p.fixed), [0.0] * len(p), p.cost, p.weight
     for i in sorted(range(len(p)), key=cost.__getitem__):
-        if i in p.fixed: continue
-        k = p.keys[i]; seen[k] += 1; res[i] = weight[k]/seen[k]**2/cost[i]**.5
+        if i in p.fixed:
+            continue
+        k = p.keys[i]
+        seen[k] += 1
+        res[i] = weight[k] / seen[k] ** 2 / cost[i] ** 0.5
     return res
 
 # %% ../nbs/01_word_removal.ipynb #a8b8cfa2
 @_lazy
 def _ranges(p):
     "First and behind-last word of each sentence."
-    stops = [i+1 for i, e in enumerate(p.ends) if e]
+    stops = [i + 1 for i, e in enumerate(p.ends) if e]
     return [*zip([0, *stops], stops)]
+
 
 @_lazy
 def _order(p):
     "Sentences in the order in which to keep them."
     types, left, res = [sorted(set(p.keys[a:b])) for a, b in p.ranges], dict(p.weight), []
-    def gain(s): return sum(map(left.__getitem__, types[s]))/(p.ranges[s][1]-p.ranges[s][0]+4)
+
+    def gain(s):
+        return sum(map(left.__getitem__, types[s])) / (p.ranges[s][1] - p.ranges[s][0] + 4)
+
     heap = [(-gain(s), s, 0) for s in range(len(types))]
     heapq.heapify(heap)
     while heap:
         old, s, tries = heapq.heappop(heap)
         new = -gain(s)
-        if new > old+1e-12 and tries < 8 and heap and new > heap[0][0]: heapq.heappush(heap, (new, s, tries+1))
+        if new > old + 1e-12 and tries < 8 and heap and new > heap[0][0]:
+            heapq.heappush(heap, (new, s, tries + 1))
         else:
             res.append(s)
-            for k in types[s]: left[k] /= 2
+            for k in types[s]:
+                left[k] /= 2
     return res
 
 # %% ../nbs/01_word_removal.ipynb #9b623582
 def _by_sentence(p, order, inner):
     "Scores that keep sentences in `order`, and within each the words with the highest `inner` scores first."
-    top, res = max(inner, default=0.)+1, [0.]*len(p)
+    top, res = max(inner, default=0.0) + 1, [0.0] * len(p)
     for rank, s in enumerate(order):
-        for i in range(*p.ranges[s]): res[i] = len(order)-rank + inner[i]/top
+        for i in range(*p.ranges[s]):
+            res[i] = len(order) - rank + inner[i] / top
     return res
 
+
 @_scorer
-def _sentences(p): return _by_sentence(p, p.order, _coverage(p))
+def _sentences(p):
+    return _by_sentence(p, p.order, _coverage(p))
 
 # %% ../nbs/01_word_removal.ipynb #66c70a8a
 @_scorer
 def _coarse_to_fine(p):
-    inner, room, res = _coverage(p), math.sqrt(p.rate)*len(p), []
-    top, res = max(inner, default=0.)+1, list(inner)
+    inner, room, res = _coverage(p), math.sqrt(p.rate) * len(p), []
+    top, res = max(inner, default=0.0) + 1, list(inner)
     for s in p.order:
         a, b = p.ranges[s]
-        if room > 0: res[a:b] = [top+x for x in inner[a:b]]
-        room -= b-a
+        if room > 0:
+            res[a:b] = [top + x for x in inner[a:b]]
+        room -= b - a
     return res
 
 # %% ../nbs/01_word_removal.ipynb #c623ec28
 def _need(model_score):
     "A `ValueError` if there is none."
-    if model_score is not None: return
-    raise ValueError("scorer 'self_information' asks a model: give model_score=model_surprisal(model, tokenizer), or choose another scorer")
+    if model_score is not None:
+        return
+    raise ValueError(
+        "scorer 'self_information' asks a model: give model_score=model_surprisal(model, tokenizer), or choose another scorer"
+    )
+
 
 @_scorer
 def _self_information(p):
     _need(p.model_score)
-    res, stops = [0.]*len(p), [w.end for w in p.words]
+    res, stops = [0.0] * len(p), [w.end for w in p.words]
     for s, e, nats in p.model_score(p.text):
-        i = bisect_left(stops, max(e, s+1))
-        if i < len(p) and e > p.words[i].start: res[i] += float(nats)
+        i = bisect_left(stops, max(e, s + 1))
+        if i < len(p) and e > p.words[i].start:
+            res[i] += float(nats)
     return res
 
 # %% ../nbs/01_word_removal.ipynb #987e2a9d
-MODEL_FREE = tuple(s for s in SCORERS if s != 'self_information')
+MODEL_FREE = tuple(s for s in SCORERS if s != "self_information")
 
 # %% ../nbs/01_word_removal.ipynb #2198f3b4
 def _windows(n, size):
     "`(start, stop, first)`: read tokens from start to stop and score from `first` on."
-    half = max(size//2, 1)
+    half = max(size // 2, 1)
     yield 0, min(size, n), 0
-    for a in range(size, n, half): yield max(a-half, 0), min(a-half+size, n), a
+    for a in range(size, n, half):
+        yield max(a - half, 0), min(a - half + size, n), a
+
 
 def _nats(model, ids, bos, size):
     "Surprisal of each of `ids` in nats; the first one counts as one of all tokens if there is no `bos`."
     import torch
-    res, dev = [math.log(model.get_input_embeddings().num_embeddings)]*len(ids), next(model.parameters()).device
+
+    res, dev = [math.log(model.get_input_embeddings().num_embeddings)] * len(ids), next(model.parameters()).device
     head = [] if bos is None else [bos]
     for a, b, first in _windows(len(ids), size):
         x = torch.tensor([head + ids[a:b]], device=dev)
-        with torch.inference_mode(): logits = model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0, :-1]
-        lo = max(first-a-1+len(head), 0)
-        got = torch.nn.functional.cross_entropy(logits[lo:].float(), x[0, lo+1:], reduction='none').tolist()
-        if got: res[b-len(got):b] = got
+        with torch.inference_mode():
+            logits = model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0, :-1]
+        lo = max(first - a - 1 + len(head), 0)
+        got = torch.nn.functional.cross_entropy(logits[lo:].float(), x[0, lo + 1 :], reduction="none").tolist()
+        if got:
+            res[b - len(got) : b] = got
     return res
 
 # %% ../nbs/01_word_removal.ipynb #8f239982
 def _offsets(tokenizer, text):
     "Token ids of `text` and the characters that each stands for."
-    if not getattr(tokenizer, 'is_fast', False):
-        raise ValueError(f"{type(tokenizer).__name__} does not tell which characters a token stands for; use the model's fast tokenizer (AutoTokenizer gives it)")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for; use the model's fast tokenizer (AutoTokenizer gives it)"
+        )
     enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return enc['input_ids'], enc['offset_mapping']
+    return enc["input_ids"], enc["offset_mapping"]
 
-def model_surprisal(model,          # a causal language model of transformers
-                    tokenizer,      # its fast tokenizer
-                    window:int=1024 # tokens read at once; never more than the model's context
-                   )->Callable:     # text -> [(start, end, nats)], one triple for each token
+
+def model_surprisal(
+    model,  # a causal language model of transformers
+    tokenizer,  # its fast tokenizer
+    window: int = 1024,  # tokens read at once; never more than the model's context
+) -> Callable:  # text -> [(start, end, nats)], one triple for each token
     "How surprising `model` finds each token of a text, for `compress(…, scorer='self_information', model_score=…)`."
-    size = min(window, getattr(model.config.get_text_config(), 'max_position_embeddings', None) or window)
-    bos = getattr(tokenizer, 'bos_token_id', None)
+    size = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
+    bos = getattr(tokenizer, "bos_token_id", None)
+
     def surprisal(text):
         ids, at = _offsets(tokenizer, text)
-        return [(s, e, x) for (s, e), x in zip(at, _nats(model, ids, bos, size-(bos is not None)))] if ids else []
+        return [(s, e, x) for (s, e), x in zip(at, _nats(model, ids, bos, size - (bos is not None)))] if ids else []
+
     return surprisal
 
 # %% ../nbs/01_word_removal.ipynb #5ff7eed8
 def _word_means(text, at, values):
     "`(start, end, mean)` for each word of `text`, over the `values` of the pieces at `at` that end in it."
     words = split_words(text)
-    stops, sums, counts = [w.end for w in words], [0.]*len(words), [0]*len(words)
+    stops, sums, counts = [w.end for w in words], [0.0] * len(words), [0] * len(words)
     for (s, e), v in zip(at, values):
-        i = bisect_left(stops, max(e, s+1))
-        if i < len(words) and e > words[i].start: sums[i] += v; counts[i] += 1
-    return [(w.start, w.end, x/max(n, 1)) for w, x, n in zip(words, sums, counts)]
+        i = bisect_left(stops, max(e, s + 1))
+        if i < len(words) and e > words[i].start:
+            sums[i] += v
+            counts[i] += 1
+    return [(w.start, w.end, x / max(n, 1)) for w, x, n in zip(words, sums, counts)]
+
 
 def _keep_probability(model, tokenizer, ids, size):
     "Probability to keep each of `ids`."
     import torch
+
     cls, sep, res = *([x] if x is not None else [] for x in (tokenizer.cls_token_id, tokenizer.sep_token_id)), []
-    size = max(size-len(cls)-len(sep), 1)
+    size = max(size - len(cls) - len(sep), 1)
     for a in range(0, len(ids), size):
-        x = torch.tensor([cls + ids[a:a+size] + sep], device=model.device)
-        with torch.inference_mode(): p = model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0].float().softmax(-1)[:, 1]
-        res += p[len(cls):len(p)-len(sep)].tolist()
+        x = torch.tensor([cls + ids[a : a + size] + sep], device=model.device)
+        with torch.inference_mode():
+            p = model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0].float().softmax(-1)[:, 1]
+        res += p[len(cls) : len(p) - len(sep)].tolist()
     return res
 
 # %% ../nbs/01_word_removal.ipynb #cd4ddbae
-def llmlingua2(path_or_id:str,   # folder or hub id of an LLMLingua-2 checkpoint
-               device:str='cpu', # torch device
-               window:int=512    # pieces read at once; never more than the model takes
-              )->Callable:       # text -> [(start, end, probability to keep)], one triple for each word
+def llmlingua2(
+    path_or_id: str,  # folder or hub id of an LLMLingua-2 checkpoint
+    device: str = "cpu",  # torch device
+    window: int = 512,  # pieces read at once; never more than the model takes
+) -> Callable:  # text -> [(start, end, probability to keep)], one triple for each word
     "A model score for `compress(…, scorer='self_information', model_score=…)` from a trained keep-or-drop classifier."
     from transformers import AutoModelForTokenClassification, AutoTokenizer
-    model, tokenizer = AutoModelForTokenClassification.from_pretrained(path_or_id).to(device).eval(), AutoTokenizer.from_pretrained(path_or_id)
-    if model.config.num_labels != 2: raise ValueError(f"{path_or_id} has {model.config.num_labels} labels; an LLMLingua-2 checkpoint has two, drop and keep")
-    size = min(window, getattr(model.config, 'max_position_embeddings', None) or window)
+
+    model, tokenizer = (
+        AutoModelForTokenClassification.from_pretrained(path_or_id).to(device).eval(),
+        AutoTokenizer.from_pretrained(path_or_id),
+    )
+    if model.config.num_labels != 2:
+        raise ValueError(
+            f"{path_or_id} has {model.config.num_labels} labels; an LLMLingua-2 checkpoint has two, drop and keep"
+        )
+    size = min(window, getattr(model.config, "max_position_embeddings", None) or window)
+
     def score(text):
         ids, at = _offsets(tokenizer, text)
         return _word_means(text, at, _keep_probability(model, tokenizer, ids, size))
+
     return score
 
 # %% ../nbs/01_word_removal.ipynb #3c3deeb6
 def _encode(tokenizer, text):
     "The token ids of `text`."
-    if callable(tokenizer): return tokenizer(text, add_special_tokens=False)['input_ids']
+    if callable(tokenizer):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return getattr(ids, 'ids', ids)
+    return getattr(ids, "ids", ids)
+
 
 def _count_each(tokenizer, texts):
     "Tokens of each of `texts`, in one call if the tokenizer takes a list."
-    try: return [len(x) for x in tokenizer(texts, add_special_tokens=False)['input_ids']]
-    except Exception: return [len(_encode(tokenizer, t)) for t in texts]
+    try:
+        return [len(x) for x in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    except Exception:
+        return [len(_encode(tokenizer, t)) for t in texts]
 
-def token_counter(tokenizer=None # of transformers or tokenizers; None counts words
-                 )->Callable:    # text -> number of tokens
+
+def token_counter(
+    tokenizer=None,  # of transformers or tokenizers; None counts words
+) -> Callable:  # text -> number of tokens
     "How to count tokens; a `ValueError` if `tokenizer` cannot."
-    if tokenizer is None: return lambda text: len(split_words(text))
-    try: len(_encode(tokenizer, 'a'))
+    if tokenizer is None:
+        return lambda text: len(split_words(text))
+    try:
+        len(_encode(tokenizer, "a"))
     except Exception as e:
-        raise ValueError(f"{type(tokenizer).__name__} cannot count tokens ({type(e).__name__}: {e}); give a tokenizer that is called as "
-                         "tokenizer(text, add_special_tokens=False) and answers with input_ids") from None
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot count tokens ({type(e).__name__}: {e}); give a tokenizer that is called as "
+            "tokenizer(text, add_special_tokens=False) and answers with input_ids"
+        ) from None
     return lambda text: len(_encode(tokenizer, text))
 
 # %% ../nbs/01_word_removal.ipynb #930e98b2
 def _search(f, n, target, f0, fn, about=None):
     "The largest `k` in `0…n` found with `f(k) <= target`, and `f(k)`; `f0` and `fn` are `f(0) <= target` and `f(n)`; `f` grows about as the list `about`."
-    if fn <= target: return n, fn
-    lo, hi, turn, about = 0, n, 0, about or range(n+1)
-    while hi-lo > 1 and f0 < target:
-        k = (lo+hi)//2 if turn%3 == 2 else bisect_right(about, about[lo]+(target-f0)/(fn-f0)*(about[hi]-about[lo]))-1
-        k, turn = min(max(k, lo+1), hi-1), turn+1
+    if fn <= target:
+        return n, fn
+    lo, hi, turn, about = 0, n, 0, about or range(n + 1)
+    while hi - lo > 1 and f0 < target:
+        k = (
+            (lo + hi) // 2
+            if turn % 3 == 2
+            else bisect_right(about, about[lo] + (target - f0) / (fn - f0) * (about[hi] - about[lo])) - 1
+        )
+        k, turn = min(max(k, lo + 1), hi - 1), turn + 1
         c = f(k)
-        if c <= target: lo, f0 = k, c
-        else: hi, fn = k, c
+        if c <= target:
+            lo, f0 = k, c
+        else:
+            hi, fn = k, c
     return lo, f0
 
 # %% ../nbs/01_word_removal.ipynb #09745c48
 def _top_up(f, kept, rest, total, target, cost, tries=8):
     "Add to the words `kept`, of `total` tokens, those of `rest` that fit `target` by their `cost` and then indeed; the words and their tokens."
     for i in rest:
-        if total >= target or not tries: break
-        if cost[i] > target-total: continue
+        if total >= target or not tries:
+            break
+        if cost[i] > target - total:
+            continue
         tries -= 1
         more = [*kept]
         insort(more, i)
-        if (c := f(more)) <= target: kept, total = more, c
+        if (c := f(more)) <= target:
+            kept, total = more, c
     return kept, total
 
 # %% ../nbs/01_word_removal.ipynb #68895f13
 def _spread(n):
     "For each of `n` positions its place in an order that fills a line evenly."
     res = [0]
-    while len(res) < n: res = [2*x for x in res] + [2*x+1 for x in res]
+    while len(res) < n:
+        res = [2 * x for x in res] + [2 * x + 1 for x in res]
     return res[:n]
+
 
 def _ranked(scores, fixed):
     "The words that are not `fixed`, the one to keep first first."
@@ -664,8 +873,10 @@ def _ranked(scores, fixed):
 # %% ../nbs/01_word_removal.ipynb #c88023a8
 def _squeeze(gap):
     "`gap` without what is superfluous."
-    if '\n' not in gap: return gap[:1]
-    return gap if gap.count('\n') < 3 else '\n'.join(['', *gap.split('\n')[-2:]])
+    if "\n" not in gap:
+        return gap[:1]
+    return gap if gap.count("\n") < 3 else "\n".join(["", *gap.split("\n")[-2:]])
+
 
 def _squeezed(p, fixed):
     "The gaps of `p`, all but the `fixed` ones squeezed."
@@ -675,87 +886,133 @@ def _squeezed(p, fixed):
 class BudgetError(ValueError):
     "The budget is smaller than what protected words take."
 
+
 def _about(p, count):
     "About how many tokens each word takes: counted, if the scorer had that done, and guessed from its length if not."
-    return [1]*len(p) if count is None else p.__dict__.get('cost') or [max(1, (w.end-w.start+3)//5) for w in p.words]
+    return (
+        [1] * len(p)
+        if count is None
+        else p.__dict__.get("cost") or [max(1, (w.end - w.start + 3) // 5) for w in p.words]
+    )
+
 
 def _choose(p, order, fixed, gaps, target, count):
     "The words to keep, in order, so that the text of them counts at most `target`; that text and its count. If `count` is None, words count."
-    rank = [-1]*len(p)
-    for k, i in enumerate(order): rank[i] = k
-    def best(k): return [i for i, r in enumerate(rank) if r < k]
-    def size(kept): return count(p.render(kept, fixed, gaps)) if count else len(kept)
+    rank = [-1] * len(p)
+    for k, i in enumerate(order):
+        rank[i] = k
+
+    def best(k):
+        return [i for i, r in enumerate(rank) if r < k]
+
+    def size(kept):
+        return count(p.render(kept, fixed, gaps)) if count else len(kept)
+
     low = size(best(0))
     if low > target:
-        raise BudgetError(f"a budget of {target:,} tokens is below the {low:,} that the protected words alone take; "
-                          f"raise it to {low:,} or more, or protect less (`protect=('numbers', …)`)")
-    cost = _about(p, count); about = [*accumulate((cost[i] for i in order), initial=0)]
+        raise BudgetError(
+            f"a budget of {target:,} tokens is below the {low:,} that the protected words alone take; "
+            f"raise it to {low:,} or more, or protect less (`protect=('numbers', …)`)"
+        )
+    cost = _about(p, count)
+    about = [*accumulate((cost[i] for i in order), initial=0)]
     k, total = _search(lambda k: size(best(k)), len(order), target, low, size(best(len(order))), about)
-    kept, total = _top_up(size, best(k), order[k:k+64], total, target, cost, 8 if len(p) < 20_000 else 4)
+    kept, total = _top_up(size, best(k), order[k : k + 64], total, target, cost, 8 if len(p) < 20_000 else 4)
     return kept, p.render(kept, fixed, gaps), total
 
 # %% ../nbs/01_word_removal.ipynb #9aee4806
 @dataclass(frozen=True)
 class Compressed:
     "A shortened text and what became of each word."
-    text:str          # the shortened text
-    kept:tuple=field(repr=False)  # for each word of the original, whether it stayed
-    spans:tuple=field(repr=False) # for each word of the original, its (start, end) there
-    tokens_before:int             # tokens of the original (words, if no tokenizer was given)
-    tokens_after:int              # tokens of `text`
-    scorer:str                    # name of the scorer
-    rate:float                    # share of the tokens that stayed
-    target:int|None=None          # the budget in tokens; None for the naive method
-    warnings:tuple=()             # what may surprise, one line each
-    protected:tuple=field(default=(), repr=False)              # (start, end) of what had to stay
-    source:str=field(default='', repr=False)                   # the original
-    seconds:float=field(default=0., repr=False, compare=False) # time taken, that of the tokenizer and the model included
+
+    text: str  # the shortened text
+    kept: tuple = field(repr=False)  # for each word of the original, whether it stayed
+    spans: tuple = field(repr=False)  # for each word of the original, its (start, end) there
+    tokens_before: int  # tokens of the original (words, if no tokenizer was given)
+    tokens_after: int  # tokens of `text`
+    scorer: str  # name of the scorer
+    rate: float  # share of the tokens that stayed
+    target: int | None = None  # the budget in tokens; None for the naive method
+    warnings: tuple = ()  # what may surprise, one line each
+    protected: tuple = field(default=(), repr=False)  # (start, end) of what had to stay
+    source: str = field(default="", repr=False)  # the original
+    seconds: float = field(
+        default=0.0, repr=False, compare=False
+    )  # time taken, that of the tokenizer and the model included
 
 # %% ../nbs/01_word_removal.ipynb #47540223
 def _result(p, source, kept, text, before, after, scorer, start, **kw):
     "A `Compressed` for the words `kept` of passage `p`."
     stay = bytearray(len(p))
-    for i in kept: stay[i] = 1
+    for i in kept:
+        stay[i] = 1
     warnings = ()
-    if not text.strip() and source.strip(): warnings = (f"not one word fits into {kw.get('target')} tokens: the text is empty",)
-    return Compressed(text, tuple(map(bool, stay)), tuple((w.start, w.end) for w in p.words), before, after, scorer, after/before if before else 1.,
-                      warnings=warnings, seconds=time.perf_counter()-start, source=source, **kw)
+    if not text.strip() and source.strip():
+        warnings = (f"not one word fits into {kw.get('target')} tokens: the text is empty",)
+    return Compressed(
+        text,
+        tuple(map(bool, stay)),
+        tuple((w.start, w.end) for w in p.words),
+        before,
+        after,
+        scorer,
+        after / before if before else 1.0,
+        warnings=warnings,
+        seconds=time.perf_counter() - start,
+        source=source,
+        **kw,
+    )
 
 # %% ../nbs/01_word_removal.ipynb #0b6f1d70
-def highlight(result:Compressed,     # of `compress` or `Words.apply`
-              max_chars:int=20_000   # what is beyond is cut off
-             )->str:                 # HTML
+def highlight(
+    result: Compressed,  # of `compress` or `Words.apply`
+    max_chars: int = 20_000,  # what is beyond is cut off
+) -> str:  # HTML
     "The original of `result` with removed words struck through and protected spans underlined."
     t, out, at = result.source, [], 0
-    gone = [(s, e, 'del') for (s, e), k in zip(result.spans, result.kept) if not k]
-    for s, e, tag in sorted(gone + [(s, e, 'u') for s, e in result.protected]):
-        if s < at or e > max_chars: continue
-        style = 'background:rgba(230,60,60,.22);opacity:.75' if tag == 'del' else 'text-decoration:underline 2px rgba(60,140,230,.9)'
+    gone = [(s, e, "del") for (s, e), k in zip(result.spans, result.kept) if not k]
+    for s, e, tag in sorted(gone + [(s, e, "u") for s, e in result.protected]):
+        if s < at or e > max_chars:
+            continue
+        style = (
+            "background:rgba(230,60,60,.22);opacity:.75"
+            if tag == "del"
+            else "text-decoration:underline 2px rgba(60,140,230,.9)"
+        )
         out += escape(t[at:s]), f'<{tag} style="{style}">{escape(t[s:e])}</{tag}>'
         at = e
-    out.append(escape(t[at:max_chars]) + ('…' if len(t) > max_chars else ''))
+    out.append(escape(t[at:max_chars]) + ("…" if len(t) > max_chars else ""))
     return f'<div dir="auto" style="white-space:pre-wrap;line-height:1.6">{"".join(out)}</div>'
 
 # %% ../nbs/01_word_removal.ipynb #75369c7a
 @patch
-def _repr_html_(self:Compressed)->str:
-    line = f'{self.scorer}: {self.tokens_before:,} → {self.tokens_after:,} tokens ({self.rate:.0%})'
-    return highlight(self) + f'<p><small>{escape("; ".join([line, *self.warnings]))}</small></p>'
+def _repr_html_(self: Compressed) -> str:
+    line = f"{self.scorer}: {self.tokens_before:,} → {self.tokens_after:,} tokens ({self.rate:.0%})"
+    return highlight(self) + f"<p><small>{escape('; '.join([line, *self.warnings]))}</small></p>"
 
 # %% ../nbs/01_word_removal.ipynb #c7a4d2e0
 def _check_budget(rate, target_tokens):
     "A `ValueError` unless exactly one of the two is given, and makes sense."
-    if (rate is None) == (target_tokens is None): raise ValueError("give either rate (the share to keep, such as 0.5) or target_tokens (such as 200), not both or neither")
-    def number(x, kind): return isinstance(x, kind) and not isinstance(x, bool)
+    if (rate is None) == (target_tokens is None):
+        raise ValueError(
+            "give either rate (the share to keep, such as 0.5) or target_tokens (such as 200), not both or neither"
+        )
+
+    def number(x, kind):
+        return isinstance(x, kind) and not isinstance(x, bool)
+
     if rate is not None and not (number(rate, (int, float)) and 0 < rate <= 1):
         raise ValueError(f"rate is the share of tokens to keep, above 0 and at most 1, not {rate!r}")
     if target_tokens is not None and not (number(target_tokens, int) and target_tokens >= 1):
         raise ValueError(f"target_tokens must be a whole number of at least 1, not {target_tokens!r}")
 
+
 def _check_scorer(scorer, model_score=None):
     "A `ValueError` unless `scorer` is a function or a known name, and has what it needs."
-    if scorer == 'self_information': _need(model_score)
-    if callable(scorer) or isinstance(scorer, str) and scorer in SCORERS: return
+    if scorer == "self_information":
+        _need(model_score)
+    if callable(scorer) or isinstance(scorer, str) and scorer in SCORERS:
+        return
     raise ValueError(f"unknown scorer {scorer!r}; known: {', '.join(SCORERS)}, or give a function of a `Passage`")
 
 # %% ../nbs/01_word_removal.ipynb #98f47b4d
@@ -763,132 +1020,187 @@ def _scores(p, scorer):
     "One finite number for each word of `p`."
     f = scorer if callable(scorer) else SCORERS[scorer]
     res = [*f(p)]
-    if len(res) != len(p) or not all(map(math.isfinite, res)): raise ValueError(f"a scorer must give one finite number for each of the {len(p)} words")
+    if len(res) != len(p) or not all(map(math.isfinite, res)):
+        raise ValueError(f"a scorer must give one finite number for each of the {len(p)} words")
     return res if f in (_every_nth, _random, _coverage, _sentences, _coarse_to_fine) else _favour(p, res)
 
 # %% ../nbs/01_word_removal.ipynb #35e6c0d7
-def compress(text:str,                   # any text
-             rate:float|None=None,       # share of its tokens to keep, in (0, 1]; or
-             target_tokens:int|None=None,# how many tokens it may have
-             tokenizer=None,             # what counts tokens (see `token_counter`); None counts words
-             question:str|None=None,     # what will be asked: its words are favoured, and it is never cut
-             protect=DEFAULT,            # names in `PATTERNS` and regular expressions; () protects nothing
-             scorer='coverage',          # a name in `SCORERS`, or a function of a `Passage`
-             model_score=None,           # `text -> [(start, end, value)]`, for 'self_information'
-             seed:int=0,                 # for 'random'
-             statistics=None             # a `Statistics` in place of the shipped one
-            )->Compressed:
+def compress(
+    text: str,  # any text
+    rate: float | None = None,  # share of its tokens to keep, in (0, 1]; or
+    target_tokens: int | None = None,  # how many tokens it may have
+    tokenizer=None,  # what counts tokens (see `token_counter`); None counts words
+    question: str | None = None,  # what will be asked: its words are favoured, and it is never cut
+    protect=DEFAULT,  # names in `PATTERNS` and regular expressions; () protects nothing
+    scorer="coverage",  # a name in `SCORERS`, or a function of a `Passage`
+    model_score=None,  # `text -> [(start, end, value)]`, for 'self_information'
+    seed: int = 0,  # for 'random'
+    statistics=None,  # a `Statistics` in place of the shipped one
+) -> Compressed:
     "Drop words of `text` until it has as many tokens as asked for; `ValueError` for what cannot be done, `BudgetError` for a budget too small."
     start = time.perf_counter()
-    if not isinstance(text, str): raise ValueError(f"text must be a string, not {type(text).__name__}")
-    _check_budget(rate, target_tokens); _check_scorer(scorer, model_score)
-    name, count, spans = getattr(scorer, '__name__', scorer), None if tokenizer is None else token_counter(tokenizer), protected_spans(text, protect, question)
-    p = Passage(text, 1., question, statistics, model_score, seed, tokenizer)
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, not {type(text).__name__}")
+    _check_budget(rate, target_tokens)
+    _check_scorer(scorer, model_score)
+    name, count, spans = (
+        getattr(scorer, "__name__", scorer),
+        None if tokenizer is None else token_counter(tokenizer),
+        protected_spans(text, protect, question),
+    )
+    p = Passage(text, 1.0, question, statistics, model_score, seed, tokenizer)
     before = count(text) if count else len(p)
-    target = target_tokens if rate is None else math.ceil(rate*before - 1e-9)
-    p.rate, kw = min(target/max(before, 1), 1.), dict(target=target, protected=spans)
-    if target >= before: return _result(p, text, range(len(p)), text, before, before, name, start, **kw)
-    fixed, gaps = _fixed(p, spans); p.fixed = fixed
+    target = target_tokens if rate is None else math.ceil(rate * before - 1e-9)
+    p.rate, kw = min(target / max(before, 1), 1.0), dict(target=target, protected=spans)
+    if target >= before:
+        return _result(p, text, range(len(p)), text, before, before, name, start, **kw)
+    fixed, gaps = _fixed(p, spans)
+    p.fixed = fixed
     kept, short, after = _choose(p, _ranked(_scores(p, scorer), fixed), fixed, _squeezed(p, gaps), target, count)
     return _result(p, text, kept, short, before, after, name, start, **kw)
 
 # %% ../nbs/01_word_removal.ipynb #0138ce57
-def time_scorers(text:str,     # a text of a thousand words or more
-                 scorers=None, # names; None is all that need no model
-                 rate:float=.5,# share to keep
-                 rounds:int=5  # the fastest counts
-                )->dict:       # scorer -> milliseconds for each 1,000 words
+def time_scorers(
+    text: str,  # a text of a thousand words or more
+    scorers=None,  # names; None is all that need no model
+    rate: float = 0.5,  # share to keep
+    rounds: int = 5,  # the fastest counts
+) -> dict:  # scorer -> milliseconds for each 1,000 words
     "How long scorers take on this machine, without a tokenizer."
-    n = len(split_words(text))/1000
-    def ms(name): return min(compress(text, rate, scorer=name).seconds for _ in range(rounds))*1000
-    return {name: ms(name)/n for name in scorers or MODEL_FREE}
+    n = len(split_words(text)) / 1000
+
+    def ms(name):
+        return min(compress(text, rate, scorer=name).seconds for _ in range(rounds)) * 1000
+
+    return {name: ms(name) / n for name in scorers or MODEL_FREE}
 
 # %% ../nbs/01_word_removal.ipynb #c801c970
 @dataclass(frozen=True)
 class BreakEven:
     "Whether compressing a prompt pays in time."
-    pays:bool        # is more saved than spent?
-    saved_s:float    # seconds of prefill saved
-    cost_s:float     # seconds spent on compressing
-    net_s:float      # seconds gained, below 0 if lost
-    tokens_saved:int # tokens fewer
-    tokens_needed:int# tokens that must be saved to pay
+
+    pays: bool  # is more saved than spent?
+    saved_s: float  # seconds of prefill saved
+    cost_s: float  # seconds spent on compressing
+    net_s: float  # seconds gained, below 0 if lost
+    tokens_saved: int  # tokens fewer
+    tokens_needed: int  # tokens that must be saved to pay
+
     def __str__(self):
-        word = f'pays: {self.net_s*1e3:.1f} ms gained' if self.pays else f'does not pay: {-self.net_s*1e3:.1f} ms lost'
-        return (f'{word} ({self.tokens_saved:,} tokens fewer save {self.saved_s*1e3:.1f} ms of prefill, compressing took {self.cost_s*1e3:.1f} ms; '
-                f'it pays from {self.tokens_needed:,} tokens on)')
+        word = (
+            f"pays: {self.net_s * 1e3:.1f} ms gained" if self.pays else f"does not pay: {-self.net_s * 1e3:.1f} ms lost"
+        )
+        return (
+            f"{word} ({self.tokens_saved:,} tokens fewer save {self.saved_s * 1e3:.1f} ms of prefill, compressing took {self.cost_s * 1e3:.1f} ms; "
+            f"it pays from {self.tokens_needed:,} tokens on)"
+        )
 
 # %% ../nbs/01_word_removal.ipynb #36a56f13
-def break_even(compress_seconds:float, # measured, such as `Compressed.seconds`
-               tokens_before:int,      # of the prompt
-               tokens_after:int,       # of the compressed prompt
-               prefill_tok_per_s:float # measured speed of prefill, tokens per second
-              )->BreakEven:
+def break_even(
+    compress_seconds: float,  # measured, such as `Compressed.seconds`
+    tokens_before: int,  # of the prompt
+    tokens_after: int,  # of the compressed prompt
+    prefill_tok_per_s: float,  # measured speed of prefill, tokens per second
+) -> BreakEven:
     "Does compressing save more time than it costs? A `ValueError` for numbers that cannot have been measured."
-    if not prefill_tok_per_s > 0: raise ValueError(f"prefill_tok_per_s must be the measured speed of prefill, above 0, not {prefill_tok_per_s!r}")
-    if not compress_seconds >= 0 or tokens_after < 0 or tokens_before < 0: raise ValueError("times and token counts cannot be below 0")
-    saved, n = (tokens_before-tokens_after)/prefill_tok_per_s, tokens_before-tokens_after
-    return BreakEven(saved > compress_seconds, saved, compress_seconds, saved-compress_seconds, n, math.floor(compress_seconds*prefill_tok_per_s)+1)
+    if not prefill_tok_per_s > 0:
+        raise ValueError(f"prefill_tok_per_s must be the measured speed of prefill, above 0, not {prefill_tok_per_s!r}")
+    if not compress_seconds >= 0 or tokens_after < 0 or tokens_before < 0:
+        raise ValueError("times and token counts cannot be below 0")
+    saved, n = (tokens_before - tokens_after) / prefill_tok_per_s, tokens_before - tokens_after
+    return BreakEven(
+        saved > compress_seconds,
+        saved,
+        compress_seconds,
+        saved - compress_seconds,
+        n,
+        math.floor(compress_seconds * prefill_tok_per_s) + 1,
+    )
 
 # %% ../nbs/01_word_removal.ipynb #bddcd26d
 @dataclass(frozen=True)
 class Words:
     "Which words to remove from a prompt; the default is every third."
-    scorer:str='every_nth'       # a name in `SCORERS`
-    n:int=3                      # for every_nth without a rate: remove every n-th word
-    rate:float|None=None         # share of tokens to keep, in (0, 1]; or
-    target_tokens:int|None=None  # tokens to keep at most
-    protect:str|None=None        # names in `PATTERNS`, separated by spaces; None is all of them, '' is none
-    seed:int=0                   # for random
+
+    scorer: str = "every_nth"  # a name in `SCORERS`
+    n: int = 3  # for every_nth without a rate: remove every n-th word
+    rate: float | None = None  # share of tokens to keep, in (0, 1]; or
+    target_tokens: int | None = None  # tokens to keep at most
+    protect: str | None = None  # names in `PATTERNS`, separated by spaces; None is all of them, '' is none
+    seed: int = 0  # for random
+
     def __post_init__(self):
-        if not isinstance(self.protect, str | None): object.__setattr__(self, 'protect', ' '.join(self.protect))
+        if not isinstance(self.protect, str | None):
+            object.__setattr__(self, "protect", " ".join(self.protect))
         _check_words(self)
 
 # %% ../nbs/01_word_removal.ipynb #70c18a0f
 def _check_words(w):
     "A `ValueError` if the fields of `w` make no sense together."
-    if not isinstance(w.scorer, str) or w.scorer not in SCORERS: raise ValueError(f"unknown scorer {w.scorer!r}; known: {', '.join(SCORERS)}")
-    if not isinstance(w.seed, int): raise ValueError(f"seed must be a whole number, not {w.seed!r}")
+    if not isinstance(w.scorer, str) or w.scorer not in SCORERS:
+        raise ValueError(f"unknown scorer {w.scorer!r}; known: {', '.join(SCORERS)}")
+    if not isinstance(w.seed, int):
+        raise ValueError(f"seed must be a whole number, not {w.seed!r}")
     _patterns(w.protect)
-    if w.rate is not None or w.target_tokens is not None: _check_budget(w.rate, w.target_tokens)
-    elif w.scorer != 'every_nth': raise ValueError(f"scorer {w.scorer!r} needs a rate (such as 0.5) or target_tokens (such as 200)")
-    elif w.protect: raise ValueError("removing every n-th word protects nothing; give a rate or target_tokens, or leave protect out")
+    if w.rate is not None or w.target_tokens is not None:
+        _check_budget(w.rate, w.target_tokens)
+    elif w.scorer != "every_nth":
+        raise ValueError(f"scorer {w.scorer!r} needs a rate (such as 0.5) or target_tokens (such as 200)")
+    elif w.protect:
+        raise ValueError(
+            "removing every n-th word protects nothing; give a rate or target_tokens, or leave protect out"
+        )
     _check_n(w.n)
 
 # %% ../nbs/01_word_removal.ipynb #d0d23cd3
-def asked_in(text:str)->str|None:
+def asked_in(text: str) -> str | None:
     "The question that `text` ends with: its last paragraph, if there are others and it ends in a question mark."
-    *before, last = re.split(r'\n\s*\n', text.strip())
-    return last if before and last.endswith(('?', '？', '؟')) else None
+    *before, last = re.split(r"\n\s*\n", text.strip())
+    return last if before and last.endswith(("?", "？", "؟")) else None
 
 # %% ../nbs/01_word_removal.ipynb #a63b000e
 @patch
-def apply(self:Words,
-          text:str,               # the prompt
-          tokenizer=None,         # what counts tokens; None counts words
-          question:str|None=None, # see `compress`; None looks for one with `asked_in`
-          model_score=None        # see `compress`
-         )->Compressed:
+def apply(
+    self: Words,
+    text: str,  # the prompt
+    tokenizer=None,  # what counts tokens; None counts words
+    question: str | None = None,  # see `compress`; None looks for one with `asked_in`
+    model_score=None,  # see `compress`
+) -> Compressed:
     "Shorten `text` as configured."
     if self.rate is not None or self.target_tokens is not None:
-        return compress(text, self.rate, self.target_tokens, tokenizer, question or asked_in(text), self.protect, self.scorer, model_score, self.seed)
+        return compress(
+            text,
+            self.rate,
+            self.target_tokens,
+            tokenizer,
+            question or asked_in(text),
+            self.protect,
+            self.scorer,
+            model_score,
+            self.seed,
+        )
     start, count = time.perf_counter(), token_counter(tokenizer)
     p, kept, short = _drop_nth(text, self.n)
-    return _result(p, text, kept, short, count(text), count(short), 'every_nth', start)
+    return _result(p, text, kept, short, count(text), count(short), "every_nth", start)
 
 # %% ../nbs/01_word_removal.ipynb #4ffc0144
 @patch
-def to_dict(self:Words)->dict: return asdict(self)
+def to_dict(self: Words) -> dict:
+    return asdict(self)
+
 
 @patch(cls_method=True)
-def from_dict(cls:Words, d:dict)->Words:
+def from_dict(cls: Words, d: dict) -> Words:
     "The configuration that `to_dict` wrote; a `ValueError` for fields that there are not."
     names = [f.name for f in fields(cls)]
-    if wrong := sorted(d.keys() - {*names}): raise ValueError(f"unknown fields {wrong}; known: {', '.join(names)}")
+    if wrong := sorted(d.keys() - {*names}):
+        raise ValueError(f"unknown fields {wrong}; known: {', '.join(names)}")
     return cls(**d)
 
 # %% ../nbs/01_word_removal.ipynb #0773dd66
-_NUMBER = re.compile(rf'\d|^(?:{_LARGE})$')
+_NUMBER = re.compile(rf"\d|^(?:{_LARGE})$")
+
 
 def _facts(text):
     "Content words, numbers and pairs of `text`, as sets."
@@ -896,10 +1208,12 @@ def _facts(text):
     ks = [k for k in p.keys if k]
     return {k for k, c in zip(p.keys, p.content) if c}, {k for k in ks if _NUMBER.search(k)}, {*pairwise(ks)}
 
-def survival(source:str,   # the original text
-             short:str,    # what was made of it
-             reference:str # a summary or an answer
-            )->dict:       # name -> (found in `short`, found in `source`)
+
+def survival(
+    source: str,  # the original text
+    short: str,  # what was made of it
+    reference: str,  # a summary or an answer
+) -> dict:  # name -> (found in `short`, found in `source`)
     "How much of what the reference needs, and of the numbers of the source, is still in `short`."
     (c, n, b), (c0, n0, b0), (cr, _, br) = map(_facts, (short, source, reference))
     need = dict(content=(c0 & cr, c), numbers=(n0, n), pairs=(b0 & br, b))
@@ -908,22 +1222,32 @@ def survival(source:str,   # the original text
 # %% ../nbs/01_word_removal.ipynb #9afca175
 def _try(text, **kw):
     "`compress`, or None if the budget is below what is protected."
-    try: return compress(text, **kw)
-    except BudgetError: return None
+    try:
+        return compress(text, **kw)
+    except BudgetError:
+        return None
 
-def recall_table(pairs,            # (text, reference) pairs
-                 rate:float=.5,    # share of tokens to keep
-                 tokenizer=None,   # what counts tokens; None counts words
-                 scorers=None,     # names; None is all that need no model
-                 model_score=None  # for 'self_information'
-                )->list:           # of dicts: scorer, protect, texts, kept, content, numbers, pairs
+
+def recall_table(
+    pairs,  # (text, reference) pairs
+    rate: float = 0.5,  # share of tokens to keep
+    tokenizer=None,  # what counts tokens; None counts words
+    scorers=None,  # names; None is all that need no model
+    model_score=None,  # for 'self_information'
+) -> list:  # of dicts: scorer, protect, texts, kept, content, numbers, pairs
     "Share of content words, numbers and pairs that survive each scorer, with nothing protected and with the default."
     res, names = [], scorers or MODEL_FREE
-    fit = [(t, r) for t, r in pairs if _try(t, rate=rate, tokenizer=tokenizer, scorer='random')]
+    fit = [(t, r) for t, r in pairs if _try(t, rate=rate, tokenizer=tokenizer, scorer="random")]
     for name, protect in ((n, q) for q in ((), DEFAULT) for n in names):
-        cs = [compress(t, rate, tokenizer=tokenizer, scorer=name, protect=protect, model_score=model_score) for t, _ in fit]
+        cs = [
+            compress(t, rate, tokenizer=tokenizer, scorer=name, protect=protect, model_score=model_score)
+            for t, _ in fit
+        ]
         found = [survival(t, c.text, r) for (t, r), c in zip(fit, cs)]
-        share = {k: sum(f[k][0] for f in found)/max(sum(f[k][1] for f in found), 1) for k in ('content', 'numbers', 'pairs')}
-        kept = sum(c.tokens_after for c in cs)/max(sum(c.tokens_before for c in cs), 1)
-        res.append(dict(scorer=name, protect='default' if protect else 'nothing', texts=len(fit), kept=kept, **share))
+        share = {
+            k: sum(f[k][0] for f in found) / max(sum(f[k][1] for f in found), 1)
+            for k in ("content", "numbers", "pairs")
+        }
+        kept = sum(c.tokens_after for c in cs) / max(sum(c.tokens_before for c in cs), 1)
+        res.append(dict(scorer=name, protect="default" if protect else "nothing", texts=len(fit), kept=kept, **share))
     return res

@@ -1,39 +1,52 @@
 "What every test run shares: marks and their options, no network, no windows, two threads in all."
+
 import os
 
 import pytest
 
-MARKS = {'slow': 'takes minutes', 'hub': 'downloads from the Hugging Face Hub', 'gpu': 'needs a CUDA device'}
+MARKS = {"slow": "takes minutes", "hub": "downloads from the Hugging Face Hub", "gpu": "needs a CUDA device"}
 
 
 def pytest_addoption(parser):
-    for mark in ('slow', 'hub'):
-        parser.addoption(f'--{mark}', action='store_true', help=f'run the tests marked {mark} too: each {MARKS[mark]}')
+    for mark in ("slow", "hub"):
+        parser.addoption(f"--{mark}", action="store_true", help=f"run the tests marked {mark} too: each {MARKS[mark]}")
 
 
 def pytest_configure(config):
-    for mark, meaning in MARKS.items(): config.addinivalue_line('markers', f'{mark}: {meaning}')
-    os.environ['MPLBACKEND'] = 'Agg'
-    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT') or config.getoption('numprocesses', None) or 1)   # workers inherit what is set before them
-    os.environ.setdefault('OMP_NUM_THREADS', '1' if workers > 1 else '2')  # read by torch, in the processes that tests start as well
-    if not config.getoption('hub'): os.environ['HF_HUB_OFFLINE'] = '1'
+    for mark, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}")
+    os.environ["MPLBACKEND"] = "Agg"
+    workers = int(
+        os.environ.get("PYTEST_XDIST_WORKER_COUNT") or config.getoption("numprocesses", None) or 1
+    )  # workers inherit what is set before them
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1" if workers > 1 else "2"
+    )  # read by torch, in the processes that tests start as well
+    if not config.getoption("hub"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def no_cuda():
     import torch
+
     return not torch.cuda.is_available()
 
 
 def pytest_collection_modifyitems(config, items):
-    off = {mark: pytest.mark.skip(reason=f'{MARKS[mark]}: run with --{mark}')
-           for mark in ('slow', 'hub') if not config.getoption(mark)}
-    if any(item.get_closest_marker('gpu') for item in items) and no_cuda():
-        off['gpu'] = pytest.mark.skip(reason='no CUDA device')
+    off = {
+        mark: pytest.mark.skip(reason=f"{MARKS[mark]}: run with --{mark}")
+        for mark in ("slow", "hub")
+        if not config.getoption(mark)
+    }
+    if any(item.get_closest_marker("gpu") for item in items) and no_cuda():
+        off["gpu"] = pytest.mark.skip(reason="no CUDA device")
     for item in items:
-        for mark in off:                               # not item.keywords, which hold the names of folders, too
-            if item.get_closest_marker(mark): item.add_marker(off[mark])
+        for mark in off:  # not item.keywords, which hold the names of folders, too
+            if item.get_closest_marker(mark):
+                item.add_marker(off[mark])
 
 
 def pytest_pycollect_makeitem(collector, name, obj):
     "Leave out what a test module only imports: `test_eq` and its like, of fastcore, are not tests"
-    if getattr(obj, '__module__', collector.module.__name__) != collector.module.__name__: return []
+    if getattr(obj, "__module__", collector.module.__name__) != collector.module.__name__:
+        return []

@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 from html import unescape
 from pathlib import Path
-from fastcore.test import test_eq, expect_fail
+from fastcore.test import expect_fail, test_eq
 from transformers import AutoTokenizer
 from llmopt.core import ASSETS, LlmoptError
 from llmopt.adaptivocab import *
@@ -16,9 +16,11 @@ from llmopt.adaptivocab import _cut
 
 def fewest(table, ids):
     "Fewest tokens for `ids`, by trying everything."
-    if not ids: return 0
-    ends = [len(p) for p in table.pieces if tuple(ids[:len(p)]) == p]
-    return 1+min(fewest(table, ids[k:]) for k in [1, *ends])
+    if not ids:
+        return 0
+    ends = [len(p) for p in table.pieces if tuple(ids[: len(p)]) == p]
+    return 1 + min(fewest(table, ids[k:]) for k in [1, *ends])
+
 
 def random_table(rng, n=12, base=5):
     "A table of random phrases over few ids, so that they overlap a lot."
@@ -31,21 +33,30 @@ def test_optimal_is_optimal():
     rng = random.Random(1)
     for _ in range(300):
         table, ids = random_table(rng), rng.choices(range(5), k=rng.randint(0, 11))
-        best, greedy = table.fold(ids), table.fold(ids, 'greedy')
-        test_eq(table.unfold(best.ids), ids); test_eq(table.unfold(greedy.ids), ids)
-        test_eq(len(best.ids), fewest(table, ids)); assert len(best.ids) <= len(greedy.ids)
-        test_eq(best.span.sum(), len(ids)); test_eq(best.start.tolist(), [0, *best.span.cumsum()[:-1]] if ids else [])
+        best, greedy = table.fold(ids), table.fold(ids, "greedy")
+        test_eq(table.unfold(best.ids), ids)
+        test_eq(table.unfold(greedy.ids), ids)
+        test_eq(len(best.ids), fewest(table, ids))
+        assert len(best.ids) <= len(greedy.ids)
+        test_eq(best.span.sum(), len(ids))
+        test_eq(best.start.tolist(), [0, *best.span.cumsum()[:-1]] if ids else [])
 
 
 def test_edges_of_folding():
     "An empty table changes nothing, and what cannot be folded or unfolded is refused."
     none = PhraseTable([], 10)
-    test_eq(none.fold([3, 1]).ids.tolist(), [3, 1]); test_eq(none.fold([]).ids.tolist(), []); test_eq(PhraseTable([(1, 2)], 10).fold([]).ids.tolist(), [])
+    test_eq(none.fold([3, 1]).ids.tolist(), [3, 1])
+    test_eq(none.fold([]).ids.tolist(), [])
+    test_eq(PhraseTable([(1, 2)], 10).fold([]).ids.tolist(), [])
     for bad in ([(1,)], [(1, 10)], [(-1, 2)], [(1, 2), (1, 2)]):
-        with expect_fail(LlmoptError, 'phrase'): PhraseTable(bad, 10)
-    with expect_fail(LlmoptError, 'can be folded'): PhraseTable([(1, 2)], 10).fold([1, 10])
-    with expect_fail(LlmoptError, 'no token 12'): PhraseTable([(1, 2)], 10).unfold([1, 12])
-    with expect_fail(LlmoptError, 'greedy'): none.fold([1], how='fast')
+        with expect_fail(LlmoptError, "phrase"):
+            PhraseTable(bad, 10)
+    with expect_fail(LlmoptError, "can be folded"):
+        PhraseTable([(1, 2)], 10).fold([1, 10])
+    with expect_fail(LlmoptError, "no token 12"):
+        PhraseTable([(1, 2)], 10).unfold([1, 12])
+    with expect_fail(LlmoptError, "greedy"):
+        none.fold([1], how="fast")
 
 
 def test_greedy_is_prefix_stable():
@@ -54,8 +65,8 @@ def test_greedy_is_prefix_stable():
     rng = random.Random(2)
     for _ in range(200):
         table, ids = random_table(rng), rng.choices(range(5), k=40)
-        part, full = (table.fold(x, 'greedy') for x in (ids[:25], ids))
-        sure = int((part.start+table.max_len <= 25).sum())
+        part, full = (table.fold(x, "greedy") for x in (ids[:25], ids))
+        sure = int((part.start + table.max_len <= 25).sum())
         test_eq(part.ids[:sure].tolist(), full.ids[:sure].tolist())
 
 
@@ -67,136 +78,223 @@ def small_corpus(seed, k=4, n=60):
 
 def test_mining_respects_borders():
     "No phrase holds a barrier or crosses the border of a sequence; a corpus without repeats has none."
-    forbidden = np.zeros(10, bool); forbidden[2] = True
-    found = join_pairs([[1, 2, 3]]*5+[[4, 5]]*3, 10, forbidden)
+    forbidden = np.zeros(10, bool)
+    forbidden[2] = True
+    found = join_pairs([[1, 2, 3]] * 5 + [[4, 5]] * 3, 10, forbidden)
     test_eq(found, [(4, 5)])
-    test_eq(join_pairs([[*range(9)]], 10, np.zeros(10, bool)), []); test_eq(join_pairs([], 10, forbidden), [])
+    test_eq(join_pairs([[*range(9)]], 10, np.zeros(10, bool)), [])
+    test_eq(join_pairs([], 10, forbidden), [])
 
 
-TEXTS = ['', ' ', 'one', 'Machine learning', ' machine learning and Machine Learning\n', '人工智能和机器学习。', 'שלום עולם', 'नमस्ते', '😀👩‍👩‍👧 of the 😀', 'e\u0301 \x00 \ufffd',
-         'due to 42 of the 4,200', '<|endoftext|> is the <|end|>', 'it is it is it is', '\n\n\t  of   the', 'CODE: for i in the_list: pass']
+TEXTS = [
+    "",
+    " ",
+    "one",
+    "Machine learning",
+    " machine learning and Machine Learning\n",
+    "人工智能和机器学习。",
+    "שלום עולם",
+    "नमस्ते",
+    "😀👩‍👩‍👧 of the 😀",
+    "e\u0301 \x00 \ufffd",
+    "due to 42 of the 4,200",
+    "<|endoftext|> is the <|end|>",
+    "it is it is it is",
+    "\n\n\t  of   the",
+    "CODE: for i in the_list: pass",
+]
 
-def tiny(): return AutoTokenizer.from_pretrained(ASSETS/'llmopt-tiny')
+
+def tiny():
+    return AutoTokenizer.from_pretrained(ASSETS / "llmopt-tiny")
 
 
 def test_lossless():
     "Whatever the text, decoding gives what the tokenizer alone would give, and there are never more tokens."
     tok = tiny()
-    for how in ('optimal', 'greedy'):
+    for how in ("optimal", "greedy"):
         v = SimpleAdaptiVocab(tok, segmentation=how)
         for t in TEXTS:
             ids, base = v.encode(t), tok.encode(t)
-            test_eq(v.unfold(ids), base); test_eq(v.decode(ids), tok.decode(base)); assert len(ids) <= len(base)
+            test_eq(v.unfold(ids), base)
+            test_eq(v.decode(ids), tok.decode(base))
+            assert len(ids) <= len(base)
         test_eq(v.batch_decode([v.encode(t) for t in TEXTS]), [tok.decode(tok.encode(t)) for t in TEXTS])
 
 
 def test_default_phrases():
     "The phrases of the issue that this began with are tokens, and no phrase holds a digit or a special token."
-    tok = tiny(); v = SimpleAdaptiVocab(tok)
-    for p in ('artificial intelligence', 'machine learning', 'deep learning', 'natural language processing', 'quantum mechanics', 'neural network', 'data science'):
-        test_eq(len(v.encode(' '+p, add_special_tokens=False)), 1)
-    assert all(p >= 0 and p < v.base for ps in v.table.pieces for p in ps) and len(v) == v.base+len(v.phrases)
+    tok = tiny()
+    v = SimpleAdaptiVocab(tok)
+    for p in (
+        "artificial intelligence",
+        "machine learning",
+        "deep learning",
+        "natural language processing",
+        "quantum mechanics",
+        "neural network",
+        "data science",
+    ):
+        test_eq(len(v.encode(" " + p, add_special_tokens=False)), 1)
+    assert all(p >= 0 and p < v.base for ps in v.table.pieces for p in ps) and len(v) == v.base + len(v.phrases)
     assert not any(c.isdecimal() for p in v.phrases for c in p)
-    test_eq(len(SimpleAdaptiVocab(tok, ['a 7 b', '<|end|> of', ''])), v.base)
-    with expect_fail(LlmoptError, 'list of texts'): SimpleAdaptiVocab(tok, 'of the')
+    test_eq(len(SimpleAdaptiVocab(tok, ["a 7 b", "<|end|> of", ""])), v.base)
+    with expect_fail(LlmoptError, "list of texts"):
+        SimpleAdaptiVocab(tok, "of the")
 
 
 def test_refused_tokenizers():
     "What cannot be wrapped is refused by name."
-    class Words(dict): pass
-    with expect_fail(LlmoptError, 'Words cannot be wrapped: it has no __call__, decode'): SimpleAdaptiVocab(Words())
-    with expect_fail(LlmoptError, 'NoneType cannot be wrapped'): SimpleAdaptiVocab(None)
-    tok = tiny(); slow = type('SlowOne', (), dict(__call__=0, decode=0, get_vocab=0, all_special_ids=[], added_tokens_decoder={}, is_fast=False))()
-    with expect_fail(LlmoptError, 'SlowOne cannot be wrapped: it is not a fast'): SimpleAdaptiVocab(slow)
-    with expect_fail(LlmoptError, 'segmentation'): SimpleAdaptiVocab(tok, segmentation='dp')
+
+    class Words(dict):
+        pass
+
+    with expect_fail(LlmoptError, "Words cannot be wrapped: it has no __call__, decode"):
+        SimpleAdaptiVocab(Words())
+    with expect_fail(LlmoptError, "NoneType cannot be wrapped"):
+        SimpleAdaptiVocab(None)
+    tok = tiny()
+    slow = type(
+        "SlowOne",
+        (),
+        dict(__call__=0, decode=0, get_vocab=0, all_special_ids=[], added_tokens_decoder={}, is_fast=False),
+    )()
+    with expect_fail(LlmoptError, "SlowOne cannot be wrapped: it is not a fast"):
+        SimpleAdaptiVocab(slow)
+    with expect_fail(LlmoptError, "segmentation"):
+        SimpleAdaptiVocab(tok, segmentation="dp")
 
 
 def test_batch():
     """A batch is its rows, padded; spans lead back to the text; and truncation keeps the special token that this
     tokenizer is told to put in front."""
     v = SimpleAdaptiVocab(tiny())
-    texts = ['Machine learning is a part of artificial intelligence.', 'Why?', '']
+    texts = ["Machine learning is a part of artificial intelligence.", "Why?", ""]
     b = v(texts, padding=True, return_offsets_mapping=True)
-    for t, ids, mask, spans in zip(texts, b['input_ids'], b['attention_mask'], b['offset_mapping']):
+    for t, ids, mask, spans in zip(texts, b["input_ids"], b["attention_mask"], b["offset_mapping"]):
         n = sum(mask)
         real = [(i, s) for i, m, s in zip(ids, mask, spans) if m]
-        test_eq([i for i, _ in real], v.encode(t)); test_eq(v.decode([i for i, _ in real]), t)
-        test_eq(''.join(t[a:e] for _, (a, e) in real), t); test_eq(len(ids), len(b['input_ids'][0]))
-    test_eq(v(texts[0])['input_ids'], v.encode(texts[0])); test_eq(v([])['input_ids'], [])
-    test_eq(tuple(v(texts, padding='max_length', max_length=20, return_tensors='pt')['input_ids'].shape), (3, 20))
-    test_eq(v(texts[0], truncation=True, max_length=3)['input_ids'], v.encode(texts[0])[:3])
-    test_eq([*v('Why?', return_attention_mask=False)], ['input_ids'])
-    v.tokenizer.padding_side = 'left'; left = v(texts, padding=True, return_offsets_mapping=True)
-    test_eq([i[-sum(m):] for i, m in zip(left['input_ids'], left['attention_mask'])][:2], [v.encode(t) for t in texts[:2]])
-    test_eq(left['offset_mapping'][1][-2:], v(texts[1], return_offsets_mapping=True)['offset_mapping']); test_eq(left['offset_mapping'][2][0], (0, 0))
+        test_eq([i for i, _ in real], v.encode(t))
+        test_eq(v.decode([i for i, _ in real]), t)
+        test_eq("".join(t[a:e] for _, (a, e) in real), t)
+        test_eq(len(ids), len(b["input_ids"][0]))
+    test_eq(v(texts[0])["input_ids"], v.encode(texts[0]))
+    test_eq(v([])["input_ids"], [])
+    test_eq(tuple(v(texts, padding="max_length", max_length=20, return_tensors="pt")["input_ids"].shape), (3, 20))
+    test_eq(v(texts[0], truncation=True, max_length=3)["input_ids"], v.encode(texts[0])[:3])
+    test_eq([*v("Why?", return_attention_mask=False)], ["input_ids"])
+    v.tokenizer.padding_side = "left"
+    left = v(texts, padding=True, return_offsets_mapping=True)
+    test_eq(
+        [i[-sum(m) :] for i, m in zip(left["input_ids"], left["attention_mask"])][:2], [v.encode(t) for t in texts[:2]]
+    )
+    test_eq(left["offset_mapping"][1][-2:], v(texts[1], return_offsets_mapping=True)["offset_mapping"])
+    test_eq(left["offset_mapping"][2][0], (0, 0))
 
 
 def test_truncation_keeps_special_tokens():
     "Special tokens at the ends survive truncation, on either side."
-    test_eq(_cut(6, 4, [1, 0, 0, 0, 0, 1], 'right'), [0, 1, 2, 5]); test_eq(_cut(6, 4, [1, 0, 0, 0, 0, 1], 'left'), [0, 3, 4, 5])
-    test_eq(_cut(3, 2, [0, 0, 0], 'left'), [1, 2]); test_eq(_cut(3, 9, [1, 0, 0], 'right'), [0, 1, 2]); test_eq(_cut(2, 1, [1, 1], 'right'), [0])
+    test_eq(_cut(6, 4, [1, 0, 0, 0, 0, 1], "right"), [0, 1, 2, 5])
+    test_eq(_cut(6, 4, [1, 0, 0, 0, 0, 1], "left"), [0, 3, 4, 5])
+    test_eq(_cut(3, 2, [0, 0, 0], "left"), [1, 2])
+    test_eq(_cut(3, 9, [1, 0, 0], "right"), [0, 1, 2])
+    test_eq(_cut(2, 1, [1, 1], "right"), [0])
 
 
 def test_chat_template():
     """A chat template writes its marks as special tokens. No phrase crosses them, so a message is folded the same
     way whatever follows it."""
-    tok = tiny(); v = SimpleAdaptiVocab(tok)
-    chat = [dict(role='user', content='What is machine learning?'), dict(role='assistant', content='It is a part of artificial intelligence.')]
+    tok = tiny()
+    v = SimpleAdaptiVocab(tok)
+    chat = [
+        dict(role="user", content="What is machine learning?"),
+        dict(role="assistant", content="It is a part of artificial intelligence."),
+    ]
     ids = v.apply_chat_template(chat, return_dict=False)
-    test_eq(v.decode(ids), tok.apply_chat_template(chat, tokenize=False)); test_eq(v.apply_chat_template(chat, tokenize=False), v.decode(ids))
-    test_eq(v.unfold(ids), list(tok.apply_chat_template(chat)['input_ids'])); assert len(ids) < len(v.unfold(ids))
-    first = v.apply_chat_template(chat[:1], return_dict=False); test_eq(ids[:len(first)], first)
-    test_eq(v.apply_chat_template([chat, chat[:1]])['input_ids'], [ids, first])
-    with expect_fail(LlmoptError, 'not for chats'): v.apply_chat_template(chat, padding=True)
+    test_eq(v.decode(ids), tok.apply_chat_template(chat, tokenize=False))
+    test_eq(v.apply_chat_template(chat, tokenize=False), v.decode(ids))
+    test_eq(v.unfold(ids), list(tok.apply_chat_template(chat)["input_ids"]))
+    assert len(ids) < len(v.unfold(ids))
+    first = v.apply_chat_template(chat[:1], return_dict=False)
+    test_eq(ids[: len(first)], first)
+    test_eq(v.apply_chat_template([chat, chat[:1]])["input_ids"], [ids, first])
+    with expect_fail(LlmoptError, "not for chats"):
+        v.apply_chat_template(chat, padding=True)
 
 
 def test_fit():
     """A corpus without repeats leaves no phrases, which is harmless; a corpus that is one text by mistake is
     refused."""
-    v = SimpleAdaptiVocab(tiny()).fit(['the cat sat on the mat', 'the cat sat on the hat', 'a cat sat on 12 of 12 hats'], n_new=5)
+    v = SimpleAdaptiVocab(tiny()).fit(
+        ["the cat sat on the mat", "the cat sat on the hat", "a cat sat on 12 of 12 hats"], n_new=5
+    )
     assert 0 < len(v.phrases) <= 5 and not any(c.isdecimal() for p in v.phrases for c in p)
-    assert len(v.encode('the cat sat on the mat')) < len(v.unfold(v.encode('the cat sat on the mat')))
-    for none in (SimpleAdaptiVocab(tiny()).fit(['xyzzy'], 5), SimpleAdaptiVocab(tiny()).fit([], 5), SimpleAdaptiVocab(tiny()).fit(['a b a b'], 0)):
-        test_eq(none.phrases, []); test_eq(none.encode('a b'), none.tokenizer.encode('a b'))
-    with expect_fail(LlmoptError, 'iterable of texts'): v.fit('one text')
-    with expect_fail(LlmoptError, 'max_len'): v.fit(['a'], max_len=1)
+    assert len(v.encode("the cat sat on the mat")) < len(v.unfold(v.encode("the cat sat on the mat")))
+    for none in (
+        SimpleAdaptiVocab(tiny()).fit(["xyzzy"], 5),
+        SimpleAdaptiVocab(tiny()).fit([], 5),
+        SimpleAdaptiVocab(tiny()).fit(["a b a b"], 0),
+    ):
+        test_eq(none.phrases, [])
+        test_eq(none.encode("a b"), none.tokenizer.encode("a b"))
+    with expect_fail(LlmoptError, "iterable of texts"):
+        v.fit("one text")
+    with expect_fail(LlmoptError, "max_len"):
+        v.fit(["a"], max_len=1)
 
 
 def test_tokenizer_unchanged():
     "The tokenizer inside stays as it was, to the last byte."
-    tok = tiny(); before, n = tok.backend_tokenizer.to_str(), len(tok)
-    v = SimpleAdaptiVocab(tok).fit(TEXTS*3, n_new=9); v(TEXTS, padding=True, truncation=True, max_length=4); v.apply_chat_template([dict(role='user', content='of the')])
+    tok = tiny()
+    before, n = tok.backend_tokenizer.to_str(), len(tok)
+    v = SimpleAdaptiVocab(tok).fit(TEXTS * 3, n_new=9)
+    v(TEXTS, padding=True, truncation=True, max_length=4)
+    v.apply_chat_template([dict(role="user", content="of the")])
     test_eq((tok.backend_tokenizer.to_str(), len(tok)), (before, n))
 
 
 def test_save_and_load():
     "What was saved is what is loaded; what is not such a file is named."
-    tok = tiny(); v = SimpleAdaptiVocab(tok, segmentation='greedy').fit(TEXTS*3, n_new=20)
+    tok = tiny()
+    v = SimpleAdaptiVocab(tok, segmentation="greedy").fit(TEXTS * 3, n_new=20)
     with tempfile.TemporaryDirectory() as d:
-        v.save(f := Path(d)/'p.json'); w = SimpleAdaptiVocab.load(f, tiny())
+        v.save(f := Path(d) / "p.json")
+        w = SimpleAdaptiVocab.load(f, tiny())
         test_eq((w.table.pieces, w.segmentation, w.base), (v.table.pieces, v.segmentation, v.base))
-        for t in TEXTS: test_eq(w.encode(t), v.encode(t))
-        other = tiny(); other.add_tokens(['one_more'])
-        with expect_fail(LlmoptError, 'another tokenizer'): SimpleAdaptiVocab.load(f, other)
-        with expect_fail(LlmoptError, 'no phrases at'): SimpleAdaptiVocab.load(Path(d)/'none.json', tok)
-        f.write_text('[1]')
-        with expect_fail(LlmoptError, 'not a table'): SimpleAdaptiVocab.load(f, tok)
-        f.write_text('{')
-        with expect_fail(LlmoptError, 'not JSON'): SimpleAdaptiVocab.load(f, tok)
+        for t in TEXTS:
+            test_eq(w.encode(t), v.encode(t))
+        other = tiny()
+        other.add_tokens(["one_more"])
+        with expect_fail(LlmoptError, "another tokenizer"):
+            SimpleAdaptiVocab.load(f, other)
+        with expect_fail(LlmoptError, "no phrases at"):
+            SimpleAdaptiVocab.load(Path(d) / "none.json", tok)
+        f.write_text("[1]")
+        with expect_fail(LlmoptError, "not a table"):
+            SimpleAdaptiVocab.load(f, tok)
+        f.write_text("{")
+        with expect_fail(LlmoptError, "not JSON"):
+            SimpleAdaptiVocab.load(f, tok)
 
 
 def test_algorithm_1():
     """By hand: in `1 2 3 1 2 3 1 2` the pair `(1, 2)` occurs three times, score 6, as does `(1, 2, 3)` twice, score
     6. With the pair chosen, what overlaps it loses."""
     seqs, free = [[1, 2, 3, 1, 2, 3, 1, 2]], np.zeros(9, bool)
-    test_eq(algorithm_1(seqs, 1, free), [(1, 2)]); test_eq(static_phrases(seqs, 2, free)[0], (1, 2))
-    assert {*static_phrases(seqs, 99, free)} == {*algorithm_1(seqs, 99, free)} == {(1, 2), (2, 3), (3, 1), (1, 2, 3), (2, 3, 1), (3, 1, 2)}
-    test_eq(algorithm_1(seqs, 9, np.arange(9) == 3), [(1, 2)]); test_eq(algorithm_1([[1, 2]], 9, free), [])
+    test_eq(algorithm_1(seqs, 1, free), [(1, 2)])
+    test_eq(static_phrases(seqs, 2, free)[0], (1, 2))
+    assert (
+        {*static_phrases(seqs, 99, free)}
+        == {*algorithm_1(seqs, 99, free)}
+        == {(1, 2), (2, 3), (3, 1), (1, 2, 3), (2, 3, 1), (3, 1, 2)}
+    )
+    test_eq(algorithm_1(seqs, 9, np.arange(9) == 3), [(1, 2)])
+    test_eq(algorithm_1([[1, 2]], 9, free), [])
 
 
 def test_view():
     "The view shows all of the text, and nothing in it is taken for HTML."
     v = SimpleAdaptiVocab(tiny())
     for t in TEXTS:
-        shown = re.sub('<[^>]+>', '', show_phrases(v, t).split('</div>')[0])
+        shown = re.sub("<[^>]+>", "", show_phrases(v, t).split("</div>")[0])
         test_eq(unescape(shown), t)

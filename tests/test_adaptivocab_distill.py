@@ -5,7 +5,7 @@ import tempfile
 import transformers as T
 import numpy as np
 import torch
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from transformers import DynamicCache
 from llmopt.adaptivocab import SimpleAdaptiVocab
 from llmopt.adaptivocab_model import Vocab, load_rows, save_rows, PhraseReader, kl
@@ -13,26 +13,30 @@ from llmopt.core import TINY, load, user, LlmoptError
 from llmopt.adaptivocab_distill import *
 
 
-def small_reader(phrases=('machine learning', 'United States', 'of the')):
+def small_reader(phrases=("machine learning", "United States", "of the")):
     "The bundled model with a few phrases."
-    lm = load(TINY, 'cpu')
+    lm = load(TINY, "cpu")
     return lm, PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer, phrases))
 
-SAID = ['The study of machine learning is a part of the work.', 'In the United States of America.']
+
+SAID = ["The study of machine learning is a part of the work.", "In the United States of America."]
 
 
 def test_distill():
     """Zero steps are the composed vectors. Steps change the rows that occur, and no others; the model keeps every
     weight and every flag; and the loss is the divergence that the reader's own comparison finds."""
-    lm, r = small_reader(); seqs, before = r.vocab.tokens(SAID), {k: p.clone() for k, p in lm.model.named_parameters()}
+    lm, r = small_reader()
+    seqs, before = r.vocab.tokens(SAID), {k: p.clone() for k, p in lm.model.named_parameters()}
     start = composed_rows(r)
     assert torch.equal(distill(r, seqs, 0, progress=False)[0], start)
     rows, losses = distill(r, seqs, 30, bs=2, progress=False)
-    assert sum(losses[-5:]) < .8*sum(losses[:5])
-    used = {i-r.vocab.base for s in seqs for i in r.vocab.fold(s).ids if i >= r.vocab.base}
-    test_eq({i for i, (a, b) in enumerate(zip(rows, start)) if not torch.equal(a, b)}, used); assert 0 < len(used) < len(rows)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    used = {i - r.vocab.base for s in seqs for i in r.vocab.fold(s).ids if i >= r.vocab.base}
+    test_eq({i for i, (a, b) in enumerate(zip(rows, start)) if not torch.equal(a, b)}, used)
+    assert 0 < len(used) < len(rows)
     assert all(torch.equal(p, before[k]) and p.requires_grad and p.grad is None for k, p in lm.model.named_parameters())
-    with expect_fail(LlmoptError, 'none of the phrases'): distill(r, [[7, 8, 9]], 1, progress=False)
+    with expect_fail(LlmoptError, "none of the phrases"):
+        distill(r, [[7, 8, 9]], 1, progress=False)
     with tempfile.TemporaryDirectory() as d:
         save_rows(rows, r, d)
         assert torch.equal(load_rows(d, r), rows)
@@ -41,61 +45,106 @@ def test_distill():
 def test_distill_loss_by_hand():
     """Zero steps are the composed vectors. Steps change the rows that occur, and no others; the model keeps every
     weight and every flag; and the loss is the divergence that the reader's own comparison finds."""
-    lm, r = small_reader(['machine learning']); ids = r.vocab.tokens(SAID)[0].tolist()
-    f = r.vocab.fold(ids); j = int(np.flatnonzero(f.span > 1)[0]); s = int(f.start[j]+f.span[j])
-    p, q = (r.score(ids[:s], ids[s:]+[7], fold=x) for x in (False, True))
+    lm, r = small_reader(["machine learning"])
+    ids = r.vocab.tokens(SAID)[0].tolist()
+    f = r.vocab.fold(ids)
+    j = int(np.flatnonzero(f.span > 1)[0])
+    s = int(f.start[j] + f.span[j])
+    p, q = (r.score(ids[:s], ids[s:] + [7], fold=x) for x in (False, True))
     rows = torch.nn.Embedding.from_pretrained(composed_rows(r))
     test_close(distill_loss(r, rows, [ids]).item(), kl(p, q).mean().item(), 1e-4)
-    test_close(distill_loss(r, rows, [ids, ids[:s+3]]).item(), ((kl(p, q).sum()+kl(p, q)[:4].sum())/(len(p)+4)).item(), 1e-4)
+    test_close(
+        distill_loss(r, rows, [ids, ids[: s + 3]]).item(),
+        ((kl(p, q).sum() + kl(p, q)[:4].sum()) / (len(p) + 4)).item(),
+        1e-4,
+    )
 
 
 def test_late_merging():
     """With `layer` at the number of layers nothing is merged, and the answer is the plain one. With layer 0 the
     other pieces are never read, and that is deletion with positions kept, `embed='last'` of the reader. Between
     the two, what is generated is what is scored. The later layers' caches are shorter."""
-    lm, r = small_reader(); n = lm.model.config.num_hidden_layers; kw = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    ids = lm.encode_chat([user('Is machine learning a part of the work in the United States?')]); plain, last = PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer, [])), Vocab(embed='last')
+    lm, r = small_reader()
+    n = lm.model.config.num_hidden_layers
+    kw = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    ids = lm.encode_chat([user("Is machine learning a part of the work in the United States?")])
+    plain, last = PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer, [])), Vocab(embed="last")
     test_eq(LateMerger(lm.model, r.vocab, n).generate(ids, **kw), plain.generate(ids, **kw))
     assert torch.equal(LateMerger(lm.model, r.vocab, n).score(ids, [5, 6]), plain.score(ids, [5, 6]))
-    test_close(LateMerger(lm.model, r.vocab, 0).score(ids, [5, 6]), PhraseReader(lm.model, r.vocab, last).score(ids, [5, 6]), 1e-4)
-    for attention in ('sdpa', 'eager'):
+    test_close(
+        LateMerger(lm.model, r.vocab, 0).score(ids, [5, 6]),
+        PhraseReader(lm.model, r.vocab, last).score(ids, [5, 6]),
+        1e-4,
+    )
+    for attention in ("sdpa", "eager"):
         lm.model.set_attn_implementation(attention)
         late, cache = LateMerger(lm.model, r.vocab, 2), DynamicCache(config=lm.model.config)
         out = late.generate(ids, past_key_values=cache, **kw)
         test_eq(late.score(ids, out).argmax(-1).tolist(), out)
-        test_eq([l.get_seq_length() for l in cache.layers], [len(ids)+5]*2+[len(late.keep(ids))+5]*(n-2)); assert len(late.keep(ids)) < len(ids)
+        test_eq([l.get_seq_length() for l in cache.layers], [len(ids) + 5] * 2 + [len(late.keep(ids)) + 5] * (n - 2))
+        assert len(late.keep(ids)) < len(ids)
     test_eq(sum(len(l._forward_pre_hooks) for l in lm.model.model.layers), 0)
-    with expect_fail(LlmoptError, 'layer is from 0'): LateMerger(lm.model, r.vocab, n+1).generate(ids)
-    gpt2 = T.AutoModelForCausalLM.from_config(T.GPT2Config(vocab_size=4096, n_embd=16, n_layer=1, n_head=2, n_positions=64))
-    with expect_fail(LlmoptError, 'built as Llama'): LateMerger(gpt2, r.vocab, 0).generate(ids)
+    with expect_fail(LlmoptError, "layer is from 0"):
+        LateMerger(lm.model, r.vocab, n + 1).generate(ids)
+    gpt2 = T.AutoModelForCausalLM.from_config(
+        T.GPT2Config(vocab_size=4096, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    )
+    with expect_fail(LlmoptError, "built as Llama"):
+        LateMerger(gpt2, r.vocab, 0).generate(ids)
 
 
 def test_deletion():
     """As many tokens as phrases would save are taken out of the prompt, at random places or at equal distances, and
     the others keep their positions. The first token stays, and so do special ones, which carry the chat."""
-    lm, r = small_reader(); ids = lm.encode_chat([user('Is machine learning a part of the work?')])
-    test_eq(deletion(r, ids, 0).ids, ids); assert torch.equal(r.led(deletion(r, ids, 0), [5]), r.score(ids, [5], fold=False))
-    for how in ('random', 'even'):
+    lm, r = small_reader()
+    ids = lm.encode_chat([user("Is machine learning a part of the work?")])
+    test_eq(deletion(r, ids, 0).ids, ids)
+    assert torch.equal(r.led(deletion(r, ids, 0), [5]), r.score(ids, [5], fold=False))
+    for how in ("random", "even"):
         d = deletion(r, ids, 5, how)
-        test_eq(len(d.ids), len(ids)-5); test_eq([ids[i] for i in d.positions[0]], d.ids); test_eq([i for i in d.ids if i in r.vocab._never], [i for i in ids if i in r.vocab._never])
-    with expect_fail(LlmoptError, 'cannot be deleted'): deletion(r, ids, len(ids))
-    with expect_fail(LlmoptError, "'random' or 'even'"): deletion(r, ids, 1, 'all')
+        test_eq(len(d.ids), len(ids) - 5)
+        test_eq([ids[i] for i in d.positions[0]], d.ids)
+        test_eq([i for i in d.ids if i in r.vocab._never], [i for i in ids if i in r.vocab._never])
+    with expect_fail(LlmoptError, "cannot be deleted"):
+        deletion(r, ids, len(ids))
+    with expect_fail(LlmoptError, "'random' or 'even'"):
+        deletion(r, ids, 1, "all")
 
 
 def test_bits_and_rise():
     """Two ways are compared on the same texts, so the interval of their ratio comes from drawing texts again (a
     paired bootstrap)."""
-    uniform = lambda ids, a: torch.full((len(a), 4), .25).log()
-    test_close(answer_bits(uniform, [([1], [0, 1]), ([1], [2])]), [4., 2.], 1e-6)
-    a = np.array([1., 2., 3.]); test_eq(rise(a, a), (0., 0., 0.)); test_close(rise(1.1*a, a), [.1]*3, 1e-9)
-    lo, hi = rise(np.array([2., 1., 3.]), a)[1:]; assert lo < 0 < hi
+
+    def uniform(ids, a):
+        return torch.full((len(a), 4), 0.25).log()
+
+    test_close(answer_bits(uniform, [([1], [0, 1]), ([1], [2])]), [4.0, 2.0], 1e-6)
+    a = np.array([1.0, 2.0, 3.0])
+    test_eq(rise(a, a), (0.0, 0.0, 0.0))
+    test_close(rise(1.1 * a, a), [0.1] * 3, 1e-9)
+    lo, hi = rise(np.array([2.0, 1.0, 3.0]), a)[1:]
+    assert lo < 0 < hi
 
 
 def test_reading_measured():
     """All ways to read one prompt, and their bits on the same texts. `llmopt benchmark vocab` calls this, and so
     does the measurement below."""
-    lm = load(TINY, 'cpu'); docs = [f'{a} machine learning {b}' for a, b in zip(('The study of', 'We teach', 'A book on', 'Here is'), ('is a part of the work.', 'with care.', 'came out.', 'for all of you, and more.'))]+['word', 'In the work.']
-    ways, run = measure_reading(lm, docs[:4], docs[2:], 1, 3, bs=2, progress=False); by = {w['way']: w for w in ways}
-    test_eq((by['plain']['rise'], by['plain']['saved'], run['steps'], len(run['loss'])), (0., 0., 3, 1)); assert .05 < by['distilled']['saved'] < .3 and by['no prompt']['rise'] > 0
-    a, b, size = halves(lm.tokenizer, docs[5]); test_eq((lm.tokenizer.decode(a[1:]), lm.tokenizer.decode(b), size, halves(lm.tokenizer, 'word')), ('In the', ' work.', 6, None))
-    with expect_fail(LlmoptError, 'no text to score'): measure_reading(lm, docs, ['word'], 5, 0)
+    lm = load(TINY, "cpu")
+    docs = [
+        f"{a} machine learning {b}"
+        for a, b in zip(
+            ("The study of", "We teach", "A book on", "Here is"),
+            ("is a part of the work.", "with care.", "came out.", "for all of you, and more."),
+        )
+    ] + ["word", "In the work."]
+    ways, run = measure_reading(lm, docs[:4], docs[2:], 1, 3, bs=2, progress=False)
+    by = {w["way"]: w for w in ways}
+    test_eq((by["plain"]["rise"], by["plain"]["saved"], run["steps"], len(run["loss"])), (0.0, 0.0, 3, 1))
+    assert 0.05 < by["distilled"]["saved"] < 0.3 and by["no prompt"]["rise"] > 0
+    a, b, size = halves(lm.tokenizer, docs[5])
+    test_eq(
+        (lm.tokenizer.decode(a[1:]), lm.tokenizer.decode(b), size, halves(lm.tokenizer, "word")),
+        ("In the", " work.", 6, None),
+    )
+    with expect_fail(LlmoptError, "no text to score"):
+        measure_reading(lm, docs, ["word"], 5, 0)

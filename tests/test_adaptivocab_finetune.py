@@ -8,78 +8,138 @@ import math
 import tempfile
 import numpy as np
 import torch
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmopt.core import ASSETS, TINY, load, user, LlmoptError
 from tokenizers import Tokenizer
 from llmopt.adaptivocab_finetune import *
 
 
-def tiny(): return AutoTokenizer.from_pretrained(ASSETS/'llmopt-tiny')
+def tiny():
+    return AutoTokenizer.from_pretrained(ASSETS / "llmopt-tiny")
 
-ODD = ['', ' ', "Don't panic, it's the dogs' \"it's\" '.' .' '. ''s ' s 'tis I'll,'d", 'a  b   c\n\n  d \t e\r\n', '人工智能, 和机器学习。', 'שלום עולם', '😀👩‍👩‍👧 of the 😀', 'e\u0301 \x00 \ufffd',
-       '42 of 4,200 (12.5%)', '<|user|>\nis the <|end|>\n', 'for i in range(3): x[i] += "a\'b"', "''' '''", "rock 'n' roll; 'of the' -- and...", 'ſ\u2019s x\u2019s']
-DOCS = ['The heart attack is a disease of the heart. High blood pressure, and the risk of a heart attack, is high.',
-        'Signs and symptoms of a heart attack, and of high blood pressure, are in the list of signs and symptoms.', 'The risk of high blood pressure is high.']
+
+ODD = [
+    "",
+    " ",
+    "Don't panic, it's the dogs' \"it's\" '.' .' '. ''s ' s 'tis I'll,'d",
+    "a  b   c\n\n  d \t e\r\n",
+    "人工智能, 和机器学习。",
+    "שלום עולם",
+    "😀👩‍👩‍👧 of the 😀",
+    "e\u0301 \x00 \ufffd",
+    "42 of 4,200 (12.5%)",
+    "<|user|>\nis the <|end|>\n",
+    'for i in range(3): x[i] += "a\'b"',
+    "''' '''",
+    "rock 'n' roll; 'of the' -- and...",
+    "ſ\u2019s x\u2019s",
+]
+DOCS = [
+    "The heart attack is a disease of the heart. High blood pressure, and the risk of a heart attack, is high.",
+    "Signs and symptoms of a heart attack, and of high blood pressure, are in the list of signs and symptoms.",
+    "The risk of high blood pressure is high.",
+]
 
 
 def test_groups_keep_tokens():
     "The tokens are the same, on all kinds of text."
-    tok = tiny(); g = grouped(tok)
+    tok = tiny()
+    g = grouped(tok)
     rng = np.random.default_rng(0)
-    soup = [''.join(rng.choice([*"ab'st .,\n 1é"], 40)) for _ in range(300)]
-    for t in ODD+DOCS+soup: test_eq(g.encode(t), tok.encode(t))
-    words = T.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(json.loads(tok.backend_tokenizer.to_str())|dict(pre_tokenizer=None))))
-    with expect_fail(LlmoptError, 'splits as GPT-2 does'): grouped(words)
+    soup = ["".join(rng.choice([*"ab'st .,\n 1é"], 40)) for _ in range(300)]
+    for t in ODD + DOCS + soup:
+        test_eq(g.encode(t), tok.encode(t))
+    words = T.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(
+            json.dumps(json.loads(tok.backend_tokenizer.to_str()) | dict(pre_tokenizer=None))
+        )
+    )
+    with expect_fail(LlmoptError, "splits as GPT-2 does"):
+        grouped(words)
 
 
 def test_spare_tokens():
     """New tokens are **appended**, or they **replace** old ones that the domain does not need, so that the matrices
     stay as large as they were. A token can only go if no other is made of it; the least frequent goes first, and
     then its parts may become free. Text that held it falls back on its parts."""
-    merges = [('a', 'b'), ('ab', 'c'), ('a', 'c'), ('d', 'd')]
-    test_eq(spare_tokens(merges, dict(abc=5, ac=1, ab=0, dd=9), 9), ['ac', 'abc', 'ab', 'dd'])   # ab has the five uses of abc by then
-    test_eq(spare_tokens(merges, {}, 1, keep=['abc', 'ac']), ['dd']); test_eq(spare_tokens(merges, {}, 0), [])
+    merges = [("a", "b"), ("ab", "c"), ("a", "c"), ("d", "d")]
+    test_eq(
+        spare_tokens(merges, dict(abc=5, ac=1, ab=0, dd=9), 9), ["ac", "abc", "ab", "dd"]
+    )  # ab has the five uses of abc by then
+    test_eq(spare_tokens(merges, {}, 1, keep=["abc", "ac"]), ["dd"])
+    test_eq(spare_tokens(merges, {}, 0), [])
 
 
 def test_expanded_tokenizer():
     """What must hold: with the new tokens taken apart, the ids are the old ones; the text comes back; a saved
     tokenizer is the same one; the old tokenizer is not touched. Where old tokens were replaced, the text comes
     back too, no id is used twice, and the vocabulary is no larger."""
-    tok = tiny(); before = tok.backend_tokenizer.to_str(); x = expand_tokenizer(tok, DOCS*2, 60)
-    apart = lambda ids: [p for i in ids for p in x.pieces.get(i, [i])]
-    assert max(x.pieces) == len(tok)+len(x.pieces)-1 and len(x.pieces) > 20
-    for t in ODD+DOCS: test_eq(apart(x.tokenizer.encode(t)), tok.encode(t)); test_eq(x.tokenizer.decode(x.tokenizer.encode(t)), tok.decode(tok.encode(t)))
-    assert len(x.tokenizer.encode(DOCS[0])) < .7*len(tok.encode(DOCS[0])); test_eq(tok.backend_tokenizer.to_str(), before)
-    chat = [user(DOCS[0])]; test_eq(x.tokenizer.apply_chat_template(chat, tokenize=False), tok.apply_chat_template(chat, tokenize=False))
+    tok = tiny()
+    before = tok.backend_tokenizer.to_str()
+    x = expand_tokenizer(tok, DOCS * 2, 60)
+
+    def apart(ids):
+        return [p for i in ids for p in x.pieces.get(i, [i])]
+
+    assert max(x.pieces) == len(tok) + len(x.pieces) - 1 and len(x.pieces) > 20
+    for t in ODD + DOCS:
+        test_eq(apart(x.tokenizer.encode(t)), tok.encode(t))
+        test_eq(x.tokenizer.decode(x.tokenizer.encode(t)), tok.decode(tok.encode(t)))
+    assert len(x.tokenizer.encode(DOCS[0])) < 0.7 * len(tok.encode(DOCS[0]))
+    test_eq(tok.backend_tokenizer.to_str(), before)
+    chat = [user(DOCS[0])]
+    test_eq(x.tokenizer.apply_chat_template(chat, tokenize=False), tok.apply_chat_template(chat, tokenize=False))
     with tempfile.TemporaryDirectory() as d:
-        x.tokenizer.save_pretrained(d); again = AutoTokenizer.from_pretrained(d)
-        for t in ODD+DOCS: test_eq(again.encode(t), x.tokenizer.encode(t))
-    none = expand_tokenizer(tok, ['xyzzy'], 5); test_eq(none.pieces, {}); test_eq(none.tokenizer.encode(DOCS[0]), tok.encode(DOCS[0]))
+        x.tokenizer.save_pretrained(d)
+        again = AutoTokenizer.from_pretrained(d)
+        for t in ODD + DOCS:
+            test_eq(again.encode(t), x.tokenizer.encode(t))
+    none = expand_tokenizer(tok, ["xyzzy"], 5)
+    test_eq(none.pieces, {})
+    test_eq(none.tokenizer.encode(DOCS[0]), tok.encode(DOCS[0]))
 
 
 def test_replaced_tokens():
     """What must hold: with the new tokens taken apart, the ids are the old ones; the text comes back; a saved
     tokenizer is the same one; the old tokenizer is not touched. Where old tokens were replaced, the text comes
     back too, no id is used twice, and the vocabulary is no larger."""
-    tok = tiny(); x = expand_tokenizer(tok, DOCS*2, 60, replace=True); vocab = x.tokenizer.get_vocab()
-    test_eq(len(vocab), len(tok)); test_eq(sorted(vocab.values()), [*range(len(tok))]); assert x.pieces.keys() <= {*range(len(tok))}
-    for t in ODD+DOCS: test_eq(x.tokenizer.decode(x.tokenizer.encode(t)), tok.decode(tok.encode(t)))
-    assert len(x.tokenizer.encode(DOCS[0])) < .7*len(tok.encode(DOCS[0])); test_eq([vocab[t] for t in tok.all_special_tokens], tok.all_special_ids)
+    tok = tiny()
+    x = expand_tokenizer(tok, DOCS * 2, 60, replace=True)
+    vocab = x.tokenizer.get_vocab()
+    test_eq(len(vocab), len(tok))
+    test_eq(sorted(vocab.values()), [*range(len(tok))])
+    assert x.pieces.keys() <= {*range(len(tok))}
+    for t in ODD + DOCS:
+        test_eq(x.tokenizer.decode(x.tokenizer.encode(t)), tok.decode(tok.encode(t)))
+    assert len(x.tokenizer.encode(DOCS[0])) < 0.7 * len(tok.encode(DOCS[0]))
+    test_eq([vocab[t] for t in tok.all_special_tokens], tok.all_special_ids)
 
 
 def test_new_rows():
     """Rows by hand: the paper's weights forwards and backwards; the logit of a phrase is the logit of its
     composition plus the bias, on the mean state. Without new tokens the model says what it said."""
-    lm = load(TINY, 'cpu'); old = lm.model.get_input_embeddings().weight.detach().clone()
-    x = expand_tokenizer(lm.tokenizer, DOCS*2, 20); i, p = next((i, p) for i, p in x.pieces.items() if len(p) == 2)
-    m = copy.deepcopy(lm.model); add_rows(m, x); e, h = m.get_input_embeddings().weight, m.get_output_embeddings().weight
-    test_eq(len(e), len(old)+len(x.pieces)); assert torch.equal(e[:len(old)], old) and torch.equal(h[:len(old)], old) and not m.config.tie_word_embeddings
-    w = 1/(1+math.exp(2)); test_close(e[i], w*old[p[0]]+(1-w)*old[p[1]], 1e-6); test_close(h[i], (1-w)*old[p[0]]+w*old[p[1]], 1e-6)
-    bias, state = torch.linspace(-1, 0, len(e)), torch.randn(256); b = copy.deepcopy(lm.model); add_rows(b, x, bias, state)
-    test_close(b.get_output_embeddings().weight@state-h@state, bias, 1e-4); assert torch.equal(b.get_input_embeddings().weight, e)
-    same = expand(lm, ['xyzzy'], 5); ids = torch.tensor([[5, 6, 7]])
-    with torch.inference_mode(): assert torch.equal(same.model(ids).logits, lm.model(ids).logits)
+    lm = load(TINY, "cpu")
+    old = lm.model.get_input_embeddings().weight.detach().clone()
+    x = expand_tokenizer(lm.tokenizer, DOCS * 2, 20)
+    i, p = next((i, p) for i, p in x.pieces.items() if len(p) == 2)
+    m = copy.deepcopy(lm.model)
+    add_rows(m, x)
+    e, h = m.get_input_embeddings().weight, m.get_output_embeddings().weight
+    test_eq(len(e), len(old) + len(x.pieces))
+    assert torch.equal(e[: len(old)], old) and torch.equal(h[: len(old)], old) and not m.config.tie_word_embeddings
+    w = 1 / (1 + math.exp(2))
+    test_close(e[i], w * old[p[0]] + (1 - w) * old[p[1]], 1e-6)
+    test_close(h[i], (1 - w) * old[p[0]] + w * old[p[1]], 1e-6)
+    bias, state = torch.linspace(-1, 0, len(e)), torch.randn(256)
+    b = copy.deepcopy(lm.model)
+    add_rows(b, x, bias, state)
+    test_close(b.get_output_embeddings().weight @ state - h @ state, bias, 1e-4)
+    assert torch.equal(b.get_input_embeddings().weight, e)
+    same = expand(lm, ["xyzzy"], 5)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(same.model(ids).logits, lm.model(ids).logits)
     assert lm.model.config.tie_word_embeddings and torch.equal(lm.model.get_input_embeddings().weight, old)
 
 
@@ -87,61 +147,99 @@ def test_prior_bias_by_hand():
     """Rows by hand: the paper's weights forwards and backwards; the logit of a phrase is the logit of its
     composition plus the bias, on the mean state. Without new tokens the model says what it said."""
     x = Expansion(None, {4: [0, 1], 5: [0, 2]})
-    test_close(prior_bias(x, [[4, 4, 0], [5, 3]], 6).tolist(), [math.log(k) for k in (1.5/4.5, 1, 1, 1, 2.5/4.5, 1.5/4.5)], 1e-6)
+    test_close(
+        prior_bias(x, [[4, 4, 0], [5, 3]], 6).tolist(),
+        [math.log(k) for k in (1.5 / 4.5, 1, 1, 1, 2.5 / 4.5, 1.5 / 4.5)],
+        1e-6,
+    )
 
 
 def test_finetune():
     """Training moves what is trained and nothing else, the loss falls, and zero steps change nothing. The bits of a
     text are those of a score by hand."""
-    lm = load(TINY, 'cpu'); x = expand(lm, DOCS*2, 30); before = {k: p.clone() for k, p in x.model.named_parameters()}
-    test_eq(finetune(x, DOCS, 0, progress=False), []); assert all(torch.equal(p, before[k]) for k, p in x.model.named_parameters())
+    lm = load(TINY, "cpu")
+    x = expand(lm, DOCS * 2, 30)
+    before = {k: p.clone() for k, p in x.model.named_parameters()}
+    test_eq(finetune(x, DOCS, 0, progress=False), [])
+    assert all(torch.equal(p, before[k]) for k, p in x.model.named_parameters())
     log = finetune(x, DOCS, 12, per_step=2, size=64, progress=False)
-    assert sum(log[-3:]) < .7*sum(log[:3])
-    moved = {'.'.join(k.split('.')[:3]) for k, p in x.model.named_parameters() if not torch.equal(p, before[k])}
-    test_eq(moved, {'model.embed_tokens.weight', 'lm_head.weight', 'model.layers.0', 'model.layers.5'}); assert all(p.requires_grad and p.grad is None for p in x.model.parameters())
-    before = {k: p.clone() for k, p in x.model.named_parameters()}; finetune(x, DOCS, 2, per_step=2, what='all', progress=False)
+    assert sum(log[-3:]) < 0.7 * sum(log[:3])
+    moved = {".".join(k.split(".")[:3]) for k, p in x.model.named_parameters() if not torch.equal(p, before[k])}
+    test_eq(moved, {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0", "model.layers.5"})
+    assert all(p.requires_grad and p.grad is None for p in x.model.parameters())
+    before = {k: p.clone() for k, p in x.model.named_parameters()}
+    finetune(x, DOCS, 2, per_step=2, what="all", progress=False)
     assert not any(torch.equal(p, before[k]) for k, p in x.model.named_parameters())
-    with expect_fail(LlmoptError, "'light' or 'all'"): finetune(x, DOCS, 1, what='some')
-    x = expand(load(TINY, 'cpu'), DOCS*2, 30); before = {k: p.clone() for k, p in x.model.named_parameters()}
-    finetune(x, DOCS, 3, what='all', new=range(4096, len(x.tokenizer)), rest=0., progress=False)                       # only the new rows move
+    with expect_fail(LlmoptError, "'light' or 'all'"):
+        finetune(x, DOCS, 1, what="some")
+    x = expand(load(TINY, "cpu"), DOCS * 2, 30)
+    before = {k: p.clone() for k, p in x.model.named_parameters()}
+    finetune(
+        x, DOCS, 3, what="all", new=range(4096, len(x.tokenizer)), rest=0.0, progress=False
+    )  # only the new rows move
     for k, p in x.model.named_parameters():
-        rows = slice(0, 4096) if k in ('model.embed_tokens.weight', 'lm_head.weight') else slice(None)
+        rows = slice(0, 4096) if k in ("model.embed_tokens.weight", "lm_head.weight") else slice(None)
         assert torch.equal(p[rows], before[k][rows])
-    for m in (x.model.get_input_embeddings(), x.model.get_output_embeddings()): assert not torch.equal(m.weight[4096:], before['model.embed_tokens.weight' if m is x.model.get_input_embeddings() else 'lm_head.weight'][4096:])
+    for m in (x.model.get_input_embeddings(), x.model.get_output_embeddings()):
+        assert not torch.equal(
+            m.weight[4096:],
+            before["model.embed_tokens.weight" if m is x.model.get_input_embeddings() else "lm_head.weight"][4096:],
+        )
 
 
 def test_bits_of_a_document():
     """Training moves what is trained and nothing else, the loss falls, and zero steps change nothing. The bits of a
     text are those of a score by hand."""
-    lm = load(TINY, 'cpu'); ids = torch.tensor([[lm.tokenizer.bos_token_id, *lm.tokenizer.encode(DOCS[0])]])
-    with torch.inference_mode(): lp = lm.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item()
-    test_close(document_bits(lm, [DOCS[0]])[0], -lp/math.log(2), 1e-3)
-    many = [' '.join(DOCS*20), *DOCS, 'High.']; assert len(lm.tokenizer.encode(many[0])) > lm.context
+    lm = load(TINY, "cpu")
+    ids = torch.tensor([[lm.tokenizer.bos_token_id, *lm.tokenizer.encode(DOCS[0])]])
+    with torch.inference_mode():
+        lp = lm.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item()
+    test_close(document_bits(lm, [DOCS[0]])[0], -lp / math.log(2), 1e-3)
+    many = [" ".join(DOCS * 20), *DOCS, "High."]
+    assert len(lm.tokenizer.encode(many[0])) > lm.context
     test_close(document_bits(lm, many, 3), document_bits(lm, many), 1e-2)
-    rows = packed_rows(lm.tokenizer, DOCS[:2], 10); flat = [r[1:][r[1:] >= 0] for r in rows]
-    test_eq(torch.cat(flat).tolist(), [i for d in DOCS[:2] for i in [lm.tokenizer.bos_token_id, *lm.tokenizer.encode(d)]][1:])
+    rows = packed_rows(lm.tokenizer, DOCS[:2], 10)
+    flat = [r[1:][r[1:] >= 0] for r in rows]
+    test_eq(
+        torch.cat(flat).tolist(),
+        [i for d in DOCS[:2] for i in [lm.tokenizer.bos_token_id, *lm.tokenizer.encode(d)]][1:],
+    )
 
 
 def test_tuning_measured():
     """Models with new tokens beside the same model without, tuned on the same documents for as long. `llmopt
     benchmark vocab` calls this."""
-    lm = load(TINY, 'cpu'); rows = {r['model']: r for r in measure_tuning(lm, DOCS*4, DOCS, 20, 2, per_step=2, progress=False)}
-    test_eq([*rows], ['as bundled', *ARMS]); test_eq(rows['as bundled']['over_bundled'], 0.); test_eq((rows['no new tokens']['rise'], rows['no new tokens']['saved_in'], rows['replaced']['tokens']), (0., 0., 4096))
-    test_close(rows['as bundled']['bits_per_byte'], document_bits(lm, DOCS).sum()/sum(map(len, DOCS)), 1e-3)
-    assert rows['appended, with prior']['saved_out'] > .2
-    test_eq(question_and_answer('<|user|>\nWhy?<|end|>\n<|assistant|>\nSo.<|end|>\n'), ('Why?', 'So.<|end|>\n')); test_eq(question_and_answer('So.'), ('So.', 'So.'))
+    lm = load(TINY, "cpu")
+    rows = {r["model"]: r for r in measure_tuning(lm, DOCS * 4, DOCS, 20, 2, per_step=2, progress=False)}
+    test_eq([*rows], ["as bundled", *ARMS])
+    test_eq(rows["as bundled"]["over_bundled"], 0.0)
+    test_eq(
+        (rows["no new tokens"]["rise"], rows["no new tokens"]["saved_in"], rows["replaced"]["tokens"]), (0.0, 0.0, 4096)
+    )
+    test_close(rows["as bundled"]["bits_per_byte"], document_bits(lm, DOCS).sum() / sum(map(len, DOCS)), 1e-3)
+    assert rows["appended, with prior"]["saved_out"] > 0.2
+    test_eq(question_and_answer("<|user|>\nWhy?<|end|>\n<|assistant|>\nSo.<|end|>\n"), ("Why?", "So.<|end|>\n"))
+    test_eq(question_and_answer("So."), ("So.", "So."))
 
-    r = rows['replaced']; test_close(r['rise'], r['bits_per_byte']/rows['no new tokens']['bits_per_byte']-1, 1e-3); assert r['low'] < r['rise'] < r['high'] and r['bits_before'] > r['bits_per_byte']
+    r = rows["replaced"]
+    test_close(r["rise"], r["bits_per_byte"] / rows["no new tokens"]["bits_per_byte"] - 1, 1e-3)
+    assert r["low"] < r["rise"] < r["high"] and r["bits_before"] > r["bits_per_byte"]
 
 
 def test_saved_folder():
     "What is loaded again, by transformers alone or by `load`, has the same logits and the same tokens, and chats."
-    lm = load(TINY, 'cpu')
+    lm = load(TINY, "cpu")
     for replace in (False, True):
-        x = expand(lm, DOCS*2, 30, replace=replace); finetune(x, DOCS, 1, size=64, progress=False)
+        x = expand(lm, DOCS * 2, 30, replace=replace)
+        finetune(x, DOCS, 1, size=64, progress=False)
         with tempfile.TemporaryDirectory() as d:
-            save(x, d); m, tok = AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32), AutoTokenizer.from_pretrained(d)
-            ids = torch.tensor([tok.encode(DOCS[0])]); test_eq(ids[0].tolist(), x.tokenizer.encode(DOCS[0]))
-            with torch.inference_mode(): assert torch.equal(m(ids).logits, x.model(ids).logits)
-            again = load(d, 'cpu'); test_eq(again.encode_chat([user(DOCS[0])]), x.encode_chat([user(DOCS[0])])); test_eq(again.context, lm.context)
+            save(x, d)
+            m, tok = AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32), AutoTokenizer.from_pretrained(d)
+            ids = torch.tensor([tok.encode(DOCS[0])])
+            test_eq(ids[0].tolist(), x.tokenizer.encode(DOCS[0]))
+            with torch.inference_mode():
+                assert torch.equal(m(ids).logits, x.model(ids).logits)
+            again = load(d, "cpu")
+            test_eq(again.encode_chat([user(DOCS[0])]), x.encode_chat([user(DOCS[0])]))
+            test_eq(again.context, lm.context)
         assert (x.model.get_input_embeddings().weight.shape == lm.model.get_input_embeddings().weight.shape) == replace

@@ -4,7 +4,7 @@
 import tempfile
 import json
 import torch
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.core import load, TINY, LlmoptError, user
 from pathlib import Path
 from llmopt.larosa import default_texts, windows
@@ -17,64 +17,102 @@ def test_read_texts():
     """The package ships sixty short passages with questions that no model of ours was trained on. Your own texts
     come as JSON lines."""
     with tempfile.TemporaryDirectory() as d:
-        p = Path(d)/'t.jsonl'; p.write_text('{"text": "One."}\n\n{"txt": 1}\n')
-        with expect_fail(LlmoptError, 'line 3'): read_texts(p)
-        p.write_text(''); 
-        with expect_fail(LlmoptError, 'no texts'): read_texts(p)
-        with expect_fail(LlmoptError, 'No such file'): read_texts(Path(d)/'none')
+        p = Path(d) / "t.jsonl"
+        p.write_text('{"text": "One."}\n\n{"txt": 1}\n')
+        with expect_fail(LlmoptError, "line 3"):
+            read_texts(p)
+        p.write_text("")
+        with expect_fail(LlmoptError, "no texts"):
+            read_texts(p)
+        with expect_fail(LlmoptError, "No such file"):
+            read_texts(Path(d) / "none")
     rows = read_texts()
-    assert all(r['questions'] and r['text'] for r in rows) and len(rows) >= 50
+    assert all(r["questions"] and r["text"] for r in rows) and len(rows) >= 50
 
 
 def test_budgets():
     """A budget is a promise. Random pieces of the texts, with random budgets and scorers: how often is one exceeded,
     and how much of it is left unused?"""
-    lm = load('llmopt-tiny', 'cpu')
+    lm = load("llmopt-tiny", "cpu")
     b = budgets(read_texts(), lm.tokenizer, 60)[0]
-    test_eq(b['exceeded'], 0); assert b['refused']+b['exact'] <= 60 and b['unused_max'] >= 0
+    test_eq(b["exceeded"], 0)
+    assert b["refused"] + b["exact"] <= 60 and b["unused_max"] >= 0
 
 
 def test_answers():
     """Hundreds of prompts are asked for each passage. All those of one question are read side by side and only once,
     for three uses: to be led along the answer, along the reference, and to answer."""
-    lm = load('llmopt-tiny', 'cpu')
-    a = mean_answers(answers(read_texts()[:2], lm, rates=(.5,), scorers=('every_nth', 'coverage'), n=8))
-    by = {r['scorer']: r for r in a}
-    same = [{k: v for k, v in read_texts()[0].items() if k != 'id'}]*2; test_eq(len(mean_answers(answers(same, lm, rates=(.5,), scorers=('random',), n=2))), 3)
-    test_eq(set(by), {'whole passage', 'no passage', 'every_nth', 'coverage'})
-    test_close(by['whole passage']['kl'], 0, 1e-6); test_eq(by['whole passage']['recall_lost'], 0)
-    assert by['no passage']['kl'] > 0 and by['no passage']['tokens'] < by['coverage']['tokens'] < by['whole passage']['tokens']
+    lm = load("llmopt-tiny", "cpu")
+    a = mean_answers(answers(read_texts()[:2], lm, rates=(0.5,), scorers=("every_nth", "coverage"), n=8))
+    by = {r["scorer"]: r for r in a}
+    same = [{k: v for k, v in read_texts()[0].items() if k != "id"}] * 2
+    test_eq(len(mean_answers(answers(same, lm, rates=(0.5,), scorers=("random",), n=2))), 3)
+    test_eq(set(by), {"whole passage", "no passage", "every_nth", "coverage"})
+    test_close(by["whole passage"]["kl"], 0, 1e-6)
+    test_eq(by["whole passage"]["recall_lost"], 0)
+    assert (
+        by["no passage"]["kl"] > 0
+        and by["no passage"]["tokens"] < by["coverage"]["tokens"] < by["whole passage"]["tokens"]
+    )
 
 
 def test_answers_side_by_side():
     """Side by side or one by one, the numbers are the same, and they are those of a plain forward pass and of
     `generate`."""
-    lm = load('llmopt-tiny', 'cpu'); rows, kw = read_texts()[1:3], dict(rates=(.25, .75), scorers=('every_nth', 'idf', 'self_information'), n=12)
-    many, one = answers(rows, lm, bs=7, **kw), answers(rows, lm, bs=1, **kw); assert len(many) > 20
+    lm = load("llmopt-tiny", "cpu")
+    rows, kw = read_texts()[1:3], dict(rates=(0.25, 0.75), scorers=("every_nth", "idf", "self_information"), n=12)
+    many, one = answers(rows, lm, bs=7, **kw), answers(rows, lm, bs=1, **kw)
+    assert len(many) > 20
     for a, b in zip(many, one):
-        test_eq({k: v for k, v in a.items() if k not in ('kl', 'nll')}, {k: v for k, v in b.items() if k not in ('kl', 'nll')})
-        test_close(a['kl'], b['kl'], 1e-4); test_close(a['nll'], b['nll'], 1e-4)
-    ps = [lm.encode_chat([user(t)]) for t in ('Tell me about the moon.', 'Why?', rows[0]['text'][:300])]; r = _Read(lm, ps)
+        test_eq(
+            {k: v for k, v in a.items() if k not in ("kl", "nll")},
+            {k: v for k, v in b.items() if k not in ("kl", "nll")},
+        )
+        test_close(a["kl"], b["kl"], 1e-4)
+        test_close(a["nll"], b["nll"], 1e-4)
+    ps = [lm.encode_chat([user(t)]) for t in ("Tell me about the moon.", "Why?", rows[0]["text"][:300])]
+    r = _Read(lm, ps)
     for p, out, lp in zip(ps, r.answers(9), r.log_probs([40, 50, 60])):
-        x = torch.tensor([p]); test_eq(out, lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=9, do_sample=False)[0, len(p):].tolist())
-        with torch.inference_mode(): test_close(lp, lm.model(torch.tensor([p+[40, 50, 60]])).logits[0, len(p)-1:-1].log_softmax(-1), 1e-3)
+        x = torch.tensor([p])
+        test_eq(
+            out,
+            lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=9, do_sample=False)[
+                0, len(p) :
+            ].tolist(),
+        )
+        with torch.inference_mode():
+            test_close(lp, lm.model(torch.tensor([p + [40, 50, 60]])).logits[0, len(p) - 1 : -1].log_softmax(-1), 1e-3)
 
 
 def test_benchmark_kv():
     "What is expected of the cache, and what came out."
     r = benchmark_kv(quick=True)
-    test_eq({(x['cache'], x['dtype']) for x in r['decode']}, {(c, d) for c in ('dynamic_sdpa', 'static_sdpa', 'slab_packed') for d in ('float32', 'bfloat16')})
-    assert all(x['median_ms'] > 0 and x['bytes_per_step'] > 0 for x in r['decode']) and len(r['append']) == 4
-    test_eq((len(r['bars']), {x['met'] for x in r['bars']} <= {True, False, None}, len(r['fronts'])), (12, True, 4))
-    assert {x['arm'] for x in r['evict']} >= {'dynamic_sdpa', 'evicted'} and all(x['overhead'] > -1 for x in r['prefill']) and r['restore'][0]['chunks'] == 4
+    test_eq(
+        {(x["cache"], x["dtype"]) for x in r["decode"]},
+        {(c, d) for c in ("dynamic_sdpa", "static_sdpa", "slab_packed") for d in ("float32", "bfloat16")},
+    )
+    assert all(x["median_ms"] > 0 and x["bytes_per_step"] > 0 for x in r["decode"]) and len(r["append"]) == 4
+    test_eq((len(r["bars"]), {x["met"] for x in r["bars"]} <= {True, False, None}, len(r["fronts"])), (12, True, 4))
+    assert (
+        {x["arm"] for x in r["evict"]} >= {"dynamic_sdpa", "evicted"}
+        and all(x["overhead"] > -1 for x in r["prefill"])
+        and r["restore"][0]["chunks"] == 4
+    )
 
 
 def test_bars_of_the_kv_cache():
     "What is expected of the cache, and what came out."
-    t = dict(decode=[dict(cache='slab_packed', context=8, dtype='float32', slab_vs_dynamic=2.4, slab_time_vs_static=1.04)], evict=[dict(arm='evicted', context=8, held=1, dtype='float32', faster=6., returned=None)],
-             append=[dict(cache='slab', context=n, median_ms=m) for n, m in ((1, 2.), (9, 3.1))], prefill=[dict(arm='cake', overhead=.1)],
-             restore=[dict(speed=s, time_vs_better=x, speedup_vs_compute=c, speedup_vs_load=1.7) for s, x, c in ((1, .6, 1.5), (2, 1.11, 1.))])
-    test_eq([r['met'] for r in kv_bars(t)], [False, True, False, True, None, True, False, False])
+    t = dict(
+        decode=[dict(cache="slab_packed", context=8, dtype="float32", slab_vs_dynamic=2.4, slab_time_vs_static=1.04)],
+        evict=[dict(arm="evicted", context=8, held=1, dtype="float32", faster=6.0, returned=None)],
+        append=[dict(cache="slab", context=n, median_ms=m) for n, m in ((1, 2.0), (9, 3.1))],
+        prefill=[dict(arm="cake", overhead=0.1)],
+        restore=[
+            dict(speed=s, time_vs_better=x, speedup_vs_compute=c, speedup_vs_load=1.7)
+            for s, x, c in ((1, 0.6, 1.5), (2, 1.11, 1.0))
+        ],
+    )
+    test_eq([r["met"] for r in kv_bars(t)], [False, True, False, True, None, True, False, False])
 
 
 def test_sparse_answers():
@@ -83,11 +121,24 @@ def test_sparse_answers():
     sparse, as a chat would. Counted are the keywords that its answers hold, and the divergence from the dense
     model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
     the package, of which no passage is part."""
-    lm = load(TINY, 'cpu', dtype='float32'); rows = read_texts()[:2]
-    ladder = Ladder(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16), windows([r['text'] for r in rows], lm.tokenizer, 64, 4))
-    dense, none, half, cut = sparse_answers(lm, ladder, rows, (0., .8), ('basis learned', 'top-k'), 8)[:1]+sparse_answers(lm, ladder, rows, (0.,), ('basis learned',), 8)[1:]+sparse_answers(lm, ladder, rows, (.5, .9), ('basis learned',), 8)[1:]
-    test_eq(dense['keyword_recall'], none['keyword_recall']); assert none['kl'] < 1e-5 < half['kl'] < cut['kl'] and half['kl_1_2'] < half['kl']    # the first token follows a dense prompt
-    test_eq(dense['answers'], sum(len(r['questions']) for r in rows)); test_eq(sparse_answers(lm, ladder, [dict(text='No questions.')]), [])
+    lm = load(TINY, "cpu", dtype="float32")
+    rows = read_texts()[:2]
+    ladder = Ladder(
+        lm.model,
+        windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16),
+        windows([r["text"] for r in rows], lm.tokenizer, 64, 4),
+    )
+    dense, none, half, cut = (
+        sparse_answers(lm, ladder, rows, (0.0, 0.8), ("basis learned", "top-k"), 8)[:1]
+        + sparse_answers(lm, ladder, rows, (0.0,), ("basis learned",), 8)[1:]
+        + sparse_answers(lm, ladder, rows, (0.5, 0.9), ("basis learned",), 8)[1:]
+    )
+    test_eq(dense["keyword_recall"], none["keyword_recall"])
+    assert (
+        none["kl"] < 1e-5 < half["kl"] < cut["kl"] and half["kl_1_2"] < half["kl"]
+    )  # the first token follows a dense prompt
+    test_eq(dense["answers"], sum(len(r["questions"]) for r in rows))
+    test_eq(sparse_answers(lm, ladder, [dict(text="No questions.")]), [])
 
 
 def test_benchmark_larosa():
@@ -97,10 +148,22 @@ def test_benchmark_larosa():
     model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
     the package, of which no passage is part."""
     r = benchmark_larosa(quick=True)
-    test_eq([x['arm'] for x in r['answers']], ['dense', 'top-k', 'published', 'basis learned']); test_eq([x['arm'] for x in r['ladder']], ['threshold', 'top-k', 'published', 'basis learned'])
-    assert all(x['median_ms'] > 0 for x in r['kernel']+r['step']) and {x['sparsity'] for x in r['step']} == {None, 0., .5} and all(x['kl'] > 0 for x in r['ladder'])
-    b = {x['what']: x for x in r['bars']}; at = b['50% of the bytes: KL of ours over that of published']; test_close(at['measured'], r['ladder'][3]['kl']/r['ladder'][2]['kl'], 1e-9); test_eq(at['met'], at['measured'] <= .5)
-    test_eq(sum(x.startswith('product') for x in b), 8); test_eq(sum('step' in x for x in b), 6); test_eq(b['50% of the bytes: KL of top-k over that of threshold']['met'], r['ladder'][1]['kl'] <= r['ladder'][0]['kl'])
+    test_eq([x["arm"] for x in r["answers"]], ["dense", "top-k", "published", "basis learned"])
+    test_eq([x["arm"] for x in r["ladder"]], ["threshold", "top-k", "published", "basis learned"])
+    assert (
+        all(x["median_ms"] > 0 for x in r["kernel"] + r["step"])
+        and {x["sparsity"] for x in r["step"]} == {None, 0.0, 0.5}
+        and all(x["kl"] > 0 for x in r["ladder"])
+    )
+    b = {x["what"]: x for x in r["bars"]}
+    at = b["50% of the bytes: KL of ours over that of published"]
+    test_close(at["measured"], r["ladder"][3]["kl"] / r["ladder"][2]["kl"], 1e-9)
+    test_eq(at["met"], at["measured"] <= 0.5)
+    test_eq(sum(x.startswith("product") for x in b), 8)
+    test_eq(sum("step" in x for x in b), 6)
+    test_eq(
+        b["50% of the bytes: KL of top-k over that of threshold"]["met"], r["ladder"][1]["kl"] <= r["ladder"][0]["kl"]
+    )
 
 
 def test_run():
@@ -110,10 +173,17 @@ def test_run():
     ([the ladder](03b_larosa_ladder.ipynb)). In answers, keyword recall at 50 % is that of the dense model (.15
     and .14), and the divergence does not grow along the answer."""
     with tempfile.TemporaryDirectory() as d:
-        with expect_fail(LlmoptError, 'known: words'): run('wrds', d)
-        p = run('vocab', d, quick=True)
+        with expect_fail(LlmoptError, "known: words"):
+            run("wrds", d)
+        p = run("vocab", d, quick=True)
         r = json.loads(p.read_text())
-        test_eq((r['benchmark'], p.name, set(r['tables'])), ('vocab', 'benchmark_vocab.json', {'bars', 'saved', 'speed', 'overhead', 'read', 'tuned', 'drafts'}))
-        t = r['tables']; test_eq([x['identical'] for x in t['drafts']], [2]*4); assert t['overhead'][0]['fold_ms'] > 0; test_eq({x['way'] for x in t['read']} > {'plain', 'distilled', 'random deletion'}, True)
-        test_eq([x['model'] for x in t['tuned']], ['as bundled', 'no new tokens', 'appended, with prior'])
-        assert r['environment']['cpu_model'] and r['seconds'] > 0
+        test_eq(
+            (r["benchmark"], p.name, set(r["tables"])),
+            ("vocab", "benchmark_vocab.json", {"bars", "saved", "speed", "overhead", "read", "tuned", "drafts"}),
+        )
+        t = r["tables"]
+        test_eq([x["identical"] for x in t["drafts"]], [2] * 4)
+        assert t["overhead"][0]["fold_ms"] > 0
+        test_eq({x["way"] for x in t["read"]} > {"plain", "distilled", "random deletion"}, True)
+        test_eq([x["model"] for x in t["tuned"]], ["as bundled", "no new tokens", "appended, with prior"])
+        assert r["environment"]["cpu_model"] and r["seconds"] > 0

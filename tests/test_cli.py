@@ -15,23 +15,34 @@ def run(*args):
     out, err, here = io.StringIO(), io.StringIO(), Path.cwd()
     with tempfile.TemporaryDirectory() as d, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         os.chdir(d)
-        try: code = main(args)
-        finally: os.chdir(here)
+        try:
+            code = main(args)
+        finally:
+            os.chdir(here)
     return code, out.getvalue(), err.getvalue()
 
 
 def test_one_line_for_each_mistake():
     """A method that is not there, a model that is not there, a file and an artifact that are not there are each
     answered in one line."""
-    for args, says in ((['compare', '--methods', 'turbo'], 'unknown method'), (['compare', '--model', './none'], 'no model folder'), (['plot', 'none.json'], 'no results file'),
-                       (['benchmark', 'speed'], 'known: words'), (['benchmark', 'words', '--texts', 'none'], 'cannot read texts'),
-                       (['ask', '--message', 'Why?', '--methods', 'larosa:artifact=none'], 'no LaRoSA artifact'), (['compare', '--quick', '--methods', 'larosa:artifact=none'], 'no LaRoSA artifact')):
+    for args, says in (
+        (["compare", "--methods", "turbo"], "unknown method"),
+        (["compare", "--model", "./none"], "no model folder"),
+        (["plot", "none.json"], "no results file"),
+        (["benchmark", "speed"], "known: words"),
+        (["benchmark", "words", "--texts", "none"], "cannot read texts"),
+        (["ask", "--message", "Why?", "--methods", "larosa:artifact=none"], "no LaRoSA artifact"),
+        (["compare", "--quick", "--methods", "larosa:artifact=none"], "no LaRoSA artifact"),
+    ):
         code, out, err = run(*args)
-        test_eq(code, 2); test_eq(len(err.strip().splitlines()), 1); assert says in err and err.startswith('llmopt: error:')
+        test_eq(code, 2)
+        test_eq(len(err.strip().splitlines()), 1)
+        assert says in err and err.startswith("llmopt: error:")
 
 
 def test_benchmark_names():
     """The names of the benchmarks are written down twice, so that the parser answers without loading torch; they are
     the same."""
     from llmopt.benchmark import SUITES
+
     test_eq(BENCHMARKS, tuple(SUITES))

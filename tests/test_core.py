@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 import torch
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from transformers import BloomConfig, GPT2Config
 from pathlib import Path
 from llmopt.core import *
@@ -16,55 +16,63 @@ from llmopt.core import *
 def test_model_source():
     """A name is one of three things: the bundled model, a folder, or a hub id. Which one it is must be settled
     before transformers sees it, because transformers answers a mistyped folder with a message about hub ids."""
-    test_eq(Path(model_source('llmopt-tiny')).name, 'llmopt-tiny')
-    test_eq(model_source('microsoft/phi-2'), 'microsoft/phi-2')
-    with expect_fail(LlmoptError, 'no model folder'): model_source('./no/such/folder')
+    test_eq(Path(model_source("llmopt-tiny")).name, "llmopt-tiny")
+    test_eq(model_source("microsoft/phi-2"), "microsoft/phi-2")
+    with expect_fail(LlmoptError, "no model folder"):
+        model_source("./no/such/folder")
 
 
 def test_device():
     """The device is explicit, too: `auto` takes an accelerator if there is one; asking for one that is not there is
     an error, not a silent CPU run."""
-    test_eq(pick_device('cpu').type, 'cpu')
-    with expect_fail(LlmoptError, 'unknown device'): pick_device('gpux')
+    test_eq(pick_device("cpu").type, "cpu")
+    with expect_fail(LlmoptError, "unknown device"):
+        pick_device("gpux")
 
 
 def test_context():
     """How many positions a model can take is spelled differently in each family; some (ALiBi, state-space models)
     have no limit."""
-    assert load('llmopt-tiny', 'cpu').context >= 1024
+    assert load("llmopt-tiny", "cpu").context >= 1024
     test_eq((max_positions(GPT2Config(n_positions=77)), max_positions(BloomConfig(), 5)), (77, 5))
 
 
 def test_missing_models():
     "A wrong name ends in one line that says what to do."
-    with expect_fail(LlmoptError, 'hf download'): load('no-such-org/no-such-model')
-    with expect_fail(LlmoptError, 'unknown dtype'): load('llmopt-tiny', 'cpu', dtype='float7')
+    with expect_fail(LlmoptError, "hf download"):
+        load("no-such-org/no-such-model")
+    with expect_fail(LlmoptError, "unknown dtype"):
+        load("llmopt-tiny", "cpu", dtype="float7")
 
 
 def test_chat_prompt():
     """Tokens come from that text. A template writes its own marks, so no special tokens are added to it; plain text
     gets the tokenizer's usual ones."""
-    tiny = load('llmopt-tiny', 'cpu')
-    ids = tiny.encode_chat([user('Hello!')])
-    test_eq(tiny.tokenizer.decode(ids), tiny.chat_text([user('Hello!')]))
-    assert tiny.chat_text([user('Hello!')]).count('Hello!') == 1
+    tiny = load("llmopt-tiny", "cpu")
+    ids = tiny.encode_chat([user("Hello!")])
+    test_eq(tiny.tokenizer.decode(ids), tiny.chat_text([user("Hello!")]))
+    assert tiny.chat_text([user("Hello!")]).count("Hello!") == 1
 
 
 def test_no_template():
     "Without a template the plain text is the prompt, and a second prompt does not repeat the warning."
-    plain = load('llmopt-tiny', 'cpu'); plain.tokenizer.chat_template = None; plain.name = 'a-base-model'
+    plain = load("llmopt-tiny", "cpu")
+    plain.tokenizer.chat_template = None
+    plain.name = "a-base-model"
     with warnings.catch_warnings(record=True) as w:
-        warnings.simplefilter('always')
-        test_eq(plain.chat_text([user('one'), assistant('two')]), 'one\ntwo')
-        plain.chat_text([user('three')])
+        warnings.simplefilter("always")
+        test_eq(plain.chat_text([user("one"), assistant("two")]), "one\ntwo")
+        plain.chat_text([user("three")])
     test_eq(len(w), 1)
 
 
 def test_kv_bytes():
     "Keys and values of `S` tokens in `L` layers with `H` heads of width `D` must take `2*L*H*D*S` numbers, and do."
-    tiny = load('llmopt-tiny', 'cpu'); c = tiny.model.config
-    with torch.inference_mode(): cache = tiny.model(torch.tensor([[0, 7, 8, 9]])).past_key_values
-    test_eq(kv_bytes(cache).live, 2*c.num_hidden_layers*c.num_key_value_heads*c.head_dim*4*4)
+    tiny = load("llmopt-tiny", "cpu")
+    c = tiny.model.config
+    with torch.inference_mode():
+        cache = tiny.model(torch.tensor([[0, 7, 8, 9]])).past_key_values
+    test_eq(kv_bytes(cache).live, 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4 * 4)
     assert kv_bytes(cache).reserved >= kv_bytes(cache).live
     test_eq(kv_bytes(None).live, 0)
 
@@ -72,8 +80,9 @@ def test_kv_bytes():
 def test_kl():
     """The measure of every quality figure in this library: the expected surprise, in nats, of reading `q` where `p`
     is the truth. It is 0 exactly when the two agree."""
-    p, q = torch.tensor([.5, .25, .25, 0.]).log(), torch.tensor([.25, .5, .25, 0.]).log()
-    test_close(kl(p, q).item(), .25*math.log(2), 1e-6); test_eq(kl(p, p).item(), 0)
+    p, q = torch.tensor([0.5, 0.25, 0.25, 0.0]).log(), torch.tensor([0.25, 0.5, 0.25, 0.0]).log()
+    test_close(kl(p, q).item(), 0.25 * math.log(2), 1e-6)
+    test_eq(kl(p, p).item(), 0)
 
 
 def test_peak():
@@ -85,7 +94,7 @@ from llmopt.core import PeakRSS
 with PeakRSS() as p: t = torch.ones(64*2**18); del t
 assert p.delta > 60*2**20 and p.peak >= p.delta, (p.peak, p.delta)
 """
-    test_eq(subprocess.run([sys.executable, '-c', code]).returncode, 0)
+    test_eq(subprocess.run([sys.executable, "-c", code]).returncode, 0)
 
 
 def test_sampler():
@@ -98,7 +107,7 @@ th = threading.Thread(target=p._watch); base = psutil.Process().memory_info().rs
 t = torch.ones(64*2**18); time.sleep(.3); p.stop.set(); th.join()
 assert p.seen-base > 60*2**20, (p.seen, base)
 """
-    test_eq(subprocess.run([sys.executable, '-c', code]).returncode, 0)
+    test_eq(subprocess.run([sys.executable, "-c", code]).returncode, 0)
 
 
 def test_interleaving():
@@ -107,29 +116,45 @@ def test_interleaving():
     same turns: the sum of a buffer that fits no cache. And a KV cache need not be filled by a model to be timed:
     random keys and values take as long to read."""
     log = []
-    ts = interleaved(dict(a=lambda: log.append('a'), b=lambda: log.append('b')), 3)
-    test_eq(''.join(log), 'ab'*4); test_eq({k: len(v) for k, v in ts.items()}, dict(a=3, b=3))
-    test_eq(spread([.001, .002, .003]), dict(median_ms=2., q1_ms=1.5, q3_ms=2.5, min_ms=1.))
+    ts = interleaved(dict(a=lambda: log.append("a"), b=lambda: log.append("b")), 3)
+    test_eq("".join(log), "ab" * 4)
+    test_eq({k: len(v) for k, v in ts.items()}, dict(a=3, b=3))
+    test_eq(spread([0.001, 0.002, 0.003]), dict(median_ms=2.0, q1_ms=1.5, q3_ms=2.5, min_ms=1.0))
 
 
 def test_environment():
     "No timing means anything without the machine it was taken on. `environment` goes into every results file."
     env = environment()
-    test_eq(env['torch'], torch.__version__)
-    assert env['ram_bytes'] > 0 and env['cpu_model']
+    test_eq(env["torch"], torch.__version__)
+    assert env["ram_bytes"] > 0 and env["cpu_model"]
 
 
 def test_flagged_cells_are_left_out():
     """Some cells of the notebooks take minutes, or need a GPU or the network, and begin with a line that says so. In
     JupyterLab *Run All* would run them as well, so each such notebook asks for them to be left out."""
     from IPython.core.interactiveshell import InteractiveShell
+
     shell, real = InteractiveShell(), leave_out_flagged.__globals__
     import IPython
+
     was, IPython.get_ipython = IPython.get_ipython, lambda: shell
-    try: leave_out_flagged(); leave_out_flagged()
-    finally: IPython.get_ipython = was
-    left = lambda code: 'left out' in shell.transform_cell(code)
-    assert left('#| slow\nx = 1') and left('#| test\n#| gpu\nx = 1') and not left('#| test\nx = 1\n#| slow') and not left('x = 1')
-    os.environ['LLMOPT_FLAGS'] = 'slow'
-    try: assert not left('#| slow\nx = 1') and left('#| hub\nx = 1')
-    finally: del os.environ['LLMOPT_FLAGS']
+    try:
+        leave_out_flagged()
+        leave_out_flagged()
+    finally:
+        IPython.get_ipython = was
+
+    def left(code):
+        return "left out" in shell.transform_cell(code)
+
+    assert (
+        left("#| slow\nx = 1")
+        and left("#| test\n#| gpu\nx = 1")
+        and not left("#| test\nx = 1\n#| slow")
+        and not left("x = 1")
+    )
+    os.environ["LLMOPT_FLAGS"] = "slow"
+    try:
+        assert not left("#| slow\nx = 1") and left("#| hub\nx = 1")
+    finally:
+        del os.environ["LLMOPT_FLAGS"]

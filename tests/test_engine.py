@@ -4,9 +4,9 @@
 import json
 import torch
 import threading
-from fastcore.test import test_eq, expect_fail
-from llmopt.core import LM, LlmoptError, load, user
+from fastcore.test import expect_fail, test_eq
 from llmopt.adaptivocab_model import Vocab
+from llmopt.core import LM, LlmoptError, load, user
 from llmopt.word_removal import Words
 from llmopt.engine import *
 from llmopt.engine import _rates
@@ -14,181 +14,262 @@ from llmopt.engine import _rates
 
 def test_recipe():
     "The other way round, `parse` reads such an id."
-    test_eq(Recipe.parse('words'), Recipe.named('word_removal'))
-    test_eq(Recipe.parse('words:n=2').words.n, 2)
-    for r in (Recipe(), Recipe.parse('words'), Recipe.parse('words:n=4'), Recipe.parse('words:n=2+kv'), Recipe.parse('kv:attention=stock'),
-              *(Recipe(words=Words(), vocab=Vocab(phrases=p)) for p in ('a+b, 100%/c:d=e.json', '123', '%2C', 'plain/phrases.json'))):
+    test_eq(Recipe.parse("words"), Recipe.named("word_removal"))
+    test_eq(Recipe.parse("words:n=2").words.n, 2)
+    for r in (
+        Recipe(),
+        Recipe.parse("words"),
+        Recipe.parse("words:n=4"),
+        Recipe.parse("words:n=2+kv"),
+        Recipe.parse("kv:attention=stock"),
+        *(
+            Recipe(words=Words(), vocab=Vocab(phrases=p))
+            for p in ("a+b, 100%/c:d=e.json", "123", "%2C", "plain/phrases.json")
+        ),
+    ):
         test_eq(Recipe.parse(r.id), r)
         test_eq(Recipe.from_dict(json.loads(json.dumps(r.to_dict()))), r)
-    test_eq(len({Recipe(), Recipe(), Recipe.parse('words')}), 2)
+    test_eq(len({Recipe(), Recipe(), Recipe.parse("words")}), 2)
 
 
 def test_wrong_names():
     "A wrong name is answered with the right ones."
-    with expect_fail(LlmoptError, 'known: baseline'): Recipe.parse('speed_up')
-    with expect_fail(LlmoptError, 'known: baseline'): Recipe.named('words')
-    with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('words:speed=2')
+    with expect_fail(LlmoptError, "known: baseline"):
+        Recipe.parse("speed_up")
+    with expect_fail(LlmoptError, "known: baseline"):
+        Recipe.named("words")
+    with expect_fail(LlmoptError, "bad parameters"):
+        Recipe.parse("words:speed=2")
 
 
 def test_event_arithmetic():
     "With made-up clock readings the arithmetic can be checked by hand: three tokens at 10, 14 and 20 ms."
-    e = Events(submit=0, ready=2_000_000, tokens=[10_000_000, 14_000_000, 20_000_000], counts=[1, 1, 1], done=21_000_000)
-    test_eq(e.times(), dict(ttft_ms=10., preprocess_ms=2., prefill_ms=8., tpot_ms=5., e2el_ms=21., itl_ms=[4., 6.]))
-    test_eq(Events(submit=0, ready=1, tokens=[2], counts=[1], done=3).times()['tpot_ms'], None)
+    e = Events(
+        submit=0, ready=2_000_000, tokens=[10_000_000, 14_000_000, 20_000_000], counts=[1, 1, 1], done=21_000_000
+    )
+    test_eq(
+        e.times(), dict(ttft_ms=10.0, preprocess_ms=2.0, prefill_ms=8.0, tpot_ms=5.0, e2el_ms=21.0, itl_ms=[4.0, 6.0])
+    )
+    test_eq(Events(submit=0, ready=1, tokens=[2], counts=[1], done=3).times()["tpot_ms"], None)
 
 
 def test_rates():
     """`ChatMetrics` is what one answer took and what it was: times, tokens, memory, efficiency, and the factors that
     were on. Its field names are the columns of a results file."""
-    r = _rates(dict(prefill_ms=100., ttft_ms=200., tpot_ms=10.), n_prompt=50, n_prompt_base=80, n=11, n_base=21, chars=60)
-    test_eq(r, dict(prefill_tok_per_s=500., prefill_eff_tok_per_s=400., decode_tok_per_s=100., decode_base_tok_per_s=200., decode_char_per_s=600.))
+    r = _rates(
+        dict(prefill_ms=100.0, ttft_ms=200.0, tpot_ms=10.0), n_prompt=50, n_prompt_base=80, n=11, n_base=21, chars=60
+    )
+    test_eq(
+        r,
+        dict(
+            prefill_tok_per_s=500.0,
+            prefill_eff_tok_per_s=400.0,
+            decode_tok_per_s=100.0,
+            decode_base_tok_per_s=200.0,
+            decode_char_per_s=600.0,
+        ),
+    )
 
 
 def test_equals_generate():
     "The answer is that of plain `generate`, and the counts are what the texts say."
-    e = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu')
-    m = e.run('Why does the moon shine?', max_new_tokens=12, fixed=True)
-    x = torch.tensor([e.lm.encode_chat([user('Why does the moon shine?')])])
-    want = e.lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, x.shape[1]:].tolist()
+    e = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu")
+    m = e.run("Why does the moon shine?", max_new_tokens=12, fixed=True)
+    x = torch.tensor([e.lm.encode_chat([user("Why does the moon shine?")])])
+    want = e.lm.model.generate(
+        x, attention_mask=torch.ones_like(x), max_new_tokens=12, min_new_tokens=12, do_sample=False
+    )[0, x.shape[1] :].tolist()
     test_eq(m.output_ids, want)
-    test_eq((m.prompt_tokens, m.prompt_tokens_base, m.completion_tokens, len(m.itl_ms)), (x.shape[1], x.shape[1], 12, 11))
+    test_eq(
+        (m.prompt_tokens, m.prompt_tokens_base, m.completion_tokens, len(m.itl_ms)), (x.shape[1], x.shape[1], 12, 11)
+    )
 
 
 def test_kv_of_an_answer():
     "The cache holds every token but the last one, which was never fed back."
-    e = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu'); c = e.lm.model.config
-    m = e.run('Why does the moon shine?', max_new_tokens=8, fixed=True)
-    test_eq(m.kv_bytes_live, 2*c.num_hidden_layers*c.num_key_value_heads*c.head_dim*4*(m.prompt_tokens+7))
-    assert m.ttft_ms >= m.preprocess_ms+m.prefill_ms-1e-6 and m.e2el_ms > m.ttft_ms
+    e = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu")
+    c = e.lm.model.config
+    m = e.run("Why does the moon shine?", max_new_tokens=8, fixed=True)
+    test_eq(m.kv_bytes_live, 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4 * (m.prompt_tokens + 7))
+    assert m.ttft_ms >= m.preprocess_ms + m.prefill_ms - 1e-6 and m.e2el_ms > m.ttft_ms
 
 
 def test_seeds():
     "Sampling is reproducible by its seed."
-    e = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu')
-    a, b, c = (e.run('Tell me a story.', max_new_tokens=16, fixed=True, temperature=1.5, seed=s).output_ids for s in (1, 1, 2))
-    test_eq(a, b); assert a != c
+    e = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu")
+    a, b, c = (
+        e.run("Tell me a story.", max_new_tokens=16, fixed=True, temperature=1.5, seed=s).output_ids for s in (1, 1, 2)
+    )
+    test_eq(a, b)
+    assert a != c
 
 
 def test_word_removal_in_the_engine():
     "Word removal shortens what the model reads, and nothing else changes."
-    q = 'Please tell me why the sky is blue and why the sunset is red.'
-    plain, short = EnhancedFusedLLMEngine('llmopt-tiny'), EnhancedFusedLLMEngine('llmopt-tiny', word_removal=2)
+    q = "Please tell me why the sky is blue and why the sunset is red."
+    plain, short = EnhancedFusedLLMEngine("llmopt-tiny"), EnhancedFusedLLMEngine("llmopt-tiny", word_removal=2)
     a, b = (e.run(q, max_new_tokens=4, fixed=True) for e in (plain, short))
-    test_eq(b.prompt_tokens_base, a.prompt_tokens); assert b.prompt_tokens < a.prompt_tokens
-    test_eq(b.method, 'word_removal:n=2'); test_eq(b.factors['words'], 1)
+    test_eq(b.prompt_tokens_base, a.prompt_tokens)
+    assert b.prompt_tokens < a.prompt_tokens
+    test_eq(b.method, "word_removal:n=2")
+    test_eq(b.factors["words"], 1)
 
 
 def test_refusals():
     "What cannot be answered is refused with the reason."
-    e = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu')
-    with expect_fail(LlmoptError, 'empty'): e.run('  \n')
-    with expect_fail(ContextError, 'context of 1,024'): e.run('why '*2000)
-    for bad in (dict(larosa_sparsity=1.), dict(larosa_sparsity=-.1), dict(word_removal=-1)):
-        with expect_fail(LlmoptError): EnhancedFusedLLMEngine('llmopt-tiny', **bad)
-    with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('larosa:sparsity=2')
+    e = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu")
+    with expect_fail(LlmoptError, "empty"):
+        e.run("  \n")
+    with expect_fail(ContextError, "context of 1,024"):
+        e.run("why " * 2000)
+    for bad in (dict(larosa_sparsity=1.0), dict(larosa_sparsity=-0.1), dict(word_removal=-1)):
+        with expect_fail(LlmoptError):
+            EnhancedFusedLLMEngine("llmopt-tiny", **bad)
+    with expect_fail(LlmoptError, "bad parameters"):
+        Recipe.parse("larosa:sparsity=2")
 
 
 def test_score():
     """A greedy answer is, at every position, the most probable token; and one forward over prompt and answer gives
     the same numbers."""
-    e = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu')
-    m = e.run('Why is ice cold?', max_new_tokens=10, fixed=True)
-    lp = e.score('Why is ice cold?', m.output_ids)
-    ids = e.lm.encode_chat([user('Why is ice cold?')])
-    with torch.inference_mode(): ref = e.lm.model(torch.tensor([ids+m.output_ids])).logits[0, len(ids)-1:-1].log_softmax(-1)
-    assert (lp-ref).abs().max() < 1e-3
-    free = e.run('Why is ice cold?', max_new_tokens=10)
-    test_eq(e.score('Why is ice cold?', free.output_ids).argmax(-1).tolist(), free.output_ids)
+    e = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu")
+    m = e.run("Why is ice cold?", max_new_tokens=10, fixed=True)
+    lp = e.score("Why is ice cold?", m.output_ids)
+    ids = e.lm.encode_chat([user("Why is ice cold?")])
+    with torch.inference_mode():
+        ref = e.lm.model(torch.tensor([ids + m.output_ids])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    assert (lp - ref).abs().max() < 1e-3
+    free = e.run("Why is ice cold?", max_new_tokens=10)
+    test_eq(e.score("Why is ice cold?", free.output_ids).argmax(-1).tolist(), free.output_ids)
 
 
 def test_larosa_in_the_engine():
     """Sparse weights act on new tokens only: what the prompt leads to first is the same, and the original model is
     untouched. At sparsity 0 the answer is the same."""
-    a, b = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', dtype='float32'), EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', dtype='float32', larosa_sparsity=.4)
-    m, n = (e.run('Why does the moon shine?', max_new_tokens=12, fixed=True) for e in (a, b))
-    test_eq((n.method, m.skipped_weight_bytes), ('larosa', None)); assert 0 < n.skipped_weight_bytes < n.weight_bytes
-    p, q = (e.score('Why does the moon shine?', m.output_ids) for e in (a, b))
-    assert (p[0]-q[0]).abs().max() < 1e-3 < (p[1:]-q[1:]).abs().max()
-    zero = EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse('larosa:sparsity=0'))
-    test_eq(zero.run('Why does the moon shine?', max_new_tokens=12, fixed=True).output_ids, m.output_ids)
-    both = EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse('all_combined'))
-    assert both.lm.model is EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse('larosa')).lm.model is not a.lm.model
+    a, b = (
+        EnhancedFusedLLMEngine("llmopt-tiny", device="cpu", dtype="float32"),
+        EnhancedFusedLLMEngine("llmopt-tiny", device="cpu", dtype="float32", larosa_sparsity=0.4),
+    )
+    m, n = (e.run("Why does the moon shine?", max_new_tokens=12, fixed=True) for e in (a, b))
+    test_eq((n.method, m.skipped_weight_bytes), ("larosa", None))
+    assert 0 < n.skipped_weight_bytes < n.weight_bytes
+    p, q = (e.score("Why does the moon shine?", m.output_ids) for e in (a, b))
+    assert (p[0] - q[0]).abs().max() < 1e-3 < (p[1:] - q[1:]).abs().max()
+    zero = EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse("larosa:sparsity=0"))
+    test_eq(zero.run("Why does the moon shine?", max_new_tokens=12, fixed=True).output_ids, m.output_ids)
+    both = EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse("all_combined"))
+    assert both.lm.model is EnhancedFusedLLMEngine(a.lm, recipe=Recipe.parse("larosa")).lm.model is not a.lm.model
 
 
 def test_hybrid_kv_cache_in_the_engine():
     """Sparse weights act on new tokens only: what the prompt leads to first is the same, and the original model is
     untouched. At sparsity 0 the answer is the same."""
-    a, b = EnhancedFusedLLMEngine('llmopt-tiny', device='cpu'), EnhancedFusedLLMEngine('llmopt-tiny', device='cpu', vattention_enabled=True)
-    m, n = (e.run('Why does the moon shine?', max_new_tokens=24, fixed=True) for e in (a, b))
-    test_eq(m.output_ids, n.output_ids); test_eq(m.kv_bytes_live, n.kv_bytes_live); test_eq(n.method, 'hybrid_kv_cache')
-    assert (a.score('Why is ice cold?', m.output_ids)-b.score('Why is ice cold?', m.output_ids)).abs().max() < 1e-4
+    a, b = (
+        EnhancedFusedLLMEngine("llmopt-tiny", device="cpu"),
+        EnhancedFusedLLMEngine("llmopt-tiny", device="cpu", vattention_enabled=True),
+    )
+    m, n = (e.run("Why does the moon shine?", max_new_tokens=24, fixed=True) for e in (a, b))
+    test_eq(m.output_ids, n.output_ids)
+    test_eq(m.kv_bytes_live, n.kv_bytes_live)
+    test_eq(n.method, "hybrid_kv_cache")
+    assert (a.score("Why is ice cold?", m.output_ids) - b.score("Why is ice cold?", m.output_ids)).abs().max() < 1e-4
     assert n.kv_bytes_resident is None or n.kv_bytes_live <= n.kv_bytes_resident <= n.kv_bytes_reserved
-    with expect_fail(LlmoptError, 'bad parameters'): Recipe.parse('kv:attention=fast')
+    with expect_fail(LlmoptError, "bad parameters"):
+        Recipe.parse("kv:attention=fast")
 
 
 def test_phrases_in_the_engine():
     """With phrases on, the model reads fewer positions than the prompt has tokens; the prompt's text is the same.
     Led along its own answer it would say the same again, and the other methods stack on top of it."""
-    q = 'What is the difference between machine learning and artificial intelligence?'
-    e = EnhancedFusedLLMEngine('llmopt-tiny', simple_adaptivocab=True)
-    m, base = e.run(q, max_new_tokens=12), EnhancedFusedLLMEngine('llmopt-tiny').run(q, max_new_tokens=12)
-    assert m.prompt_tokens < m.prompt_tokens_base; test_eq((m.prompt_tokens_base, m.prompt_text, m.method), (base.prompt_tokens, base.prompt_text, 'simple_adaptivocab'))
+    q = "What is the difference between machine learning and artificial intelligence?"
+    e = EnhancedFusedLLMEngine("llmopt-tiny", simple_adaptivocab=True)
+    m, base = e.run(q, max_new_tokens=12), EnhancedFusedLLMEngine("llmopt-tiny").run(q, max_new_tokens=12)
+    assert m.prompt_tokens < m.prompt_tokens_base
+    test_eq(
+        (m.prompt_tokens_base, m.prompt_text, m.method), (base.prompt_tokens, base.prompt_text, "simple_adaptivocab")
+    )
     test_eq(e.score(q, m.output_ids).argmax(-1).tolist(), m.output_ids)
-    both = EnhancedFusedLLMEngine('llmopt-tiny', simple_adaptivocab=True, vattention_enabled=True, word_removal=5)
+    both = EnhancedFusedLLMEngine("llmopt-tiny", simple_adaptivocab=True, vattention_enabled=True, word_removal=5)
     b = both.run(q, max_new_tokens=12)
-    test_eq(b.method, 'words:n=5+vocab+kv'); test_eq(both.score(q, b.output_ids).argmax(-1).tolist(), b.output_ids)
-    with expect_fail(LlmoptError, 'phrases'): EnhancedFusedLLMEngine('llmopt-tiny', recipe=Recipe(vocab=Vocab(phrases='none.json')))
+    test_eq(b.method, "words:n=5+vocab+kv")
+    test_eq(both.score(q, b.output_ids).argmax(-1).tolist(), b.output_ids)
+    with expect_fail(LlmoptError, "phrases"):
+        EnhancedFusedLLMEngine("llmopt-tiny", recipe=Recipe(vocab=Vocab(phrases="none.json")))
 
 
 def test_chat_and_stream():
     "The pieces are the answer, and the conversation goes on from there."
-    a, b = EnhancedFusedLLMEngine('llmopt-tiny', max_new_tokens=24), EnhancedFusedLLMEngine('llmopt-tiny', max_new_tokens=24)
-    for q in ('What is water?', 'Why is that?'): test_eq(''.join(b.stream(q)).strip(), a.chat(q))
-    test_eq(a.history, b.history); test_eq([m['role'] for m in a.history], ['user', 'assistant']*2)
-    a.reset(); test_eq(a.history, [])
+    a, b = (
+        EnhancedFusedLLMEngine("llmopt-tiny", max_new_tokens=24),
+        EnhancedFusedLLMEngine("llmopt-tiny", max_new_tokens=24),
+    )
+    for q in ("What is water?", "Why is that?"):
+        test_eq("".join(b.stream(q)).strip(), a.chat(q))
+    test_eq(a.history, b.history)
+    test_eq([m["role"] for m in a.history], ["user", "assistant"] * 2)
+    a.reset()
+    test_eq(a.history, [])
 
 
 def test_stream_ends():
     """A stream that is closed early stops the model and leaves the history as it was; an error in the worker is
     raised to the reader."""
-    e = EnhancedFusedLLMEngine('llmopt-tiny', max_new_tokens=400)
-    workers = lambda: [t for t in threading.enumerate() if t.name == 'llmopt-stream']
-    s = e.stream('Tell me a long story.'); next(s)
+    e = EnhancedFusedLLMEngine("llmopt-tiny", max_new_tokens=400)
+
+    def workers():
+        return [t for t in threading.enumerate() if t.name == "llmopt-stream"]
+
+    s = e.stream("Tell me a long story.")
+    next(s)
     test_eq(len(workers()), 1)
     s.close()
     test_eq((e.history, workers()), ([], []))
-    with expect_fail(LlmoptError, 'empty'): list(e.stream(''))
+    with expect_fail(LlmoptError, "empty"):
+        list(e.stream(""))
 
 
 def test_pieces_are_whole_characters():
     "A character of several tokens is passed on whole."
-    e = EnhancedFusedLLMEngine('llmopt-tiny')
-    ids = e.lm.tokenizer('a \U0001F600 b', add_special_tokens=False)['input_ids']
+    e = EnhancedFusedLLMEngine("llmopt-tiny")
+    ids = e.lm.tokenizer("a \U0001f600 b", add_special_tokens=False)["input_ids"]
     ps = list(e._pieces(([i] for i in ids), []))
-    test_eq(''.join(ps), 'a \U0001F600 b'); assert len(ids) > len(ps) and not any('\ufffd' in p for p in ps)
+    test_eq("".join(ps), "a \U0001f600 b")
+    assert len(ids) > len(ps) and not any("\ufffd" in p for p in ps)
 
 
 def test_comprehensive_engine():
     """`ComprehensiveChatEngine` holds one engine a method around one copy of the weights (and one of the rotated
     weights, if LaRoSA is among the methods), and answers a message with each of them."""
-    c = ComprehensiveChatEngine('llmopt-tiny', max_new_tokens=4)
+    c = ComprehensiveChatEngine("llmopt-tiny", max_new_tokens=4)
     test_eq(list(c.engines), known_methods())
     assert all(e.lm is c.lm for e in c.engines.values() if not e.recipe.larosa)
-    test_eq({m.method for m in c.chat('What is rain made of, and why?').values()}, set(known_methods()))
+    test_eq({m.method for m in c.chat("What is rain made of, and why?").values()}, set(known_methods()))
 
 
 def test_bad_artifacts():
     "An artifact that cannot be read, or was made for something else, ends a comparison before it begins."
     from llmopt.larosa import BUNDLED
-    for args, says in (('artifact=none', 'no LaRoSA artifact'), (f'artifact={BUNDLED},heads=False', 'the configuration asks for')):
-        with expect_fail(LlmoptError, says): ComprehensiveChatEngine('llmopt-tiny', ['baseline', f'larosa:{args}'])
+
+    for args, says in (
+        ("artifact=none", "no LaRoSA artifact"),
+        (f"artifact={BUNDLED},heads=False", "the configuration asks for"),
+    ):
+        with expect_fail(LlmoptError, says):
+            ComprehensiveChatEngine("llmopt-tiny", ["baseline", f"larosa:{args}"])
 
 
 def test_unsuited_model():
     "A model that LaRoSA cannot convert costs that method alone: its rows hold the reason, and the others run."
     from transformers import BloomConfig, BloomForCausalLM
-    lm = LM(BloomForCausalLM(BloomConfig(vocab_size=4096, hidden_size=32, n_layer=1, n_head=2)).eval(), load('llmopt-tiny', 'cpu').tokenizer, 'bloom')
-    with expect_fail(Unsuited, "cannot convert 'bloom'"): EnhancedFusedLLMEngine(lm, larosa_sparsity=.4)
-    c = ComprehensiveChatEngine(lm, ['baseline', 'larosa'])
-    assert c.engines['baseline'].run('Why?', max_new_tokens=2).completion_tokens
-    with expect_fail(Unsuited, 'bloom'): c.engines['larosa'].run('Why?')
+
+    lm = LM(
+        BloomForCausalLM(BloomConfig(vocab_size=4096, hidden_size=32, n_layer=1, n_head=2)).eval(),
+        load("llmopt-tiny", "cpu").tokenizer,
+        "bloom",
+    )
+    with expect_fail(Unsuited, "cannot convert 'bloom'"):
+        EnhancedFusedLLMEngine(lm, larosa_sparsity=0.4)
+    c = ComprehensiveChatEngine(lm, ["baseline", "larosa"])
+    assert c.engines["baseline"].run("Why?", max_new_tokens=2).completion_tokens
+    with expect_fail(Unsuited, "bloom"):
+        c.engines["larosa"].run("Why?")

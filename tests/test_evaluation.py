@@ -5,7 +5,7 @@ import math
 import tempfile
 import torch
 import llmopt.results as R
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from pathlib import Path
 from llmopt.core import LlmoptError, load
 from llmopt.engine import known_methods
@@ -18,18 +18,27 @@ def test_default_queries():
     """A file of queries has one JSON object a line: `text`, and if wanted `id` and the `keywords` that a good answer
     should contain."""
     qs = default_queries()
-    test_eq(len(qs), 5); assert all(len(q.keywords) >= 3 for q in qs)
-    for q in qs[3:]: assert 140 <= len(q.text.split(': ', 1)[1].split()) <= 160
+    test_eq(len(qs), 5)
+    assert all(len(q.keywords) >= 3 for q in qs)
+    for q in qs[3:]:
+        assert 140 <= len(q.text.split(": ", 1)[1].split()) <= 160
 
 
 def test_bad_queries():
     "A bad line is named by its number."
+
     def bad(text, msg):
         with tempfile.TemporaryDirectory() as d:
-            f = Path(d)/'q.jsonl'; f.write_text(text)
-            with expect_fail(LlmoptError, msg): read_queries(f)
-    bad('{"text": "a"}\n{"text": \n', 'line 2'); bad('"text"', 'line 1'); bad('\n\n', 'no queries')
-    bad('{"text": "a", "id": 1}\n{"text": "b", "id": 1}', 'occurs twice'); bad('{"text": "a", "keywords": "b"}', 'keywords')
+            f = Path(d) / "q.jsonl"
+            f.write_text(text)
+            with expect_fail(LlmoptError, msg):
+                read_queries(f)
+
+    bad('{"text": "a"}\n{"text": \n', "line 2")
+    bad('"text"', "line 1")
+    bad("\n\n", "no queries")
+    bad('{"text": "a", "id": 1}\n{"text": "b", "id": 1}', "occurs twice")
+    bad('{"text": "a", "keywords": "b"}', "keywords")
 
 
 def test_keyword_recall():
@@ -37,105 +46,159 @@ def test_keyword_recall():
     contains, at word starts and whatever the case, so that *model* is found in *Models*. **ROUGE-L**: the longest
     common subsequence with the baseline's answer. Both are coarse, and both can be gamed; they stand beside the
     likelihoods below."""
-    test_eq(keyword_recall('Models learn from DATA.', ['data', 'model', 'learn', 'atom']), .75)
-    test_eq(keyword_recall('', ['a']), 0.); test_eq(keyword_recall('remodel', ['model']), 0.); test_eq(keyword_recall('x', []), None)
+    test_eq(keyword_recall("Models learn from DATA.", ["data", "model", "learn", "atom"]), 0.75)
+    test_eq(keyword_recall("", ["a"]), 0.0)
+    test_eq(keyword_recall("remodel", ["model"]), 0.0)
+    test_eq(keyword_recall("x", []), None)
 
 
 def test_likelihoods_by_hand():
     "With three symbols it can be done by hand."
-    p, q = torch.tensor([[.5, .25, .25]]).log(), torch.tensor([[.25, .5, .25]]).log()
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
     r = likelihoods(p, q, [0], 1)
-    test_close(r['kl_mean'], .5*math.log(2)-.25*math.log(2), 1e-6)
-    test_eq((r['top1_agree'], round(r['bits_per_byte_delta'], 5)), (0., 1.))
-    test_eq(likelihoods(p, p, [0], 1), dict(kl_mean=0., kl_p99=0., top1_agree=1., bits_per_byte_delta=0.))
+    test_close(r["kl_mean"], 0.5 * math.log(2) - 0.25 * math.log(2), 1e-6)
+    test_eq((r["top1_agree"], round(r["bits_per_byte_delta"], 5)), (0.0, 1.0))
+    test_eq(likelihoods(p, p, [0], 1), dict(kl_mean=0.0, kl_p99=0.0, top1_agree=1.0, bits_per_byte_delta=0.0))
 
 
 def test_plan():
     """A block is one query in one round; within it all methods run in random order. `baseline*` is the baseline a
     second time: between two equal arms every difference is noise. The quality arm needs one pass, because greedy
     answers do not change from round to round."""
-    p = plan(['q1', 'q2'], ['baseline', 'words'], 3, 0)
-    test_eq(len(p), 6); test_eq({frozenset(m) for _, _, m in p}, {frozenset(['baseline', 'words', AA])})
-    test_eq(p, plan(['q1', 'q2'], ['baseline', 'words'], 3, 0)); assert len({tuple(m) for _, _, m in p}) > 1
+    p = plan(["q1", "q2"], ["baseline", "words"], 3, 0)
+    test_eq(len(p), 6)
+    test_eq({frozenset(m) for _, _, m in p}, {frozenset(["baseline", "words", AA])})
+    test_eq(p, plan(["q1", "q2"], ["baseline", "words"], 3, 0))
+    assert len({tuple(m) for _, _, m in p}) > 1
 
 
 def test_ratios():
     "On made-up times where the method takes exactly 0.8 of the baseline, with one wild outlier, the ratio is 0.8."
-    rows = [Run(arm='speed', query=f'q{q}', method=m, round=r, tpot_ms=(10+q+r)*k) for q in range(5) for r in range(3) for m, k in (('baseline', 1), ('fast', .8))]
+    rows = [
+        Run(arm="speed", query=f"q{q}", method=m, round=r, tpot_ms=(10 + q + r) * k)
+        for q in range(5)
+        for r in range(3)
+        for m, k in (("baseline", 1), ("fast", 0.8))
+    ]
     rows[1].tpot_ms = 1000
-    x = block_ratios(Results(runs=rows).frame, 'fast', 'tpot_ms')
-    test_eq(len(x), 15); test_close(ratio_interval(x)[0], .8, 1e-9); assert ratio_interval(x)[1] <= .8 <= ratio_interval(x)[2]
-    test_eq(block_ratios(Results(runs=rows).frame, 'slow', 'tpot_ms'), None)
+    x = block_ratios(Results(runs=rows).frame, "fast", "tpot_ms")
+    test_eq(len(x), 15)
+    test_close(ratio_interval(x)[0], 0.8, 1e-9)
+    assert ratio_interval(x)[1] <= 0.8 <= ratio_interval(x)[2]
+    test_eq(block_ratios(Results(runs=rows).frame, "slow", "tpot_ms"), None)
 
 
 def test_verdicts():
     """A verdict needs an interval that lies wholly outside 1 *and* wholly outside the noise floor, the interval of
     the ratio between the two baselines."""
-    f = R.Floor(median=1., low=.95, high=1.05)
-    test_eq([verdict('tpot_ms', *x, f) for x in ((.8, .9), (.9, .97), (1.1, 1.2), (None, None))], ['better', 'within noise', 'worse', 'within noise'])
-    test_eq(verdict('decode_base_tok_per_s', 1.1, 1.3, f), 'better')
+    f = R.Floor(median=1.0, low=0.95, high=1.05)
+    test_eq(
+        [verdict("tpot_ms", *x, f) for x in ((0.8, 0.9), (0.9, 0.97), (1.1, 1.2), (None, None))],
+        ["better", "within noise", "worse", "within noise"],
+    )
+    test_eq(verdict("decode_base_tok_per_s", 1.1, 1.3, f), "better")
 
 
 def test_effects():
     """With made-up times where A takes 0.8, B 0.5 and both 0.5, B gained nothing from A: the interaction is
     log(0.5/(0.8 x 0.5)) = log 1.25."""
-    times = dict(baseline=1, A=.8, B=.5, AB=.5)
-    rows = [Run(arm='speed', query=f'q{q}', method=m, round=r, e2el_ms=(10+q+r)*k) for q in range(3) for r in range(2) for m, k in times.items()]
-    e = _effect(Results(runs=rows).frame, ['A', 'B'], 'e2el_ms', ['AB', 'A', 'B'])
-    test_close(e.log_ratio, math.log(1.25), 1e-9); assert e.low <= e.log_ratio <= e.high
-    test_eq(_effect(Results(runs=rows).frame, ['C'], 'e2el_ms', ['C']), None)
-    test_eq([e.factors for e in effects(Results(runs=[r.model_copy(update=dict(method='word_removal') if r.method == 'A' else {}) for r in rows]).frame, ['baseline', 'word_removal'])], [['word_removal']])
+    times = dict(baseline=1, A=0.8, B=0.5, AB=0.5)
+    rows = [
+        Run(arm="speed", query=f"q{q}", method=m, round=r, e2el_ms=(10 + q + r) * k)
+        for q in range(3)
+        for r in range(2)
+        for m, k in times.items()
+    ]
+    e = _effect(Results(runs=rows).frame, ["A", "B"], "e2el_ms", ["AB", "A", "B"])
+    test_close(e.log_ratio, math.log(1.25), 1e-9)
+    assert e.low <= e.log_ratio <= e.high
+    test_eq(_effect(Results(runs=rows).frame, ["C"], "e2el_ms", ["C"]), None)
+    test_eq(
+        [
+            e.factors
+            for e in effects(
+                Results(
+                    runs=[r.model_copy(update=dict(method="word_removal") if r.method == "A" else {}) for r in rows]
+                ).frame,
+                ["baseline", "word_removal"],
+            )
+        ],
+        [["word_removal"]],
+    )
 
 
 def test_comparison():
     "Every cell of the plan has its row, and the answers are there in full."
-    few = compare(['What is rain?', 'What is snow made of, and why is it white?'], quick=True, memory=False, progress=False)
+    few = compare(
+        ["What is rain?", "What is snow made of, and why is it white?"], quick=True, memory=False, progress=False
+    )
     df = few.frame
-    test_eq(len(df[df.arm == 'speed']), 2*(len(known_methods())+1)); test_eq(len(df[df.arm == 'quality']), 2*len(known_methods()))
+    test_eq(len(df[df.arm == "speed"]), 2 * (len(known_methods()) + 1))
+    test_eq(len(df[df.arm == "quality"]), 2 * len(known_methods()))
     assert df.error.isna().all() and (df.output_text.str.len() > 0).all()
-    assert (df[df.arm == 'speed'].completion_tokens == 30).all()
-    base = df[(df.arm == 'quality') & (df.method == 'baseline')]
+    assert (df[df.arm == "speed"].completion_tokens == 30).all()
+    base = df[(df.arm == "quality") & (df.method == "baseline")]
     assert (base.kl_mean < 1e-6).all() and (base.exact_match == 1).all() and (base.top1_agree == 1).all()
-    assert 'word_removal' in set(df.method)
+    assert "word_removal" in set(df.method)
 
 
 def test_failures_are_rows():
     "A query that does not fit the context, and an empty one, are rows with the reason; the others are measured."
-    res = compare(['why '*3000, ' ', 'Why is snow white?'], ['word_removal:n=2'], quick=True, memory=False, progress=False)
-    df = res.frame; bad = df[df.error.notna()]
-    test_eq(set(bad['query']), {'q1', 'q2'}); assert bad.error.str.contains('context of 1,024|empty').all()
-    test_eq(len(df[(df['query'] == 'q3') & df.error.isna()]), 3+2); assert any('failed' in w for w in res.warnings)
+    res = compare(
+        ["why " * 3000, " ", "Why is snow white?"], ["word_removal:n=2"], quick=True, memory=False, progress=False
+    )
+    df = res.frame
+    bad = df[df.error.notna()]
+    test_eq(set(bad["query"]), {"q1", "q2"})
+    assert bad.error.str.contains("context of 1,024|empty").all()
+    test_eq(len(df[(df["query"] == "q3") & df.error.isna()]), 3 + 2)
+    assert any("failed" in w for w in res.warnings)
 
 
 def test_resume():
     "A comparison that was stopped half-way keeps what it had, and takes up only the rest."
-    def stopped(self, q, r, order): raise KeyboardInterrupt
-    qs = ['Why is the sky blue?', 'Why is grass green?']
+
+    def stopped(self, q, r, order):
+        raise KeyboardInterrupt
+
+    qs = ["Why is the sky blue?", "Why is grass green?"]
     with tempfile.TemporaryDirectory() as d:
-        f, kw = Path(d)/'r.json', dict(quick=True, memory=False, progress=False)
+        f, kw = Path(d) / "r.json", dict(quick=True, memory=False, progress=False)
         orig, Comparison.speed_block = Comparison.speed_block, stopped
         try:
-            with expect_fail(KeyboardInterrupt): compare(qs, output=f, **kw)
-        finally: Comparison.speed_block = orig
-        half = R.load(f); assert any('interrupted' in w for w in half.warnings) and len(half.runs) == 2*len(known_methods())
+            with expect_fail(KeyboardInterrupt):
+                compare(qs, output=f, **kw)
+        finally:
+            Comparison.speed_block = orig
+        half = R.load(f)
+        assert any("interrupted" in w for w in half.warnings) and len(half.runs) == 2 * len(known_methods())
         whole = compare(qs, output=f, resume=True, **kw)
-        test_eq([r.output_text for r in whole.runs[:len(half.runs)]], [r.output_text for r in half.runs])
-        test_eq(len(whole.runs), 2*(2*len(known_methods())+1)); assert not any('interrupted' in w for w in whole.warnings)
+        test_eq([r.output_text for r in whole.runs[: len(half.runs)]], [r.output_text for r in half.runs])
+        test_eq(len(whole.runs), 2 * (2 * len(known_methods()) + 1))
+        assert not any("interrupted" in w for w in whole.warnings)
         test_eq(R.load(f), whole)
-        with expect_fail(LlmoptError, 'other queries'): compare(qs[:1], output=f, resume=True, **kw)
-        with expect_fail(LlmoptError, 'other methods'): compare(qs, ['word_removal:n=5'], output=f, resume=True, **kw)
+        with expect_fail(LlmoptError, "other queries"):
+            compare(qs[:1], output=f, resume=True, **kw)
+        with expect_fail(LlmoptError, "other methods"):
+            compare(qs, ["word_removal:n=5"], output=f, resume=True, **kw)
 
 
 def test_memory_arm():
     "Memory comes from a process of its own, where the loaded model is part of the peak."
-    m = peak_memory('baseline', 'What is rain?', n=4)
-    assert m['peak_rss_bytes'] > load('llmopt-tiny', 'cpu').weight_bytes and m['peak_rss_delta_bytes'] >= 0
-    with expect_fail(LlmoptError, 'memory process'): peak_memory('baseline', 'What is rain?', model='./none')
+    m = peak_memory("baseline", "What is rain?", n=4)
+    assert m["peak_rss_bytes"] > load("llmopt-tiny", "cpu").weight_bytes and m["peak_rss_delta_bytes"] >= 0
+    with expect_fail(LlmoptError, "memory process"):
+        peak_memory("baseline", "What is rain?", model="./none")
 
 
 def test_table():
     """What a terminal shows: one line a method, medians over queries and rounds, times with their ratio to the
     baseline and its interval. A ratio in parentheses cannot be told from noise."""
-    t = table(compare(['What is rain?'], quick=True, memory=False, progress=False))
-    test_eq(list(t.index), ['baseline', *[m for m in known_methods() if m != 'baseline'], AA]); test_eq(t.loc['baseline', 'same top'], '1.00')
-    assert t.loc['larosa', 'skipped MiB'].endswith(' (sparsity 0.4)') and float(t.loc['larosa', 'skipped MiB'].split()[0]) > 0 and t.loc['baseline', 'skipped MiB'] == '-'
+    t = table(compare(["What is rain?"], quick=True, memory=False, progress=False))
+    test_eq(list(t.index), ["baseline", *[m for m in known_methods() if m != "baseline"], AA])
+    test_eq(t.loc["baseline", "same top"], "1.00")
+    assert (
+        t.loc["larosa", "skipped MiB"].endswith(" (sparsity 0.4)")
+        and float(t.loc["larosa", "skipped MiB"].split()[0]) > 0
+        and t.loc["baseline", "skipped MiB"] == "-"
+    )

@@ -4,7 +4,7 @@
 import transformers as T
 import torch
 import torch.nn.functional as F
-from fastcore.test import test_eq, expect_fail
+from fastcore.test import expect_fail, test_eq
 from llmopt.core import load
 from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.attention import *
@@ -16,46 +16,81 @@ def test_packed_equals_reference():
     torch.manual_seed(0)
     for Hq, H, n in (4, 4, 1), (8, 2, 1), (6, 3, 5), (4, 1, 3):
         q, k, v = torch.randn(2, Hq, n, 16), torch.randn(2, H, 50, 16), torch.randn(2, H, 50, 24)
-        shared, grouped, own = (torch.rand(2, h, n, 50) > .3 for h in (1, H, Hq))
-        for mask, for_each in (None, None), (shared, shared), (own, own), (grouped, grouped.repeat_interleave(Hq//H, 1)):
-            diff = (packed_attention(q, k, v, mask)-reference_attention(q, k, v, for_each)).abs().max()
+        shared, grouped, own = (torch.rand(2, h, n, 50) > 0.3 for h in (1, H, Hq))
+        for mask, for_each in (
+            (None, None),
+            (shared, shared),
+            (own, own),
+            (grouped, grouped.repeat_interleave(Hq // H, 1)),
+        ):
+            diff = (packed_attention(q, k, v, mask) - reference_attention(q, k, v, for_each)).abs().max()
             assert diff < 1e-5, (Hq, H, n, diff)
 
 
 def test_packed_model_equals_stock_model():
     "Logits are those of stock attention within rounding, with padding on the left, for one token, a few, and many."
-    lm = load('llmopt-tiny', 'cpu')
-    x = torch.arange(80).view(2, 40)*5+10
-    pad = torch.ones_like(x); pad[1, :7] = 0
-    pos = (pad.cumsum(-1)-1).clamp(min=0)
+    lm = load("llmopt-tiny", "cpu")
+    x = torch.arange(80).view(2, 40) * 5 + 10
+    pad = torch.ones_like(x)
+    pad[1, :7] = 0
+    pos = (pad.cumsum(-1) - 1).clamp(min=0)
+
     def run(cuts):
         cache, res = SlabCache(lm.model.config), []
         with torch.no_grad():
-            for a, b in zip(cuts, cuts[1:]): res.append(lm.model(x[:, a:b], attention_mask=pad[:, :b], position_ids=pos[:, a:b], past_key_values=cache).logits)
+            for a, b in zip(cuts, cuts[1:]):
+                res.append(
+                    lm.model(
+                        x[:, a:b], attention_mask=pad[:, :b], position_ids=pos[:, a:b], past_key_values=cache
+                    ).logits
+                )
         return torch.cat(res, 1)[pad.bool()]
+
     for cuts in ([0, 40], [0, 20, 21, 22, 40], [0, 30, 34, 40]):
-        with packed(lm.model): a = run(cuts)
-        assert (a-run(cuts)).abs().max() < 1e-4*a.abs().max()
+        with packed(lm.model):
+            a = run(cuts)
+        assert (a - run(cuts)).abs().max() < 1e-4 * a.abs().max()
 
 
 def test_switching_and_refusals():
     "The switch is undone, also after an error; what cannot be packed is refused."
-    lm = load('llmopt-tiny', 'cpu'); own = lm.model.config._attn_implementation
+    lm = load("llmopt-tiny", "cpu")
+    own = lm.model.config._attn_implementation
     with expect_fail(KeyError):
-        with packed(lm.model): raise KeyError
+        with packed(lm.model):
+            raise KeyError
     test_eq(lm.model.config._attn_implementation, own)
     q = torch.ones(1, 2, 1, 4)
-    for kw in dict(softcap=30.), dict(s_aux=torch.ones(2)), dict(position_bias=q), dict(output_attentions=True):
-        with expect_fail(ValueError, 'cannot do'): packed_forward(None, q, q, q, None, **kw)
-    small = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    for kw in dict(softcap=30.0), dict(s_aux=torch.ones(2)), dict(position_bias=q), dict(output_attentions=True):
+        with expect_fail(ValueError, "cannot do"):
+            packed_forward(None, q, q, q, None, **kw)
+    small = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     capped = T.Gemma2ForCausalLM(T.Gemma2Config(**small))
-    with expect_fail(ValueError, 'caps its attention'):
-        with packed(capped): pass
+    with expect_fail(ValueError, "caps its attention"):
+        with packed(capped):
+            pass
 
 
 def test_owned_keys():
     "Owned keys tell their shape and nothing else: neither stock attention nor any other operation gets at them."
-    q = torch.ones(1, 2, 1, 4); k = owned(torch.ones(1, 2, 5, 4), None)
+    q = torch.ones(1, 2, 1, 4)
+    k = owned(torch.ones(1, 2, 5, 4), None)
     test_eq((k.shape, k.dtype, k.size(2)), (torch.Size([1, 2, 5, 4]), torch.float32, 5))
-    for f in (lambda: F.scaled_dot_product_attention(q, k, k), lambda: q @ k.transpose(-1, -2), lambda: k.repeat_interleave(2, 1), lambda: k[:, :, :1], lambda: k+0, lambda: k.mT):
-        with expect_fail(RuntimeError, 'kv.attach'): f()
+    for f in (
+        lambda: F.scaled_dot_product_attention(q, k, k),
+        lambda: q @ k.transpose(-1, -2),
+        lambda: k.repeat_interleave(2, 1),
+        lambda: k[:, :, :1],
+        lambda: k + 0,
+        lambda: k.mT,
+    ):
+        with expect_fail(RuntimeError, "kv.attach"):
+            f()

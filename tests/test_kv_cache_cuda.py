@@ -5,8 +5,8 @@ import pytest
 import copy
 import ctypes
 import gc
-import mmap
 import math
+import mmap
 import os
 import random
 import warnings
@@ -14,7 +14,7 @@ import transformers as T
 import torch
 from collections import Counter
 from unittest.mock import patch as replaced
-from fastcore.test import test_eq, expect_fail
+from fastcore.test import expect_fail, test_eq
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.eviction import EvictingCache, Eviction
 from llmopt.kv_cache.memory import PAGE, _libc, backend, make_region
@@ -24,155 +24,279 @@ from llmopt.kv_cache.cuda import *
 
 class StandIn:
     "The calls of `Driver` on the CPU, with `limit` pages of memory in all."
-    device, page = torch.device('cpu'), 4*PAGE
+
+    device, page = torch.device("cpu"), 4 * PAGE
+
     def __init__(self, page=None, limit=10**6):
-        if not hasattr(os, 'memfd_create'): pytest.skip('the stand-in for a GPU needs Linux')
-        self.page, self.limit, self.ranges, self.mapped, self.queued, self.calls = page or self.page, limit, {}, {}, True, Counter()
+        if not hasattr(os, "memfd_create"):
+            pytest.skip("the stand-in for a GPU needs Linux")
+        self.page, self.limit, self.ranges, self.mapped, self.queued, self.calls = (
+            page or self.page,
+            limit,
+            {},
+            {},
+            True,
+            Counter(),
+        )
+
     def held(self):
-        with open('/proc/self/maps') as f: return sum(f'memfd:kv-{id(self)}-' in line for line in f)
+        with open("/proc/self/maps") as f:
+            return sum(f"memfd:kv-{id(self)}-" in line for line in f)
+
     def _mmap(self, address, nbytes, flags, fd):
         a = _libc().mmap(address, nbytes, 0, flags, fd, 0)
         assert a not in (None, ctypes.c_void_p(-1).value) and address in (None, a)
         return a
+
     def reserve(self, nbytes):
-        a = self._mmap(None, nbytes, mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS, -1); self.ranges[a] = nbytes
+        a = self._mmap(None, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        self.ranges[a] = nbytes
         return a
+
     def create(self, nbytes):
-        if len(self.mapped) >= self.limit: raise torch.OutOfMemoryError('no memory left')
-        self.calls['create'] += 1; fd = os.memfd_create(f'kv-{id(self)}-')
-        os.write(fd, b'\xff'*nbytes)      # NaN in every format
+        if len(self.mapped) >= self.limit:
+            raise torch.OutOfMemoryError("no memory left")
+        self.calls["create"] += 1
+        fd = os.memfd_create(f"kv-{id(self)}-")
+        os.write(fd, b"\xff" * nbytes)  # NaN in every format
         return fd
+
     def map(self, address, nbytes, handle):
         assert nbytes % self.page == 0 and address not in self.mapped
-        self._mmap(address, nbytes, mmap.MAP_SHARED|0x10, handle); self.mapped[address] = nbytes        # 0x10: MAP_FIXED
+        self._mmap(address, nbytes, mmap.MAP_SHARED | 0x10, handle)
+        self.mapped[address] = nbytes  # 0x10: MAP_FIXED
+
     def access(self, address, nbytes):
-        assert sum(n for a, n in self.mapped.items() if address <= a < address+nbytes) == nbytes
-        assert not _libc().mprotect(address, nbytes, mmap.PROT_READ|mmap.PROT_WRITE)
-    def release(self, handle): os.close(handle)
+        assert sum(n for a, n in self.mapped.items() if address <= a < address + nbytes) == nbytes
+        assert not _libc().mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def release(self, handle):
+        os.close(handle)
+
     def unmap(self, address, nbytes):
         assert not self.queued and self.mapped.pop(address) == nbytes
-        self._mmap(address, nbytes, mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS|0x10, -1)
+        self._mmap(address, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10, -1)
+
     def free(self, address, nbytes):
-        assert not any(address <= a < address+nbytes for a in self.mapped) and self.ranges.pop(address) == nbytes
+        assert not any(address <= a < address + nbytes for a in self.mapped) and self.ranges.pop(address) == nbytes
         assert not _libc().munmap(address, nbytes)
-    def synchronize(self): self.queued = False
-    def zero(self, address, nbytes): self.queued = True; ctypes.memset(address, 0, nbytes)
+
+    def synchronize(self):
+        self.queued = False
+
+    def zero(self, address, nbytes):
+        self.queued = True
+        ctypes.memset(address, 0, nbytes)
+
     def tensor(self, pages):
         assert pages.address in self.mapped
-        buf = (ctypes.c_char*pages.nbytes).from_address(pages.address); buf.pages = pages
+        buf = (ctypes.c_char * pages.nbytes).from_address(pages.address)
+        buf.pages = pages
         return torch.frombuffer(buf, dtype=torch.uint8)
 
 
 def test_all_pages_or_none():
     """When there is memory for five pages only, a sixth and a seventh are both refused, and nothing is lost; with
     the last reference the rest goes back."""
-    d = StandIn(limit=5); p = Pages(d, 20*d.page, d.page)
+    d = StandIn(limit=5)
+    p = Pages(d, 20 * d.page, d.page)
     p.grow(4)
-    with expect_fail(torch.OutOfMemoryError): p.grow(6)
+    with expect_fail(torch.OutOfMemoryError):
+        p.grow(6)
     test_eq((len(p.mapped), d.held()), (4, 4))
-    p.grow(5); test_eq(d.held(), 5)
-    del p; gc.collect(); test_eq((d.held(), d.ranges), (0, {}))
+    p.grow(5)
+    test_eq(d.held(), 5)
+    del p
+    gc.collect()
+    test_eq((d.held(), d.ranges), (0, {}))
 
 
 def test_resident_bytes_are_the_predicted_pages_on_a_gpu():
     "The pages mapped are the pages predicted: all that hold a byte of a token in use, and no other."
-    for rows, tokens, width, dtype in (6, 5000, 48, torch.float32), (7, 300, 20, torch.bfloat16), (5, 1, 1, torch.int8), (3, 4096, 8, torch.float16):
-        d = StandIn(); r = CudaRegion(rows, tokens, width, dtype, populate=False, driver=d)
+    for rows, tokens, width, dtype in (
+        (6, 5000, 48, torch.float32),
+        (7, 300, 20, torch.bfloat16),
+        (5, 1, 1, torch.int8),
+        (3, 4096, 8, torch.float16),
+    ):
+        d = StandIn()
+        r = CudaRegion(rows, tokens, width, dtype, populate=False, driver=d)
         for n in 1, 7, 300, 301, 4000, 299, 0, 90:
-            n = min(n, tokens); r.resize(n)
+            n = min(n, tokens)
+            r.resize(n)
             r.data[:, :n] = 1
-            at = {(r.data[i, t].data_ptr()-r.address+b)//d.page for i in (0, rows-1) for t in range(n) for b in (0, width*dtype.itemsize-1)}
-            test_eq((r.resident(), d.held()), (len(at)*d.page, len(at)))
+            at = {
+                (r.data[i, t].data_ptr() - r.address + b) // d.page
+                for i in (0, rows - 1)
+                for t in range(n)
+                for b in (0, width * dtype.itemsize - 1)
+            }
+            test_eq((r.resident(), d.held()), (len(at) * d.page, len(at)))
 
 
 def test_random_lengths_against_a_plain_tensor():
     """A thousand random steps up and down: what was written stays, fresh memory is zeros, every page mapped is
     needed (or spare), and nothing is left in the end. The stand-in fails at the first call out of order."""
-    rnd, files = random.Random(0), len(os.listdir('/proc/self/fd'))
-    for tokens, width, page_tokens, populate in (3000, 64, 0, False), (3000, 64, 0, True), (3000, 16, 500, True), (50, 16, 0, False), (999, 7, 5000, True):
-        d = StandIn(); r = CudaRegion(5, tokens, width, torch.float32, page_tokens, populate, driver=d)
+    rnd, files = random.Random(0), len(os.listdir("/proc/self/fd"))
+    for tokens, width, page_tokens, populate in (
+        (3000, 64, 0, False),
+        (3000, 64, 0, True),
+        (3000, 16, 500, True),
+        (50, 16, 0, False),
+        (999, 7, 5000, True),
+    ):
+        d = StandIn()
+        r = CudaRegion(5, tokens, width, torch.float32, page_tokens, populate, driver=d)
         plain, most = torch.zeros(5, 0, width), 0
         for step in range(200):
             d.queued, old = True, r.n
-            n = rnd.choice([rnd.randint(0, tokens), min(r.n+1, tokens), min(r.n+1, tokens), max(r.n-1, 0), 0])
-            if rnd.random() < .1 and n <= r.n: r.trim([n, *(rnd.randint(0, n) for _ in range(4))])
-            else: r.resize(n)
-            if n > most: assert not r.data[:, most:n].any()
-            new = torch.rand(5, max(n-old, 0), width); plain = torch.cat([plain[:, :n], new], 1); most = max(most, n)
+            n = rnd.choice([rnd.randint(0, tokens), min(r.n + 1, tokens), min(r.n + 1, tokens), max(r.n - 1, 0), 0])
+            if rnd.random() < 0.1 and n <= r.n:
+                r.trim([n, *(rnd.randint(0, n) for _ in range(4))])
+            else:
+                r.resize(n)
+            if n > most:
+                assert not r.data[:, most:n].any()
+            new = torch.rand(5, max(n - old, 0), width)
+            plain = torch.cat([plain[:, :n], new], 1)
+            most = max(most, n)
             r.data[:, old:n] = new
-            need = math.ceil(n*5*width*4/r.page)
-            assert torch.equal(r.data[:, :n], plain) and need <= d.held() <= need+bool(populate and n)
-        d.queued = True; r.close(); test_eq((d.held(), d.ranges), (0, {}))
-    test_eq(len(os.listdir('/proc/self/fd')), files)
+            need = math.ceil(n * 5 * width * 4 / r.page)
+            assert torch.equal(r.data[:, :n], plain) and need <= d.held() <= need + bool(populate and n)
+        d.queued = True
+        r.close()
+        test_eq((d.held(), d.ranges), (0, {}))
+    test_eq(len(os.listdir("/proc/self/fd")), files)
 
 
 def test_few_calls():
     """Most steps make no call. A shrink of one token and a growth of one, over and over at the edge of a page, take
     no new memory with `populate` on."""
-    d = StandIn(); r = CudaRegion(4, 10_000, 64, driver=d); edge = d.page//r.slice_bytes
-    for n in range(1, 3*edge+1): r.resize(n)
-    test_eq(d.calls['create'], 1+3)     # one was for PyTorch to look at
-    for _ in range(100): r.resize(3*edge+1); r.resize(3*edge)
-    test_eq(d.calls['create'], 1+4)
+    d = StandIn()
+    r = CudaRegion(4, 10_000, 64, driver=d)
+    edge = d.page // r.slice_bytes
+    for n in range(1, 3 * edge + 1):
+        r.resize(n)
+    test_eq(d.calls["create"], 1 + 3)  # one was for PyTorch to look at
+    for _ in range(100):
+        r.resize(3 * edge + 1)
+        r.resize(3 * edge)
+    test_eq(d.calls["create"], 1 + 4)
 
 
 def test_content_and_address_on_a_gpu():
     """The address never changes; fresh pages are zeros though their memory was used before; running out of memory
     changes nothing."""
-    d = StandIn(limit=8); r = CudaRegion(2, 10_000, 64, populate=False, driver=d); p, full = r.data.data_ptr(), 8*d.page//r.slice_bytes
-    r.resize(full); r.data[:, :full] = torch.nan
-    with expect_fail(torch.OutOfMemoryError): r.resize(full+1)
-    test_eq((r.n, r.resident(), r.data.data_ptr()), (full, 8*d.page, p)); assert r.data[:, :full].isnan().all()
-    r.resize(0); test_eq(r.resident(), 0); r.resize(full); test_eq(r.data[:, :full].sum().item(), 0.)
+    d = StandIn(limit=8)
+    r = CudaRegion(2, 10_000, 64, populate=False, driver=d)
+    p, full = r.data.data_ptr(), 8 * d.page // r.slice_bytes
+    r.resize(full)
+    r.data[:, :full] = torch.nan
+    with expect_fail(torch.OutOfMemoryError):
+        r.resize(full + 1)
+    test_eq((r.n, r.resident(), r.data.data_ptr()), (full, 8 * d.page, p))
+    assert r.data[:, :full].isnan().all()
+    r.resize(0)
+    test_eq(r.resident(), 0)
+    r.resize(full)
+    test_eq(r.data[:, :full].sum().item(), 0.0)
 
 
 def test_close_and_copies_on_a_gpu():
     """Closing gives everything back, and what a forgotten tensor needs as soon as that is gone. A copy has memory of
     its own."""
-    d = StandIn(); r = CudaRegion(3, 5000, 64, driver=d); r.resize(100); r.data[:, :100] = 3.
-    c = copy.deepcopy(r); c.data[:, :100] = 4.; assert (r.data[:, :100] == 3).all() and (c.data[:, :100] == 4).all(); test_eq(c.n, 100)
-    view = c.data[:, :50]; c.close(); c.close()
-    test_eq((c.reserved, c.resident(), view.mean().item()), (0, 5*d.page, 4.))
-    del view; test_eq(c.resident(), 0); r.close(); test_eq((d.held(), d.ranges), (0, {}))
-    for use in lambda: r.resize(1), lambda: r.trim([0]*3):
-        with expect_fail(RuntimeError, 'closed'): use()
+    d = StandIn()
+    r = CudaRegion(3, 5000, 64, driver=d)
+    r.resize(100)
+    r.data[:, :100] = 3.0
+    c = copy.deepcopy(r)
+    c.data[:, :100] = 4.0
+    assert (r.data[:, :100] == 3).all() and (c.data[:, :100] == 4).all()
+    test_eq(c.n, 100)
+    view = c.data[:, :50]
+    c.close()
+    c.close()
+    test_eq((c.reserved, c.resident(), view.mean().item()), (0, 5 * d.page, 4.0))
+    del view
+    test_eq(c.resident(), 0)
+    r.close()
+    test_eq((d.held(), d.ranges), (0, {}))
+    for use in lambda: r.resize(1), lambda: r.trim([0] * 3):
+        with expect_fail(RuntimeError, "closed"):
+            use()
 
 
 def test_refusals_on_a_gpu():
     "Bad sizes and uses are refused."
     r = CudaRegion(2, 100, 8, driver=StandIn())
-    with expect_fail(ValueError, 'do not fit'): r.resize(-1)
-    with expect_fail(ValueError, 'reserve more'): r.resize(101)
-    with expect_fail(ValueError, 'trim takes'): r.trim([1, 0])
-    with expect_fail(ValueError, 'at least 1'): CudaRegion(2, -5, 8, driver=StandIn())
-    with expect_fail(ValueError, 'no CUDA device'): CudaRegion(2, 5, 8, device='cpu')
-    with expect_fail(TypeError, 'pickled'): copy.copy(r)
+    with expect_fail(ValueError, "do not fit"):
+        r.resize(-1)
+    with expect_fail(ValueError, "reserve more"):
+        r.resize(101)
+    with expect_fail(ValueError, "trim takes"):
+        r.trim([1, 0])
+    with expect_fail(ValueError, "at least 1"):
+        CudaRegion(2, -5, 8, driver=StandIn())
+    with expect_fail(ValueError, "no CUDA device"):
+        CudaRegion(2, 5, 8, device="cpu")
+    with expect_fail(TypeError, "pickled"):
+        copy.copy(r)
 
 
 def test_choice_is_reported():
     """[`make_region`](00_memory.ipynb) takes a `CudaRegion` for a CUDA device if the calls are there, and a
     `DoublingRegion` with a warning if not. `backend` tells which, and why not the first."""
     with warnings.catch_warnings(record=True) as w:
-        warnings.simplefilter('always'); how = backend.__wrapped__('cuda')
-    assert how == 'cuda' and not w or how == 'doubling' and 'doubling' in str(w[0].message)
-    if not torch.cuda.is_available(): test_eq(how, 'doubling')
-    with replaced('torch.cuda.is_available', lambda: True), replaced('llmopt.kv_cache.cuda.get_driver', lambda i: StandIn()), replaced('llmopt.kv_cache.memory.backend', backend.__wrapped__):
-        r = make_region(4, 100, 8, torch.bfloat16, device='cuda:0'); r.resize(7)
-    test_eq((r.backend, r.data.shape, r.data.dtype, r.resident()), ('cuda', (4, 100, 8), torch.bfloat16, StandIn.page)); r.close()
+        warnings.simplefilter("always")
+        how = backend.__wrapped__("cuda")
+    assert how == "cuda" and not w or how == "doubling" and "doubling" in str(w[0].message)
+    if not torch.cuda.is_available():
+        test_eq(how, "doubling")
+    with (
+        replaced("torch.cuda.is_available", lambda: True),
+        replaced("llmopt.kv_cache.cuda.get_driver", lambda i: StandIn()),
+        replaced("llmopt.kv_cache.memory.backend", backend.__wrapped__),
+    ):
+        r = make_region(4, 100, 8, torch.bfloat16, device="cuda:0")
+        r.resize(7)
+    test_eq((r.backend, r.data.shape, r.data.dtype, r.resident()), ("cuda", (4, 100, 8), torch.bfloat16, StandIn.page))
+    r.close()
 
 
 def tiny_llama():
     torch.manual_seed(0)
-    return T.LlamaForCausalLM(T.LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).eval()
+    return T.LlamaForCausalLM(
+        T.LlamaConfig(
+            vocab_size=99,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
+
 
 def logits(model, cache, **kw):
     "Logits of 40 tokens after a prompt of 20, for two sequences."
-    x = (torch.arange(40).view(2, 20)*7 % 90+5).to(model.device)
-    out = model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache, max_new_tokens=40, min_new_tokens=40, pad_token_id=0,
-                         output_logits=True, return_dict_in_generate=True, do_sample=False, **kw)
+    x = (torch.arange(40).view(2, 20) * 7 % 90 + 5).to(model.device)
+    out = model.generate(
+        x,
+        attention_mask=torch.ones_like(x),
+        past_key_values=cache,
+        max_new_tokens=40,
+        min_new_tokens=40,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        do_sample=False,
+        **kw,
+    )
     return torch.stack(out.logits)
 
-def on(driver): return replaced('llmopt.kv_cache.slab.make_region', lambda *a: CudaRegion(*a[:6], driver=driver))
+
+def on(driver):
+    return replaced("llmopt.kv_cache.slab.make_region", lambda *a: CudaRegion(*a[:6], driver=driver))
 
 
 def test_caches_do_not_notice():
@@ -183,82 +307,118 @@ def test_caches_do_not_notice():
     for longest in 64, 4096:
         d = StandIn(page=PAGE)
         for kw in dict(), dict(num_beams=3):
-            with on(d): cache = SlabCache(m.config, longest); a = logits(m, cache, **kw)
-            assert torch.equal(a, logits(m, T.DynamicCache(config=m.config), **kw)) and {r.backend for s in cache.slabs for r in s.regions} == {'cuda'}
-            test_eq(cache.kv_bytes().resident, d.held()*PAGE); cache.crop(-30); test_eq(cache.kv_bytes().resident, d.held()*PAGE)
-            cache.close(); test_eq((d.held(), d.ranges), (0, {}))
+            with on(d):
+                cache = SlabCache(m.config, longest)
+                a = logits(m, cache, **kw)
+            assert torch.equal(a, logits(m, T.DynamicCache(config=m.config), **kw)) and {
+                r.backend for s in cache.slabs for r in s.regions
+            } == {"cuda"}
+            test_eq(cache.kv_bytes().resident, d.held() * PAGE)
+            cache.crop(-30)
+            test_eq(cache.kv_bytes().resident, d.held() * PAGE)
+            cache.close()
+            test_eq((d.held(), d.ranges), (0, {}))
 
 
 def test_eviction_does_not_notice():
     "Eviction leaves rows of unequal lengths, reorders them and grows them again."
     m = tiny_llama()
-    for budget, kw in (16, dict()), ('mass=0.8', dict()), (16, dict(num_beams=3)):
+    for budget, kw in (16, dict()), ("mass=0.8", dict()), (16, dict(num_beams=3)):
         caches = [EvictingCache(m.config, Eviction(budget, window=4, slack=4, unit=1)) for _ in range(2)]
-        with packed(m): a = logits(m, caches[0], **kw)
-        with packed(m), on(StandIn(page=PAGE)): assert torch.equal(a, logits(m, caches[1], **kw))
-        test_eq([(s.k.backend, s.p is None) for s in caches[1].slabs], [('cuda', False)]*2); caches[1].close()
+        with packed(m):
+            a = logits(m, caches[0], **kw)
+        with packed(m), on(StandIn(page=PAGE)):
+            assert torch.equal(a, logits(m, caches[1], **kw))
+        test_eq([(s.k.backend, s.p is None) for s in caches[1].slabs], [("cuda", False)] * 2)
+        caches[1].close()
 
 
-SOME = 2**24     # what the driver takes for itself: kernels it loads, page tables
+SOME = 2**24  # what the driver takes for itself: kernels it loads, page tables
+
 
 def free_bytes():
     "What the device reports, with nothing queued and nothing kept back by PyTorch."
-    gc.collect(); torch.cuda.synchronize(); torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
 
-def filled(r, n): r.resize(n); r.data[:, :n] = 1; return r
+
+def filled(r, n):
+    r.resize(n)
+    r.data[:, :n] = 1
+    return r
 
 
 @pytest.mark.gpu
 def test_append_equals_cat_on_a_gpu():
     """On the device, appending is `torch.cat`, with float32 and bfloat16, and a cropped slab goes on from where it
     is."""
-    pytest.importorskip('cuda.bindings', reason='cuda-python is not installed: pip install llmopt[cuda]')
+    pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install llmopt[cuda]")
     for dtype, longest in (torch.float32, 100_000), (torch.bfloat16, 3000):
-        s = SimpleVAttention(3, 128, 2, longest, dtype, 'cuda'); k, v = torch.randn(2, 2, 3, 2900, 128, device='cuda').to(dtype)
-        test_eq(s.k.backend, 'cuda'); at = s.k.data.data_ptr()
+        s = SimpleVAttention(3, 128, 2, longest, dtype, "cuda")
+        k, v = torch.randn(2, 2, 3, 2900, 128, device="cuda").to(dtype)
+        test_eq(s.k.backend, "cuda")
+        at = s.k.data.data_ptr()
         for a, b in (0, 1), (1, 900), (900, 901), (901, 2900):
             ks, vs = s.append(k[:, :, a:b], v[:, :, a:b])
             assert torch.equal(ks, k[:, :, :b]) and torch.equal(vs, v[:, :, :b])
-        s.truncate(100); s.append(v[:, :, :50], k[:, :, :50])
-        assert torch.equal(s.keys, torch.cat([k[:, :, :100], v[:, :, :50]], 2)); test_eq(s.keys.data_ptr(), at)
+        s.truncate(100)
+        s.append(v[:, :, :50], k[:, :, :50])
+        assert torch.equal(s.keys, torch.cat([k[:, :, :100], v[:, :, :50]], 2))
+        test_eq(s.keys.data_ptr(), at)
 
 
 @pytest.mark.gpu
 def test_resident_bytes_are_what_the_device_misses():
     """The device reports as much less free memory as the region says it holds, and all of it again after closing.
     Reserving takes nothing."""
-    pytest.importorskip('cuda.bindings', reason='cuda-python is not installed: pip install llmopt[cuda]')
-    filled(CudaRegion(16, 100, 128, torch.bfloat16), 100).close(); before = free_bytes()
-    r = CudaRegion(16, 2**20, 128, torch.bfloat16, populate=False); test_eq(r.reserved, 2**32); assert before-free_bytes() < SOME
+    pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install llmopt[cuda]")
+    filled(CudaRegion(16, 100, 128, torch.bfloat16), 100).close()
+    before = free_bytes()
+    r = CudaRegion(16, 2**20, 128, torch.bfloat16, populate=False)
+    test_eq(r.reserved, 2**32)
+    assert before - free_bytes() < SOME
     for n in 1, 20_480, 20_481, 400_000, 51_200, 0:
-        filled(r, n); test_eq(r.resident(), math.ceil(n*16*256/r.page)*r.page)
-        assert abs(before-free_bytes()-r.resident()) < SOME, (n, before-free_bytes(), r.resident())
-    filled(r, 100_000).close(); assert before-free_bytes() < SOME
+        filled(r, n)
+        test_eq(r.resident(), math.ceil(n * 16 * 256 / r.page) * r.page)
+        assert abs(before - free_bytes() - r.resident()) < SOME, (n, before - free_bytes(), r.resident())
+    filled(r, 100_000).close()
+    assert before - free_bytes() < SOME
 
 
 @pytest.mark.gpu
 def test_no_leaks_on_a_gpu():
     """A thousand times up and down leaks nothing, and kernels that are still queued when their pages are given back
     have read the right numbers."""
-    pytest.importorskip('cuda.bindings', reason='cuda-python is not installed: pip install llmopt[cuda]')
-    filled(CudaRegion(4, 100, 128), 100).data.sum().item(); before = free_bytes()
+    pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install llmopt[cuda]")
+    filled(CudaRegion(4, 100, 128), 100).data.sum().item()
+    before = free_bytes()
     rnd, r = random.Random(0), CudaRegion(4, 100_000, 128, populate=False)
     for i in range(1000):
-        n = rnd.randint(1000, 30_000); ones = filled(r, n).data[:, :n].sum()
-        r.resize(1); test_eq(ones.item(), 4*128*n)      # nobody has waited for the sum before
-    assert before-free_bytes() < SOME
-    view = filled(r, 30_000).data[:, :9]; r.close(); assert r.resident() >= 30_000*4*512; test_eq(view.mean().item(), 1)
-    del view; test_eq(r.resident(), 0); assert before-free_bytes() < SOME
+        n = rnd.randint(1000, 30_000)
+        ones = filled(r, n).data[:, :n].sum()
+        r.resize(1)
+        test_eq(ones.item(), 4 * 128 * n)  # nobody has waited for the sum before
+    assert before - free_bytes() < SOME
+    view = filled(r, 30_000).data[:, :9]
+    r.close()
+    assert r.resident() >= 30_000 * 4 * 512
+    test_eq(view.mean().item(), 1)
+    del view
+    test_eq(r.resident(), 0)
+    assert before - free_bytes() < SOME
 
 
 @pytest.mark.gpu
 def test_same_logits_on_a_gpu():
     "A model on the GPU gives the logits of `DynamicCache` to the bit."
-    pytest.importorskip('cuda.bindings', reason='cuda-python is not installed: pip install llmopt[cuda]')
+    pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install llmopt[cuda]")
     for dtype in torch.float32, torch.bfloat16:
-        m = tiny_llama().to('cuda', dtype)
+        m = tiny_llama().to("cuda", dtype)
         for kw in dict(), dict(num_beams=3):
-            cache = SlabCache(m.config, 4096); a = logits(m, cache, **kw)
-            test_eq({r.backend for s in cache.slabs for r in s.regions}, {'cuda'})
-            assert torch.equal(a, logits(m, T.DynamicCache(config=m.config), **kw)); cache.close()
+            cache = SlabCache(m.config, 4096)
+            a = logits(m, cache, **kw)
+            test_eq({r.backend for s in cache.slabs for r in s.regions}, {"cuda"})
+            assert torch.equal(a, logits(m, T.DynamicCache(config=m.config), **kw))
+            cache.close()

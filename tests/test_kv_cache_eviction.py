@@ -8,7 +8,7 @@ import copy
 import math
 import torch
 import torch.nn.functional as F
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.kv_cache.attention import reference_attention, packed, packed_attention
 from llmopt.kv_cache.memory import PAGE, anonymous_bytes
 from llmopt.core import load
@@ -19,43 +19,86 @@ from llmopt.kv_cache.eviction import *
 def test_compaction_equals_indexing():
     "It does what indexing with the mask does."
     torch.manual_seed(0)
-    rows, keep = torch.randn(5, 40, 3), torch.rand(5, 40) > torch.tensor([.1, .5, .9, -1, 2])[:, None]
+    rows, keep = torch.randn(5, 40, 3), torch.rand(5, 40) > torch.tensor([0.1, 0.5, 0.9, -1, 2])[:, None]
     want = [r[k] for r, k in zip(rows, keep)]
     compact(rows, keep)
-    for r, w in zip(rows, want): assert torch.equal(r[:len(w)], w)
+    for r, w in zip(rows, want):
+        assert torch.equal(r[: len(w)], w)
 
 
 def test_slab_against_lists():
     "Against a list of tokens for each row, through appending, dropping at random, reordering and taking back."
+
     def check(s, rows):
         for b in range(s.batch):
             for h in range(s.num_heads):
                 n, (pos, k, v) = s.lengths[b, h], rows[b][h]
                 test_eq((s.positions[b, h, :n].tolist(), s.filled[b, h].sum().item()), (pos, len(pos)))
                 assert torch.equal(s.keys[b, h, :n], k) and torch.equal(s.values[b, h, :n], v)
+
     gen = torch.Generator().manual_seed(0)
-    s, rows, seen = EvictingSlab(3, 8, 2, 5000), [[([], torch.empty(0, 8), torch.empty(0, 8)) for _ in range(3)] for _ in range(2)], 0
-    for q, p, idx in (300, .5, None), (1, 1., [1, 0]), (7, .3, None), (1, .9, [1, 1, 0]), (2000, .1, [0, 2]), (1, 1., None):
-        k, v = torch.randn(2, len(rows), 3, q, 8, generator=gen); s.append(k, v)
-        rows = [[(pos+[*range(seen, seen+q)], torch.cat([a, k[b, h]]), torch.cat([c, v[b, h]])) for h, (pos, a, c) in enumerate(row)] for b, row in enumerate(rows)]
-        seen += q; check(s, rows)
-        keep = torch.rand(s.batch, 3, s.n, generator=gen) < p; keep[0, 1] |= p < 1; s.keep(keep)
-        rows = [[([x for x, y in zip(pos, keep[b, h]) if y], *(t[keep[b, h, :len(pos)]] for t in (a, c))) for h, (pos, a, c) in enumerate(row)] for b, row in enumerate(rows)]
-        if idx: s.select(torch.tensor(idx)); rows = [rows[i] for i in idx]
-        check(s, rows); check(copy.deepcopy(s), rows); test_eq(s.seen, seen)
-    s.truncate(seen-1); check(s, [[(p[:-1], a[:-1], b[:-1]) for p, a, b in row] for row in rows])
-    with expect_fail(ValueError, 'have been evicted'): s.truncate(seen-1000)
-    test_eq(s.live, sum(len(p)-1 for row in rows for p, *_ in row)*(2*8*4+4))
+    s, rows, seen = (
+        EvictingSlab(3, 8, 2, 5000),
+        [[([], torch.empty(0, 8), torch.empty(0, 8)) for _ in range(3)] for _ in range(2)],
+        0,
+    )
+    for q, p, idx in (
+        (300, 0.5, None),
+        (1, 1.0, [1, 0]),
+        (7, 0.3, None),
+        (1, 0.9, [1, 1, 0]),
+        (2000, 0.1, [0, 2]),
+        (1, 1.0, None),
+    ):
+        k, v = torch.randn(2, len(rows), 3, q, 8, generator=gen)
+        s.append(k, v)
+        rows = [
+            [
+                (pos + [*range(seen, seen + q)], torch.cat([a, k[b, h]]), torch.cat([c, v[b, h]]))
+                for h, (pos, a, c) in enumerate(row)
+            ]
+            for b, row in enumerate(rows)
+        ]
+        seen += q
+        check(s, rows)
+        keep = torch.rand(s.batch, 3, s.n, generator=gen) < p
+        keep[0, 1] |= p < 1
+        s.keep(keep)
+        rows = [
+            [
+                ([x for x, y in zip(pos, keep[b, h]) if y], *(t[keep[b, h, : len(pos)]] for t in (a, c)))
+                for h, (pos, a, c) in enumerate(row)
+            ]
+            for b, row in enumerate(rows)
+        ]
+        if idx:
+            s.select(torch.tensor(idx))
+            rows = [rows[i] for i in idx]
+        check(s, rows)
+        check(copy.deepcopy(s), rows)
+        test_eq(s.seen, seen)
+    s.truncate(seen - 1)
+    check(s, [[(p[:-1], a[:-1], b[:-1]) for p, a, b in row] for row in rows])
+    with expect_fail(ValueError, "have been evicted"):
+        s.truncate(seen - 1000)
+    test_eq(s.live, sum(len(p) - 1 for row in rows for p, *_ in row) * (2 * 8 * 4 + 4))
 
 
 def test_pages_really_returned():
     "The system takes back what the lengths say, for each row its own; a copy takes no more."
-    s = EvictingSlab(4, 64, 1, 50_000, populate=False); s.append(*torch.ones(2, 1, 4, 4000, 64))
-    keep = torch.arange(4000) < torch.tensor([[4000], [500], [17], [0]]); s.keep(keep[None])
-    paged = lambda s: sum(r.resident() for r in s.regions[:2])
-    if s.k.backend != 'doubling':
-        for t in s, copy.deepcopy(s): test_eq(paged(t), 2*PAGE*sum(math.ceil(n*256/PAGE) for n in (4000, 500, 17, 0)))
-        s.append(*torch.ones(2, 1, 4, 1, 64)); test_eq(paged(s), 2*PAGE*sum(math.ceil(n*256/PAGE) for n in (4001, 501, 18, 1)))
+    s = EvictingSlab(4, 64, 1, 50_000, populate=False)
+    s.append(*torch.ones(2, 1, 4, 4000, 64))
+    keep = torch.arange(4000) < torch.tensor([[4000], [500], [17], [0]])
+    s.keep(keep[None])
+
+    def paged(s):
+        return sum(r.resident() for r in s.regions[:2])
+
+    if s.k.backend != "doubling":
+        for t in s, copy.deepcopy(s):
+            test_eq(paged(t), 2 * PAGE * sum(math.ceil(n * 256 / PAGE) for n in (4000, 500, 17, 0)))
+        s.append(*torch.ones(2, 1, 4, 1, 64))
+        test_eq(paged(s), 2 * PAGE * sum(math.ceil(n * 256 / PAGE) for n in (4001, 501, 18, 1)))
 
 
 def test_attention_equals_masked_full_attention():
@@ -63,51 +106,77 @@ def test_attention_equals_masked_full_attention():
     query and with several, with padding on the left, with rows of unequal length, after several rounds."""
     gen = torch.Generator().manual_seed(1)
     B, H, g, D = 2, 3, 2, 16
-    pad = torch.ones(B, 500, dtype=torch.bool); pad[1, :30] = False
+    pad = torch.ones(B, 500, dtype=torch.bool)
+    pad[1, :30] = False
     for ragged in False, True:
-        s, K, V, kept = EvictingSlab(H, D, B, 1000), *torch.randn(2, B, H, 500, D, generator=gen), torch.zeros(B, H, 500, dtype=torch.bool)
-        for a, b, drop in (0, 100, .5), (100, 101, .2), (101, 140, .5), (140, 141, 0), (141, 157, .6), (157, 158, .1):
-            s.append(K[:, :, a:b], V[:, :, a:b]); kept[:, :, a:b] = True
-            q, causal = torch.randn(B, H*g, b-a, D, generator=gen), torch.arange(b) <= torch.arange(a, b)[:, None]
+        s, K, V, kept = (
+            EvictingSlab(H, D, B, 1000),
+            *torch.randn(2, B, H, 500, D, generator=gen),
+            torch.zeros(B, H, 500, dtype=torch.bool),
+        )
+        for a, b, drop in (
+            (0, 100, 0.5),
+            (100, 101, 0.2),
+            (101, 140, 0.5),
+            (140, 141, 0),
+            (141, 157, 0.6),
+            (157, 158, 0.1),
+        ):
+            s.append(K[:, :, a:b], V[:, :, a:b])
+            kept[:, :, a:b] = True
+            q, causal = torch.randn(B, H * g, b - a, D, generator=gen), torch.arange(b) <= torch.arange(a, b)[:, None]
             for mask in (None, causal & pad[:, None, None, :b]):
                 full = (causal if mask is None else mask) & kept[:, :, None, :b]
-                want = reference_attention(q, K[:, :, :b], V[:, :, :b], full.expand(B, H, b-a, b).repeat_interleave(g, 1))
-                rows = torch.ones(B, b-a, dtype=torch.bool) if mask is None else pad[:, a:b]                # a padded query sees nothing and means nothing
-                got = packed_attention(q, s.keys, s.values, slot_mask(s, mask, b-a))
-                assert (got-want).transpose(1, 2)[rows].abs().max() < 1e-5 and got.isfinite().all(), (ragged, a, b)
+                want = reference_attention(
+                    q, K[:, :, :b], V[:, :, :b], full.expand(B, H, b - a, b).repeat_interleave(g, 1)
+                )
+                rows = (
+                    torch.ones(B, b - a, dtype=torch.bool) if mask is None else pad[:, a:b]
+                )  # a padded query sees nothing and means nothing
+                got = packed_attention(q, s.keys, s.values, slot_mask(s, mask, b - a))
+                assert (got - want).transpose(1, 2)[rows].abs().max() < 1e-5 and got.isfinite().all(), (ragged, a, b)
             drop = torch.rand(*(B, H) if ragged else (1, 1), b, generator=gen) < drop
             drop[..., -1] = False
             kept[:, :, :b] &= ~drop
-            s.keep(~drop.expand(B, H, b).gather(2, s.positions.clamp(max=b-1)))
+            s.keep(~drop.expand(B, H, b).gather(2, s.positions.clamp(max=b - 1)))
         assert s.ragged == ragged
 
 
 def test_budgets():
     "What is no budget is refused in one line."
-    test_eq([(b.kind, b.amount) for b in map(parse_budget, (512, '512', '12.5%', '2KiB', '1.5MB', 'mass=1'))],
-            [('tokens', 512), ('tokens', 512), ('share', .125), ('bytes', 2048), ('bytes', 1_500_000), ('mass', 1.)])
-    for bad in (0, -5, '0%', '-3%', '0MiB', 'mass=0', '0', '-1MiB'):
-        with expect_fail(ValueError, 'more than nothing'): parse_budget(bad)
-    for bad in ('much', '', '64 bananas', True, 2.5, None, '2.5', 'mass=50%', [3]):
-        with expect_fail(ValueError, 'budget must be'): parse_budget(bad)
-    with expect_fail(ValueError, 'at most 1'): parse_budget('mass=1.5')
+    test_eq(
+        [(b.kind, b.amount) for b in map(parse_budget, (512, "512", "12.5%", "2KiB", "1.5MB", "mass=1"))],
+        [("tokens", 512), ("tokens", 512), ("share", 0.125), ("bytes", 2048), ("bytes", 1_500_000), ("mass", 1.0)],
+    )
+    for bad in (0, -5, "0%", "-3%", "0MiB", "mass=0", "0", "-1MiB"):
+        with expect_fail(ValueError, "more than nothing"):
+            parse_budget(bad)
+    for bad in ("much", "", "64 bananas", True, 2.5, None, "2.5", "mass=50%", [3]):
+        with expect_fail(ValueError, "budget must be"):
+            parse_budget(bad)
+    with expect_fail(ValueError, "at most 1"):
+        parse_budget("mass=1.5")
 
 
 def test_apportionment():
     """It is what handing out one page after the other gives; all pages are handed out; and no layer gains when
     another one joins."""
+
     def one_by_one(w, total, caps):
-        n = [0]*len(w)
+        n = [0] * len(w)
         for _ in range(total):
             open = [i for i in range(len(w)) if n[i] < caps[i]]
-            if open: n[max(open, key=lambda i: (max(w[i], 1e-300)/(2*n[i]+1), -i))] += 1
+            if open:
+                n[max(open, key=lambda i: (max(w[i], 1e-300) / (2 * n[i] + 1), -i))] += 1
         return n
+
     rng = np.random.default_rng(0)
     for _ in range(200):
         L, total = rng.integers(1, 8), int(rng.integers(0, 60))
-        w, caps = rng.choice([0, 1, 2, rng.random(), 7*rng.random()], L), rng.integers(0, 20, L)
+        w, caps = rng.choice([0, 1, 2, rng.random(), 7 * rng.random()], L), rng.integers(0, 20, L)
         got = apportion(w, total, caps)
-        test_eq(got.tolist(), one_by_one(w, total, caps)); test_eq(got.sum(), min(total, caps.sum()))
+        test_eq(got.tolist(), one_by_one(w, total, caps))
+        test_eq(got.sum(), min(total, caps.sum()))
         assert (apportion(w[:-1], total, caps[:-1]) >= got[:-1]).all()
 
 
@@ -115,56 +184,98 @@ def test_configuration():
     """A budget becomes a number of tokens a row when the shape is known. A share of a short text may be less than
     what is always kept; then that is what stays. A budget in bytes that holds less than that cannot be met, and
     is refused."""
-    e = Eviction('25%')
-    test_eq(e.row_limit(1000, 0, 16), (256, 288)); test_eq(e.row_limit(1001, 0, 1), (251, 282)); test_eq(e.row_limit(20, 0, 16), (48, 54)); test_eq(Eviction(2000).row_limit(1, 0, 1), (2000, 2064))
-    test_eq(Eviction('1MiB', slack=12).row_limit(9999, 2048, 1), (500, 512)); test_eq(Eviction('1MiB').row_limit(9999, 2048, 30), (420, 510)); test_eq(Eviction(100, slack=7).row_limit(9999, 0, 32), (128, 135))
-    test_eq(Eviction('128KiB').row_limit(9999, 2048, 16), (48, 64)); test_eq(Eviction('96KiB').row_limit(9999, 2048, 16), (48, 48))
-    for kw, text in (dict(budget=35), 'always kept'), (dict(budget=0), 'more than nothing'), (dict(budget='25%', policy='lru'), 'known: cake'), (dict(budget=99, window=0), 'window must be'), (dict(budget=99, slack=-1), 'slack must be'):
-        with expect_fail(ValueError, text): Eviction(**kw)
-    with expect_fail(ValueError, 'always kept'): Eviction('1KiB').row_limit(9999, 512, 1)
-    with expect_fail(ValueError, '98,304'): Eviction('95KiB').row_limit(9999, 2048, 16)
+    e = Eviction("25%")
+    test_eq(e.row_limit(1000, 0, 16), (256, 288))
+    test_eq(e.row_limit(1001, 0, 1), (251, 282))
+    test_eq(e.row_limit(20, 0, 16), (48, 54))
+    test_eq(Eviction(2000).row_limit(1, 0, 1), (2000, 2064))
+    test_eq(Eviction("1MiB", slack=12).row_limit(9999, 2048, 1), (500, 512))
+    test_eq(Eviction("1MiB").row_limit(9999, 2048, 30), (420, 510))
+    test_eq(Eviction(100, slack=7).row_limit(9999, 0, 32), (128, 135))
+    test_eq(Eviction("128KiB").row_limit(9999, 2048, 16), (48, 64))
+    test_eq(Eviction("96KiB").row_limit(9999, 2048, 16), (48, 48))
+    for kw, text in (
+        (dict(budget=35), "always kept"),
+        (dict(budget=0), "more than nothing"),
+        (dict(budget="25%", policy="lru"), "known: cake"),
+        (dict(budget=99, window=0), "window must be"),
+        (dict(budget=99, slack=-1), "slack must be"),
+    ):
+        with expect_fail(ValueError, text):
+            Eviction(**kw)
+    with expect_fail(ValueError, "always kept"):
+        Eviction("1KiB").row_limit(9999, 512, 1)
+    with expect_fail(ValueError, "98,304"):
+        Eviction("95KiB").row_limit(9999, 2048, 16)
 
 
 MODELS = {}
 
-def tiny(name='llama', **kw):
+
+def tiny(name="llama", **kw):
     "A small model with random weights, large enough that they matter."
     if name not in MODELS:
-        small = dict(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
-        cfg = dict(llama=lambda: T.LlamaConfig(**small, head_dim=16), gpt2=lambda: T.GPT2Config(vocab_size=256, n_embd=32, n_layer=3, n_head=2, n_positions=2048),
-                   qwen3_mixed=lambda: T.Qwen3Config(**small, head_dim=8, sliding_window=16, use_sliding_window=True, max_window_layers=2))[name]()
-        torch.manual_seed(0); m = T.AutoModelForCausalLM.from_config(cfg).eval()
-        for p in m.parameters(): p.data.add_(.1*torch.randn_like(p))
+        small = dict(
+            vocab_size=256,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+        )
+        cfg = dict(
+            llama=lambda: T.LlamaConfig(**small, head_dim=16),
+            gpt2=lambda: T.GPT2Config(vocab_size=256, n_embd=32, n_layer=3, n_head=2, n_positions=2048),
+            qwen3_mixed=lambda: T.Qwen3Config(
+                **small, head_dim=8, sliding_window=16, use_sliding_window=True, max_window_layers=2
+            ),
+        )[name]()
+        torch.manual_seed(0)
+        m = T.AutoModelForCausalLM.from_config(cfg).eval()
+        for p in m.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
         MODELS[name] = m
     return MODELS[name]
+
 
 def kept(cache):
     "For each layer (B, H, seen): what it still has."
     res = []
     for l in cache.slab_layers:
-        s = l.slab; k = torch.zeros(*s.lengths.shape, s.seen+1, dtype=torch.bool)
+        s = l.slab
+        k = torch.zeros(*s.lengths.shape, s.seen + 1, dtype=torch.bool)
         res.append(k.scatter_(2, s.positions.masked_fill(~s.filled, s.seen), True)[..., :-1])
     return res
+
 
 @torch.no_grad()
 def both_ways(model, cache, ids, pad, cuts):
     "Logits of each piece with `cache`, and of the stock model with what `cache` had dropped before the piece masked."
-    ours, ref, full, pos, gone = [], [], T.DynamicCache(config=model.config), (pad.cumsum(-1)-1).clamp(min=0), []
+    ours, ref, full, pos, gone = [], [], T.DynamicCache(config=model.config), (pad.cumsum(-1) - 1).clamp(min=0), []
+
     def masked(module, q, k, v, mask, scaling=None, **kw):
-        n, layer = q.shape[2], getattr(module, 'layer_idx')
+        n, layer = q.shape[2], module.layer_idx
         see = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool).tril()[-n:][None, None] if mask is None else mask
-        if layer < len(gone): see = see & F.pad(gone[layer], (0, n), value=True)[:, :, None]
-        see = see.expand(q.shape[0], k.shape[1], -1, -1).repeat_interleave(q.shape[1]//k.shape[1], 1)
-        return reference_attention(q, k, v, see, scaling).nan_to_num(0.).transpose(1, 2), None
-    T.AttentionInterface.register('test_masked', masked); T.AttentionMaskInterface.register('test_masked', T.masking_utils.sdpa_mask)
+        if layer < len(gone):
+            see = see & F.pad(gone[layer], (0, n), value=True)[:, :, None]
+        see = see.expand(q.shape[0], k.shape[1], -1, -1).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return reference_attention(q, k, v, see, scaling).nan_to_num(0.0).transpose(1, 2), None
+
+    T.AttentionInterface.register("test_masked", masked)
+    T.AttentionMaskInterface.register("test_masked", T.masking_utils.sdpa_mask)
     for a, b in zip(cuts, cuts[1:]):
         kw = dict(input_ids=ids[:, a:b], attention_mask=pad[:, :b], position_ids=pos[:, a:b])
         gone = kept(cache) if a else []
-        with packed(model): ours.append(model(**kw, past_key_values=cache).logits)
+        with packed(model):
+            ours.append(model(**kw, past_key_values=cache).logits)
         own = model.config._attn_implementation
-        try: model.set_attn_implementation('test_masked'); ref.append(model(**kw, past_key_values=full).logits)
-        finally: model.set_attn_implementation(own)
-    return torch.cat(ours, 1)[pad[:, :cuts[-1]].bool()], torch.cat(ref, 1)[pad[:, :cuts[-1]].bool()]
+        try:
+            model.set_attn_implementation("test_masked")
+            ref.append(model(**kw, past_key_values=full).logits)
+        finally:
+            model.set_attn_implementation(own)
+    return torch.cat(ours, 1)[pad[:, : cuts[-1]].bool()], torch.cat(ref, 1)[pad[:, : cuts[-1]].bool()]
 
 
 def test_a_model_under_a_budget_equals_the_masked_model():
@@ -173,44 +284,85 @@ def test_a_model_under_a_budget_equals_the_masked_model():
     prompt in one piece and in several, single tokens, guesses of a few tokens, padding on the left, through
     several rounds and with every policy."""
     ids = torch.randint(0, 256, (2, 400), generator=torch.Generator().manual_seed(2))
-    pad = torch.ones_like(ids); left = pad.clone(); left[1, :40] = 0
+    pad = torch.ones_like(ids)
+    left = pad.clone()
+    left[1, :40] = 0
     whole, pieces = [0, 300, *range(301, 308), 320, 321, 400], [0, 100, 200, 205, 206, 290, *range(291, 305)]
-    runs = [(n, 'cake', '20%', m, c) for n in ('llama', 'gpt2') for m in (pad, left) for c in (whole, pieces)]
-    runs += [('llama', p, 64, left, pieces) for p in POLICIES] + [('llama', 'cake', 'mass=0.7', left, pieces), ('qwen3_mixed', 'snapkv', '60KiB', pad, pieces)]
+    runs = [(n, "cake", "20%", m, c) for n in ("llama", "gpt2") for m in (pad, left) for c in (whole, pieces)]
+    runs += [("llama", p, 64, left, pieces) for p in POLICIES] + [
+        ("llama", "cake", "mass=0.7", left, pieces),
+        ("qwen3_mixed", "snapkv", "60KiB", pad, pieces),
+    ]
     for name, policy, budget, mask, cuts in runs:
-        model = tiny(name); cache = EvictingCache(model.config, Eviction(budget, policy, window=8, slack=4, unit=1))
+        model = tiny(name)
+        cache = EvictingCache(model.config, Eviction(budget, policy, window=8, slack=4, unit=1))
         a, b = both_ways(model, cache, ids, mask, cuts)
-        assert cache.evictor.rounds > 2 and (a-b).abs().max() < 1e-5*b.abs().max(), (name, policy, budget, (a-b).abs().max())
+        assert cache.evictor.rounds > 2 and (a - b).abs().max() < 1e-5 * b.abs().max(), (
+            name,
+            policy,
+            budget,
+            (a - b).abs().max(),
+        )
 
 
 def test_a_budget_that_is_large_enough_is_exact():
     """A budget that is larger than the sequence changes nothing, to the bit, and neither does retaining all
     attention mass."""
     model, ids = tiny(), torch.randint(0, 256, (2, 200), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids); mask[1, :50] = 0
-    kw = dict(attention_mask=mask, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    mask = torch.ones_like(ids)
+    mask[1, :50] = 0
+    kw = dict(
+        attention_mask=mask,
+        max_new_tokens=20,
+        min_new_tokens=20,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     with packed(model):
         want = model.generate(ids, past_key_values=SlabCache(model.config), **kw)
-        for budget in (220, 10_000, '100%', '250%', '1GiB', 'mass=1'):
-            cache = EvictingCache(model.config, Eviction(budget, window=8)); got = model.generate(ids, past_key_values=cache, **kw)
+        for budget in (220, 10_000, "100%", "250%", "1GiB", "mass=1"):
+            cache = EvictingCache(model.config, Eviction(budget, window=8))
+            got = model.generate(ids, past_key_values=cache, **kw)
             assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), budget
-            test_eq((cache.evictions, cache.kv_bytes().live), ([], 2*2*219*2*16*4*3))
+            test_eq((cache.evictions, cache.kv_bytes().live), ([], 2 * 2 * 219 * 2 * 16 * 4 * 3))
 
 
 def test_bytes_are_a_ceiling():
     """A budget in bytes is kept at every token: live bytes (positions included) and the pages behind keys and
     values, with and without padding, for several sequences, and for prompts that fit, that just do not fit, and
     that are far too long. A prompt that fits is left alone."""
-    model, token = tiny(), 3*2*(2*16*4+4)
-    for budget, batch, n, pads in ('200KiB', 1, 700, 0), ('200KiB', 1, 100, 0), ('700KiB', 1, 700, 0), ('600KiB', 2, 300, 120), ('300KiB', 1, 300, 0), ('330KiB', 1, 390, 0):
-        ids = torch.randint(4, 256, (batch, n+80), generator=torch.Generator().manual_seed(n)); mask = torch.ones_like(ids); mask[-1, :pads] = 0
-        cache = EvictingCache(model.config, Eviction(budget, window=8), populate=False); limit, live = cache.evictor.budget.amount, []
-        for a, b in (0, n), *((i, i+1) for i in range(n, n+80)):
-            with torch.no_grad(), packed(model): model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache)
+    model, token = tiny(), 3 * 2 * (2 * 16 * 4 + 4)
+    for budget, batch, n, pads in (
+        ("200KiB", 1, 700, 0),
+        ("200KiB", 1, 100, 0),
+        ("700KiB", 1, 700, 0),
+        ("600KiB", 2, 300, 120),
+        ("300KiB", 1, 300, 0),
+        ("330KiB", 1, 390, 0),
+    ):
+        ids = torch.randint(4, 256, (batch, n + 80), generator=torch.Generator().manual_seed(n))
+        mask = torch.ones_like(ids)
+        mask[-1, :pads] = 0
+        cache = EvictingCache(model.config, Eviction(budget, window=8), populate=False)
+        limit, live = cache.evictor.budget.amount, []
+        for a, b in (0, n), *((i, i + 1) for i in range(n, n + 80)):
+            with torch.no_grad(), packed(model):
+                model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache)
             live.append(cache.kv_bytes().live)
-            if b%10 == 0: assert cache.slabs[0].k.backend == 'doubling' or anonymous_bytes([r.address for s in cache.slabs for r in (s.k, s.v)]) <= limit
-        fits = n+80 <= limit//(batch*token)//64*64         # pages of 64 tokens
-        assert max(live) <= limit and (not cache.evictions) == fits and (fits or max(live) > limit/2), (budget, n, max(live), limit)
+            if b % 10 == 0:
+                assert (
+                    cache.slabs[0].k.backend == "doubling"
+                    or anonymous_bytes([r.address for s in cache.slabs for r in (s.k, s.v)]) <= limit
+                )
+        fits = n + 80 <= limit // (batch * token) // 64 * 64  # pages of 64 tokens
+        assert max(live) <= limit and (not cache.evictions) == fits and (fits or max(live) > limit / 2), (
+            budget,
+            n,
+            max(live),
+            limit,
+        )
 
 
 def test_cascade_equals_one_shot():
@@ -218,15 +370,23 @@ def test_cascade_equals_one_shot():
     budget, and each holds at least what is always kept."""
     model, ids = tiny(), torch.randint(0, 256, (2, 600), generator=torch.Generator().manual_seed(4))
     for unit in 1, 16:
-        caches = [EvictingCache(model.config, Eviction(130, window=8, slack=10, unit=unit, cascade=c)) for c in (True, False)]
+        caches = [
+            EvictingCache(model.config, Eviction(130, window=8, slack=10, unit=unit, cascade=c)) for c in (True, False)
+        ]
         for c in caches:
             with torch.no_grad(), packed(model):
-                for a, b in (0, 500), *((i, i+1) for i in range(500, 530)), (530, 600): model(ids[:, a:b], past_key_values=c)
+                for a, b in (0, 500), *((i, i + 1) for i in range(500, 530)), (530, 600):
+                    model(ids[:, a:b], past_key_values=c)
         for l, m in zip(*(c.slab_layers for c in caches)):
-            for x in 'positions', 'keys', 'values': assert torch.equal(getattr(l.slab, x)[l.slab.filled], getattr(m.slab, x)[m.slab.filled])
-        test_eq([r | dict(lost=0, lost_max=0) for r in caches[0].evictions], [r | dict(lost=0, lost_max=0) for r in caches[1].evictions])
-        test_eq(sum(l.slab.lengths for l in caches[0].slab_layers), torch.full((2, 2), 3*(-(-130//unit)*unit)))
-        token = 2*2*(2*16*4); assert caches[0].evictor.peak <= token*(500+3*144)+3*4*4*600 < caches[1].evictor.peak
+            for x in "positions", "keys", "values":
+                assert torch.equal(getattr(l.slab, x)[l.slab.filled], getattr(m.slab, x)[m.slab.filled])
+        test_eq(
+            [r | dict(lost=0, lost_max=0) for r in caches[0].evictions],
+            [r | dict(lost=0, lost_max=0) for r in caches[1].evictions],
+        )
+        test_eq(sum(l.slab.lengths for l in caches[0].slab_layers), torch.full((2, 2), 3 * (-(-130 // unit) * unit)))
+        token = 2 * 2 * (2 * 16 * 4)
+        assert caches[0].evictor.peak <= token * (500 + 3 * 144) + 3 * 4 * 4 * 600 < caches[1].evictor.peak
 
 
 def test_cake_from_its_equations():
@@ -237,33 +397,43 @@ def test_cake_from_its_equations():
     ids = torch.randint(0, 256, (1, S), generator=torch.Generator().manual_seed(5))
     cache = EvictingCache(model.config, Eviction(B, window=w, first=0, unit=1))
     with torch.no_grad():
-        with packed(model): model(ids, past_key_values=cache)
-        model.set_attn_implementation('eager'); A = [a[0].double().numpy()[:, -w:] for a in model(ids, output_attentions=True).attentions]; model.set_attn_implementation('sdpa')
-    past = [a[..., :S-w] for a in A]                                                     # (Hq, w, S-w) for each layer
-    P = np.array([(-(a*np.log(a)).sum())**(1/3) * a.var(axis=1, ddof=1).sum()**(1/3) for a in past])
-    share = P/P.sum()*(B-w)*len(P)                                                       # tokens on top of the window
+        with packed(model):
+            model(ids, past_key_values=cache)
+        model.set_attn_implementation("eager")
+        A = [a[0].double().numpy()[:, -w:] for a in model(ids, output_attentions=True).attentions]
+        model.set_attn_implementation("sdpa")
+    past = [a[..., : S - w] for a in A]  # (Hq, w, S-w) for each layer
+    P = np.array([(-(a * np.log(a)).sum()) ** (1 / 3) * a.var(axis=1, ddof=1).sum() ** (1 / 3) for a in past])
+    share = P / P.sum() * (B - w) * len(P)  # tokens on top of the window
     for a, p, l in zip(past, share, cache.slab_layers):
-        I = a.mean(1)+200*a.var(axis=1, ddof=1)                                          # (Hq, S-w)
-        I = np.stack([np.convolve(i, np.ones(5)/5, 'same') for i in I]).reshape(2, 2, -1).mean(1)
-        n = l.slab.n-w; assert abs(n-p) <= 1, (n, p)
-        for h in range(2): test_eq(set(l.slab.positions[0, h].tolist()), {*np.argsort(-I[h], kind='stable')[:n].tolist(), *range(S-w, S)})
+        I = a.mean(1) + 200 * a.var(axis=1, ddof=1)  # (Hq, S-w)
+        I = np.stack([np.convolve(i, np.ones(5) / 5, "same") for i in I]).reshape(2, 2, -1).mean(1)
+        n = l.slab.n - w
+        assert abs(n - p) <= 1, (n, p)
+        for h in range(2):
+            test_eq(
+                set(l.slab.positions[0, h].tolist()), {*np.argsort(-I[h], kind="stable")[:n].tolist(), *range(S - w, S)}
+            )
     for a, l, r in zip(A, cache.slab_layers, cache.evictions):
         held = np.take_along_axis(a, l.slab.positions[0].repeat_interleave(2, 0).numpy()[:, None].repeat(w, 1), 2)
-        test_close(r['lost'], 1-held.sum(-1).mean(), 1e-5)
+        test_close(r["lost"], 1 - held.sum(-1).mean(), 1e-5)
 
 
 def test_h2o_adds_up_all_attention():
     """H2O's sums are those of the full attention matrix, and keep up through evictions: what is left has received
     what it received."""
     model, ids = tiny(), torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(6))
-    cache = EvictingCache(model.config, Eviction(299, 'h2o', window=8, slack=50, unit=1))
+    cache = EvictingCache(model.config, Eviction(299, "h2o", window=8, slack=50, unit=1))
     with torch.no_grad():
         with packed(model):
-            for a, b in (0, 280), (280, 281), (281, 300): model(ids[:, a:b], past_key_values=cache)
-        model.set_attn_implementation('eager'); A = model(ids, output_attentions=True).attentions; model.set_attn_implementation('sdpa')
+            for a, b in (0, 280), (280, 281), (281, 300):
+                model(ids[:, a:b], past_key_values=cache)
+        model.set_attn_implementation("eager")
+        A = model(ids, output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
     for l, a in zip(cache.slab_layers, A):
         want = a[0].sum(1).unflatten(0, (2, 2)).mean(1).gather(1, l.slab.positions[0])
-        assert l.slab.p is not None and (l.received[0]-want).abs().max() < 1e-4
+        assert l.slab.p is not None and (l.received[0] - want).abs().max() < 1e-4
 
 
 def test_generation_and_refusals():
@@ -272,48 +442,103 @@ def test_generation_and_refusals():
     evicted, a mask of another kind."""
     model, ids = tiny(), torch.randint(4, 256, (1, 200), generator=torch.Generator().manual_seed(7)).repeat(1, 2)
     kw = dict(attention_mask=torch.ones_like(ids), max_new_tokens=40, min_new_tokens=40, pad_token_id=0)
-    new = lambda budget='25%', **k: EvictingCache(model.config, Eviction(budget, window=16, slack=8, unit=1, **k))
+
+    def new(budget="25%", **k):
+        return EvictingCache(model.config, Eviction(budget, window=16, slack=8, unit=1, **k))
+
     with packed(model):
-        for mode in dict(do_sample=False), dict(num_beams=3), dict(do_sample=True, num_return_sequences=3), dict(prompt_lookup_num_tokens=3), dict(prefill_chunk_size=50):
-            for budget in ('25%', 'mass=0.8'):
-                cache = new(budget); model.generate(ids, past_key_values=cache, **kw, **mode)
-                assert cache.evictor.rounds > 1 and len(cache.evictions) >= 3 and all(0 < r['lost'] < 1 for r in cache.evictions)
-        with torch.inference_mode(): model(ids, past_key_values=(cache := new()))
+        for mode in (
+            dict(do_sample=False),
+            dict(num_beams=3),
+            dict(do_sample=True, num_return_sequences=3),
+            dict(prompt_lookup_num_tokens=3),
+            dict(prefill_chunk_size=50),
+        ):
+            for budget in ("25%", "mass=0.8"):
+                cache = new(budget)
+                model.generate(ids, past_key_values=cache, **kw, **mode)
+                assert (
+                    cache.evictor.rounds > 1
+                    and len(cache.evictions) >= 3
+                    and all(0 < r["lost"] < 1 for r in cache.evictions)
+                )
+        with torch.inference_mode():
+            model(ids, past_key_values=(cache := new()))
         fork = copy.deepcopy(cache)
-        with torch.no_grad(): a, b = (model(ids[:, :30], past_key_values=c).logits for c in (cache, fork))
-        assert torch.equal(a, b) and fork.slab_layers[1].evictor is fork.evictor and fork.evictor.layers[0] is fork.slab_layers[0]
-        cache.crop(-5); test_eq(cache.get_seq_length(), 425)
-        with expect_fail(ValueError, 'have been evicted'): cache.crop(-400)
+        with torch.no_grad():
+            a, b = (model(ids[:, :30], past_key_values=c).logits for c in (cache, fork))
+        assert (
+            torch.equal(a, b)
+            and fork.slab_layers[1].evictor is fork.evictor
+            and fork.evictor.layers[0] is fork.slab_layers[0]
+        )
+        cache.crop(-5)
+        test_eq(cache.get_seq_length(), 425)
+        with expect_fail(ValueError, "have been evicted"):
+            cache.crop(-400)
         bad = torch.zeros(1, 1, 1, 426)
-        with torch.no_grad(), expect_fail(ValueError, 'takes masks of bool'): model(ids[:, :1], attention_mask=bad, past_key_values=cache)
-        cache.reset(); test_eq((cache.get_seq_length(), cache.kv_bytes().live, cache.evictor.live), (0, 0, 0))
+        with torch.no_grad(), expect_fail(ValueError, "takes masks of bool"):
+            model(ids[:, :1], attention_mask=bad, past_key_values=cache)
+        cache.reset()
+        test_eq((cache.get_seq_length(), cache.kv_bytes().live, cache.evictor.live), (0, 0, 0))
     for c in new(), fork:
-        with torch.no_grad(), expect_fail(RuntimeError, 'kv.attach'): model(ids[:, :1], past_key_values=c)
-    mistral = T.MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
-    with warnings.catch_warnings(), expect_fail(ValueError, 'no full-attention'): warnings.simplefilter('ignore'); EvictingCache(mistral, Eviction(100))
-    with torch.no_grad(), packed(model), expect_fail(ValueError, 'always kept'): model(ids, past_key_values=new('3KiB'))
+        with torch.no_grad(), expect_fail(RuntimeError, "kv.attach"):
+            model(ids[:, :1], past_key_values=c)
+    mistral = T.MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    with warnings.catch_warnings(), expect_fail(ValueError, "no full-attention"):
+        warnings.simplefilter("ignore")
+        EvictingCache(mistral, Eviction(100))
+    with torch.no_grad(), packed(model), expect_fail(ValueError, "always kept"):
+        model(ids, past_key_values=new("3KiB"))
 
 
 def test_resident_bytes_follow_the_budget():
     "The system gives what the lengths say: after a prompt, pages of the budget and of nothing else."
     model, ids = tiny(), torch.randint(0, 256, (1, 2000), generator=torch.Generator().manual_seed(8))
-    cache = EvictingCache(model.config, Eviction('10%', window=16), populate=False)
-    with torch.no_grad(), packed(model): model(ids, past_key_values=cache)
-    pages = sum(2*int((-(-l.slab.lengths*16*4//PAGE)).sum())*PAGE for l in cache.slab_layers)
-    if cache.slabs[0].k.backend != 'doubling':
+    cache = EvictingCache(model.config, Eviction("10%", window=16), populate=False)
+    with torch.no_grad(), packed(model):
+        model(ids, past_key_values=cache)
+    pages = sum(2 * int((-(-l.slab.lengths * 16 * 4 // PAGE)).sum()) * PAGE for l in cache.slab_layers)
+    if cache.slabs[0].k.backend != "doubling":
         test_eq(sum(r.resident() for s in cache.slabs for r in (s.k, s.v)), pages)
-        test_eq(pages, 3*2*2*math.ceil(200*64/PAGE)*PAGE)
-        assert cache.kv_bytes().resident-pages < .15*pages
+        test_eq(pages, 3 * 2 * 2 * math.ceil(200 * 64 / PAGE) * PAGE)
+        assert cache.kv_bytes().resident - pages < 0.15 * pages
 
 
 def test_quality():
     """The yardstick itself: with a budget that is large enough the divergence is zero, and with nearly nothing it is
     not."""
-    lm = load('llmopt-tiny', 'cpu')
-    ids = lm.tokenizer(' '.join(f'The {thing} of Tom is not the {thing} of Anna.' for thing in ('hat', 'car', 'house', 'dog', 'boat', 'cup', 'door'))*3, return_tensors='pt').input_ids
-    r = judge(lm.model, ids, ids.shape[1]-10, ('100%', '25%'), ('cake', 'random'))
-    assert all(x['kl'] == 0 and x['top1'] == 1 and x['nll'] == x['nll_full'] for x in r if x['budget'] == '100%') and all(x['kl'] > .001 for x in r if x['budget'] == '25%')
-    test_eq((r[2]['live'], r[2]['peak']), (r[3]['live'], r[3]['peak']))
-    rows = quality('llmopt-tiny', dict(a=[(ids, ids.shape[1]-4)], b=[(ids, ids.shape[1]-3), (ids, ids.shape[1]-2)]), ('25%',), ('cake', 'scores alone'), workers=2)
-    test_eq([(x['task'], x['text'], x['tokens']-ids.shape[1], x['policy']) for x in rows], [(t, i, n, p) for t, i, n in (('a', 0, -4), ('b', 0, -3), ('b', 1, -2)) for p in ('cake', 'scores alone')])
-    assert 'scores alone' not in POLICIES
+    lm = load("llmopt-tiny", "cpu")
+    ids = lm.tokenizer(
+        " ".join(
+            f"The {thing} of Tom is not the {thing} of Anna."
+            for thing in ("hat", "car", "house", "dog", "boat", "cup", "door")
+        )
+        * 3,
+        return_tensors="pt",
+    ).input_ids
+    r = judge(lm.model, ids, ids.shape[1] - 10, ("100%", "25%"), ("cake", "random"))
+    assert all(
+        x["kl"] == 0 and x["top1"] == 1 and x["nll"] == x["nll_full"] for x in r if x["budget"] == "100%"
+    ) and all(x["kl"] > 0.001 for x in r if x["budget"] == "25%")
+    test_eq((r[2]["live"], r[2]["peak"]), (r[3]["live"], r[3]["peak"]))
+    rows = quality(
+        "llmopt-tiny",
+        dict(a=[(ids, ids.shape[1] - 4)], b=[(ids, ids.shape[1] - 3), (ids, ids.shape[1] - 2)]),
+        ("25%",),
+        ("cake", "scores alone"),
+        workers=2,
+    )
+    test_eq(
+        [(x["task"], x["text"], x["tokens"] - ids.shape[1], x["policy"]) for x in rows],
+        [(t, i, n, p) for t, i, n in (("a", 0, -4), ("b", 0, -3), ("b", 1, -2)) for p in ("cake", "scores alone")],
+    )
+    assert "scores alone" not in POLICIES

@@ -6,7 +6,7 @@ import json
 import tempfile
 import torch
 import transformers as T
-from fastcore.test import test_eq, expect_fail
+from fastcore.test import expect_fail, test_eq
 from llmopt.core import load
 from llmopt.kv_cache.restore import PrefixStore
 from dataclasses import asdict
@@ -16,77 +16,142 @@ from llmopt.kv_cache.hybrid import *
 
 def test_configuration():
     "It survives JSON, and refuses what it cannot mean."
-    for c in KVCache(), KVCache(4096, 64, False, 'stock'), KVCache(budget='25%', policy='snapkv'), KVCache(budget=512): test_eq(KVCache(**json.loads(json.dumps(asdict(c)))), c)
+    for c in KVCache(), KVCache(4096, 64, False, "stock"), KVCache(budget="25%", policy="snapkv"), KVCache(budget=512):
+        test_eq(KVCache(**json.loads(json.dumps(asdict(c)))), c)
     test_eq(len({KVCache(), KVCache()}), 1)
-    for kw in dict(attention='fast'), dict(page_tokens=-1), dict(max_seq_len=0), dict(populate=2):
-        with expect_fail(ValueError, 'must be'): KVCache(**kw)
-    for kw, text in (dict(policy='cake'), 'with a budget'), (dict(budget='25%', attention='stock'), 'stock attention'), (dict(budget=0), 'more than nothing'), (dict(budget='25%', policy='lru'), 'known: cake'):
-        with expect_fail(ValueError, text): KVCache(**kw)
+    for kw in dict(attention="fast"), dict(page_tokens=-1), dict(max_seq_len=0), dict(populate=2):
+        with expect_fail(ValueError, "must be"):
+            KVCache(**kw)
+    for kw, text in (
+        (dict(policy="cake"), "with a budget"),
+        (dict(budget="25%", attention="stock"), "stock attention"),
+        (dict(budget=0), "more than nothing"),
+        (dict(budget="25%", policy="lru"), "known: cake"),
+    ):
+        with expect_fail(ValueError, text):
+            KVCache(**kw)
 
 
 def test_memory_usage_and_savings():
     "The numbers are those of the caches: they come with tokens and go with them."
-    lm = load('llmopt-tiny', 'cpu'); shape = cache_shape(lm.model)
+    lm = load("llmopt-tiny", "cpu")
+    shape = cache_shape(lm.model)
     opt = HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, config=KVCache(populate=False))
-    test_eq(opt.get_memory_usage()['resident'], 0)
+    test_eq(opt.get_memory_usage()["resident"], 0)
     cache = opt.make_cache(lm)
-    with torch.no_grad(): lm.model(torch.full((2, 500), 9), past_key_values=cache)
+    with torch.no_grad():
+        lm.model(torch.full((2, 500), 9), past_key_values=cache)
     u, s = opt.get_memory_usage(), opt.get_memory_savings()
-    test_eq(u['live'], 2*2*500*shape['num_layers']*shape['num_heads']*shape['head_size']*4)
-    assert 0 <= u['fragmentation'] < .1 and u['reserved'] >= 8*u['resident'] and u['resident'] >= u['live']
-    assert abs(s['saved_vs_dynamic']) < .1 and abs(s['saved_vs_static_exact']) < .1 and s['saved_vs_static_longest'] > .8
-    cache.crop(-400); u2 = opt.get_memory_usage()
-    assert u2['resident'] <= u['resident']/4 and u2['peak_live'] == u['live']
-    del cache; gc.collect(); test_eq(opt.get_memory_usage()['caches'], 0)
+    test_eq(u["live"], 2 * 2 * 500 * shape["num_layers"] * shape["num_heads"] * shape["head_size"] * 4)
+    assert 0 <= u["fragmentation"] < 0.1 and u["reserved"] >= 8 * u["resident"] and u["resident"] >= u["live"]
+    assert (
+        abs(s["saved_vs_dynamic"]) < 0.1
+        and abs(s["saved_vs_static_exact"]) < 0.1
+        and s["saved_vs_static_longest"] > 0.8
+    )
+    cache.crop(-400)
+    u2 = opt.get_memory_usage()
+    assert u2["resident"] <= u["resident"] / 4 and u2["peak_live"] == u["live"]
+    del cache
+    gc.collect()
+    test_eq(opt.get_memory_usage()["caches"], 0)
 
 
 def test_one_slab():
     "The numbers are those of the caches: they come with tokens and go with them."
-    s = SimpleVAttention(4, 64, 2, 5000, populate=False); test_eq((s.get_memory_usage()['resident'], s.get_memory_savings()['dynamic']), (0, 0))
-    s.append(*torch.ones(2, 2, 4, 1000, 64)); u, v = s.get_memory_usage(), s.get_memory_savings()
-    test_eq((u['live'], u['peak_live'], v['slab']), (2*2*4*1000*256, u['live'], u['resident'])); assert u['live'] <= u['resident'] < u['reserved'] and 0 <= u['fragmentation'] < .05
-    assert abs(v['saved_vs_dynamic']) < .05 and abs(v['saved_vs_static_exact']) < .05 and .7 < v['saved_vs_static_longest'] < .85
-    s.truncate(100); assert s.get_memory_usage()['resident'] < .15*u['resident'] and s.get_memory_usage()['peak_live'] == u['live']
+    s = SimpleVAttention(4, 64, 2, 5000, populate=False)
+    test_eq((s.get_memory_usage()["resident"], s.get_memory_savings()["dynamic"]), (0, 0))
+    s.append(*torch.ones(2, 2, 4, 1000, 64))
+    u, v = s.get_memory_usage(), s.get_memory_savings()
+    test_eq((u["live"], u["peak_live"], v["slab"]), (2 * 2 * 4 * 1000 * 256, u["live"], u["resident"]))
+    assert u["live"] <= u["resident"] < u["reserved"] and 0 <= u["fragmentation"] < 0.05
+    assert (
+        abs(v["saved_vs_dynamic"]) < 0.05
+        and abs(v["saved_vs_static_exact"]) < 0.05
+        and 0.7 < v["saved_vs_static_longest"] < 0.85
+    )
+    s.truncate(100)
+    assert s.get_memory_usage()["resident"] < 0.15 * u["resident"] and s.get_memory_usage()["peak_live"] == u["live"]
 
 
 def test_optimizer_with_a_budget():
     """With a budget of a quarter the same 500 tokens take about a quarter, the peak lies between that and all of
     them, and the answers of caches without a budget are as before."""
-    lm = load('llmopt-tiny', 'cpu'); shape = cache_shape(lm.model)
-    opt = HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, config=KVCache(populate=False), budget='25%', policy='snapkv')
-    cache = opt.make_cache(lm); test_eq((cache.evictor.cfg.policy, KVCache().make_cache(lm).__class__), ('snapkv', SlabCache))
-    with torch.no_grad(), opt.attach(lm): lm.model(torch.full((2, 500), 9), past_key_values=cache)
-    u, s, full = opt.get_memory_usage(), opt.get_memory_savings(), 2*2*500*shape['num_layers']*shape['num_heads']*shape['head_size']*4
-    assert .25*full <= u['live'] <= .28*full and u['live'] <= u['resident'] <= .31*full and u['live'] < u['peak_live'] < .5*full
-    assert u['evictions'] == 1 and 0 < u['lost'] < 1 and u['hit_rate'] is None
-    assert s['saved_vs_dynamic'] > .65 and s['saved_vs_static_exact'] > .65
-    with expect_fail(ValueError, 'with a budget'): HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, policy='cake')
+    lm = load("llmopt-tiny", "cpu")
+    shape = cache_shape(lm.model)
+    opt = HybridKVCacheOptimizer(
+        **shape, max_batch_size=2, max_seq_len=4096, config=KVCache(populate=False), budget="25%", policy="snapkv"
+    )
+    cache = opt.make_cache(lm)
+    test_eq((cache.evictor.cfg.policy, KVCache().make_cache(lm).__class__), ("snapkv", SlabCache))
+    with torch.no_grad(), opt.attach(lm):
+        lm.model(torch.full((2, 500), 9), past_key_values=cache)
+    u, s, full = (
+        opt.get_memory_usage(),
+        opt.get_memory_savings(),
+        2 * 2 * 500 * shape["num_layers"] * shape["num_heads"] * shape["head_size"] * 4,
+    )
+    assert (
+        0.25 * full <= u["live"] <= 0.28 * full
+        and u["live"] <= u["resident"] <= 0.31 * full
+        and u["live"] < u["peak_live"] < 0.5 * full
+    )
+    assert u["evictions"] == 1 and 0 < u["lost"] < 1 and u["hit_rate"] is None
+    assert s["saved_vs_dynamic"] > 0.65 and s["saved_vs_static_exact"] > 0.65
+    with expect_fail(ValueError, "with a budget"):
+        HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, policy="cake")
 
 
 def test_optimizer_refusals():
     "A model of another shape, a batch too large and a sequence too long are refused."
-    lm = load('llmopt-tiny', 'cpu'); shape = cache_shape(lm.model); x = torch.full((2, 20), 9)
-    with expect_fail(ValueError, 'does not fit'): HybridKVCacheOptimizer(**{**shape, 'num_heads': 3}, max_batch_size=1, max_seq_len=10).make_cache(lm)
-    with expect_fail(ValueError, 'at least 1'): HybridKVCacheOptimizer(**shape, max_batch_size=0, max_seq_len=10)
-    bloom = T.BloomForCausalLM(T.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))      # its attention cannot be replaced
-    for kv, text in (KVCache(), "use attention='stock'"), (KVCache(budget=99), 'cannot have a budget'):
+    lm = load("llmopt-tiny", "cpu")
+    shape = cache_shape(lm.model)
+    x = torch.full((2, 20), 9)
+    with expect_fail(ValueError, "does not fit"):
+        HybridKVCacheOptimizer(**{**shape, "num_heads": 3}, max_batch_size=1, max_seq_len=10).make_cache(lm)
+    with expect_fail(ValueError, "at least 1"):
+        HybridKVCacheOptimizer(**shape, max_batch_size=0, max_seq_len=10)
+    bloom = T.BloomForCausalLM(
+        T.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    )  # its attention cannot be replaced
+    for kv, text in (KVCache(), "use attention='stock'"), (KVCache(budget=99), "cannot have a budget"):
         with expect_fail(ValueError, text):
-            with kv.attach(bloom): pass
+            with kv.attach(bloom):
+                pass
     with torch.no_grad():
-        with expect_fail(ValueError, 'max_batch_size=1'): lm.model(x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=100).make_cache(lm))
-        with expect_fail(ValueError, 'max_seq_len'): lm.model(x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=10).make_cache(lm))
+        with expect_fail(ValueError, "max_batch_size=1"):
+            lm.model(
+                x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=100).make_cache(lm)
+            )
+        with expect_fail(ValueError, "max_seq_len"):
+            lm.model(
+                x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=10).make_cache(lm)
+            )
 
 
 def test_optimizer_with_a_store():
     "An optimizer with a store writes what one without it writes, when the prompt is new and when it is known."
-    lm = load('llmopt-tiny', 'cpu'); shape = cache_shape(lm.model); x = (torch.arange(70)*7+10)[None]
+    lm = load("llmopt-tiny", "cpu")
+    shape = cache_shape(lm.model)
+    x = (torch.arange(70) * 7 + 10)[None]
+
     def write(opt, cache):
-        with opt.attach(lm): return lm.model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=5)
+        with opt.attach(lm):
+            return lm.model.generate(
+                x,
+                attention_mask=torch.ones_like(x),
+                past_key_values=cache,
+                max_new_tokens=20,
+                do_sample=False,
+                pad_token_id=5,
+            )
+
     plain = HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=200)
     with tempfile.TemporaryDirectory() as d:
         opt = HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=200, store=PrefixStore(d, chunk=16))
         for hits in (0, 4):
             cache, report = opt.prefill(lm, x)
-            test_eq((report.hits, cache.get_seq_length(), opt.get_memory_usage()['hit_rate']), (hits, 64, hits/8))
+            test_eq((report.hits, cache.get_seq_length(), opt.get_memory_usage()["hit_rate"]), (hits, 64, hits / 8))
             assert torch.equal(write(opt, cache), write(plain, plain.make_cache(lm)))
-    with expect_fail(ValueError, 'has no store'): plain.prefill(lm, x)
+    with expect_fail(ValueError, "has no store"):
+        plain.prefill(lm, x)

@@ -6,7 +6,7 @@ import gc
 import psutil
 import math
 import torch
-from fastcore.test import test_eq, expect_fail
+from fastcore.test import expect_fail, test_eq
 from llmopt.kv_cache.memory import *
 
 
@@ -15,19 +15,21 @@ def test_resident_bytes_are_the_predicted_pages():
     for dtype in torch.float32, torch.bfloat16:
         r = Region(6, 50_000, 48, dtype, populate=False)
         for n in 1, 7, 500, 501, 4000, 300, 0, 90:
-            old = r.n; r.resize(n)
+            old = r.n
+            r.resize(n)
             r.data[:, old:n] = 1
-            test_eq(r.resident(), 6*math.ceil(n*48*dtype.itemsize/PAGE)*PAGE)
+            test_eq(r.resident(), 6 * math.ceil(n * 48 * dtype.itemsize / PAGE) * PAGE)
 
 
 def test_populate_stays_within_one_page_a_row():
     "With the background at work there is at most one page more in a row, also after a shrink."
     r = Region(6, 50_000, 48, populate=True)
     for n in (1, 100, 101, 3000, 200, 210, 220, 0):
-        old = r.n; r.resize(n)
+        old = r.n
+        r.resize(n)
         r.data[:, old:n] = 1
-        need = 6*math.ceil(n*192/PAGE)*PAGE
-        assert need <= r.resident() <= need+6*PAGE, (n, need, r.resident())
+        need = 6 * math.ceil(n * 192 / PAGE) * PAGE
+        assert need <= r.resident() <= need + 6 * PAGE, (n, need, r.resident())
     test_eq(r.resident(), 0)
 
 
@@ -36,66 +38,99 @@ def test_trim_rows():
     growing from the longest one."""
     for populate in True, False:
         r = Region(3, 50_000, 64, populate=populate)
-        r.resize(1000); r.data[:, :1000] = torch.arange(1000.)[None, :, None]
-        r.trim([1000, 17, 0]); pages = lambda *ns: sum(math.ceil(n*256/PAGE) for n in ns)*PAGE
-        test_eq((r.n, r.resident()), (1000, pages(1000, 17))); test_eq(r.data[1, :17, 3].tolist(), [*range(17)])
-        r.resize(1001); r.data[0, 1000] = r.data[1, 17] = 1.
-        test_eq(r.resident(), pages(1001, 18)); r.trim([20, 18, 0]); test_eq(r.resident(), pages(20, 18))
-        with expect_fail(ValueError, 'trim takes'): r.trim([21, 1, 1])
+        r.resize(1000)
+        r.data[:, :1000] = torch.arange(1000.0)[None, :, None]
+        r.trim([1000, 17, 0])
+
+        def pages(*ns):
+            return sum(math.ceil(n * 256 / PAGE) for n in ns) * PAGE
+
+        test_eq((r.n, r.resident()), (1000, pages(1000, 17)))
+        test_eq(r.data[1, :17, 3].tolist(), [*range(17)])
+        r.resize(1001)
+        r.data[0, 1000] = r.data[1, 17] = 1.0
+        test_eq(r.resident(), pages(1001, 18))
+        r.trim([20, 18, 0])
+        test_eq(r.resident(), pages(20, 18))
+        with expect_fail(ValueError, "trim takes"):
+            r.trim([21, 1, 1])
 
 
 def test_reserving_takes_nothing():
     "Reserving 64 GiB takes less than 1 MiB."
     rss = psutil.Process().memory_info().rss
     r = Region(16, 2**20, 1024)
-    assert r.reserved == 2**36 and psutil.Process().memory_info().rss-rss < 2**20
+    assert r.reserved == 2**36 and psutil.Process().memory_info().rss - rss < 2**20
     test_eq(r.resident(), 0)
 
 
 def test_content_and_address():
     "What was written stays through growth, at the same address; what was given back reads as zeros."
-    r = Region(2, 10_000, 32); p = r.data.data_ptr()
-    r.resize(100); r.data[:, :100] = torch.arange(100.)[None, :, None]
-    r.resize(9000); r.settle()
-    test_eq(r.data.data_ptr(), p); test_eq(r.data[1, :100, 5].tolist(), [*range(100)])
-    r.resize(0); r.resize(100); test_eq(r.data[:, :100].sum().item(), 0.)
+    r = Region(2, 10_000, 32)
+    p = r.data.data_ptr()
+    r.resize(100)
+    r.data[:, :100] = torch.arange(100.0)[None, :, None]
+    r.resize(9000)
+    r.settle()
+    test_eq(r.data.data_ptr(), p)
+    test_eq(r.data[1, :100, 5].tolist(), [*range(100)])
+    r.resize(0)
+    r.resize(100)
+    test_eq(r.data[:, :100].sum().item(), 0.0)
 
 
 def test_no_leaks():
     """Ten thousand times up and down leaks neither pages nor mappings, and closing gives all back, the addresses as
     soon as no tensor looks at them."""
-    def mappings(): gc.collect(); return sum(1 for _ in open('/proc/self/maps'))
+
+    def mappings():
+        gc.collect()
+        return sum(1 for _ in open("/proc/self/maps"))
+
     Region(8, 4096, 64).resize(1)
     before, proc = mappings(), psutil.Process()
     r = Region(8, 4096, 64)
     for i in range(10_000):
-        if i == 100: rss = proc.memory_info().rss
-        n = (i*37)%64
-        r.resize(n); r.data[:, max(n-1, 0):n] = 1.
+        if i == 100:
+            rss = proc.memory_info().rss
+        n = (i * 37) % 64
+        r.resize(n)
+        r.data[:, max(n - 1, 0) : n] = 1.0
     r.settle()
-    assert proc.memory_info().rss-rss < 2**20
-    view = r.data[:, :64]; r.close()
-    test_eq(view.sum().item(), 0.)
+    assert proc.memory_info().rss - rss < 2**20
+    view = r.data[:, :64]
+    r.close()
+    test_eq(view.sum().item(), 0.0)
     test_eq(anonymous_bytes([r.address]), 0)
-    del view, r; assert mappings() <= before
+    del view, r
+    assert mappings() <= before
 
 
 def test_refusals():
     "Bad sizes and uses are refused."
     r = Region(2, 100, 8)
-    with expect_fail(ValueError, 'do not fit'): r.resize(-1)
-    with expect_fail(ValueError, 'reserve more'): r.resize(101)
-    with expect_fail(ValueError, 'at least 1'): Region(2, -5, 8)
-    with expect_fail(TypeError, 'pickled'): copy.copy(r)
-    r.close(); r.close()
-    with expect_fail(RuntimeError, 'closed'): r.resize(1)
+    with expect_fail(ValueError, "do not fit"):
+        r.resize(-1)
+    with expect_fail(ValueError, "reserve more"):
+        r.resize(101)
+    with expect_fail(ValueError, "at least 1"):
+        Region(2, -5, 8)
+    with expect_fail(TypeError, "pickled"):
+        copy.copy(r)
+    r.close()
+    r.close()
+    with expect_fail(RuntimeError, "closed"):
+        r.resize(1)
 
 
 def test_copies():
     "A copy has memory of its own, and only as much as is in use."
-    r = Region(2, 10**6, 8, populate=False); r.resize(10); r.data[:, :10] = 3.
-    c = copy.deepcopy(r); c.data[:, :10] = 4.
-    test_eq((r.data[0, 0, 0].item(), c.n, c.resident()), (3., 10, 2*PAGE))
+    r = Region(2, 10**6, 8, populate=False)
+    r.resize(10)
+    r.data[:, :10] = 3.0
+    c = copy.deepcopy(r)
+    c.data[:, :10] = 4.0
+    test_eq((r.data[0, 0, 0].item(), c.n, c.resident()), (3.0, 10, 2 * PAGE))
 
 
 def test_both_backends_keep_the_same_content():
@@ -103,8 +138,10 @@ def test_both_backends_keep_the_same_content():
     a, b = Region(3, 5000, 8), DoublingRegion(3, 5000, 8)
     for n in (1, 16, 17, 900, 400, 100, 3, 0, 50, 5000):
         for r in (a, b):
-            old = r.n; r.resize(n)
-            r.data[:, old:n] = torch.arange(old, n).float()[None, :, None] if n > old else 0.
+            old = r.n
+            r.resize(n)
+            r.data[:, old:n] = torch.arange(old, n).float()[None, :, None] if n > old else 0.0
         assert torch.equal(a.data[:, :n], b.data[:, :n])
     b.close()
-    with expect_fail(RuntimeError, 'closed'): b.resize(1)
+    with expect_fail(RuntimeError, "closed"):
+        b.resize(1)

@@ -13,11 +13,11 @@ import threading
 import time
 import warnings
 import torch
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.core import load
-from llmopt.kv_cache.memory import PAGE, DoublingRegion
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.eviction import Eviction, EvictingCache
+from llmopt.kv_cache.memory import PAGE, DoublingRegion
 from pathlib import Path
 from llmopt.kv_cache.slab import SimpleVAttention, SlabCache
 from llmopt.kv_cache.restore import *
@@ -30,41 +30,71 @@ def test_slots_are_filled_in_any_order():
     k, v = torch.randn(2, 1, 2, 96, 64)
     for doubling in (False, True):
         s = SimpleVAttention(2, 64, 1, 1000, populate=False)
-        if doubling: s.k, s.v = (DoublingRegion(2, 1000, 64) for _ in 'kv')
+        if doubling:
+            s.k, s.v = (DoublingRegion(2, 1000, 64) for _ in "kv")
         s.hold(96)
         s.place(k[:, :, 64:], v[:, :, 64:], 64)
-        if not doubling: test_eq(s.resident(), 4*2*PAGE)          # 16 tokens of 64 floats are a page
-        s.append(k[:, :, :32], v[:, :, :32]); s.place(k[:, :, 32:64], v[:, :, 32:64], 32); s.advance(64)
+        if not doubling:
+            test_eq(s.resident(), 4 * 2 * PAGE)  # 16 tokens of 64 floats are a page
+        s.append(k[:, :, :32], v[:, :, :32])
+        s.place(k[:, :, 32:64], v[:, :, 32:64], 32)
+        s.advance(64)
         assert torch.equal(s.keys, k[:, :, :64])
-        s.advance(96); s.hold(0)
+        s.advance(96)
+        s.hold(0)
         assert torch.equal(s.keys, k) and torch.equal(s.values, v)
 
 
 def test_slot_refusals():
     "Slots that were not held are refused, negative ones too; held slots that were not used give their pages back."
     s, t = SimpleVAttention(2, 8, 1, 100, populate=False), torch.ones(1, 2, 4, 8)
-    s.append(t, t); s.hold(20)
+    s.append(t, t)
+    s.hold(20)
     for at in (-4, 3, 17, 40):
-        with expect_fail(ValueError, 'not among the held'): s.place(t, t, at)
-    with expect_fail(ValueError, 'cannot take'): s.place(t.double(), t, 8)
+        with expect_fail(ValueError, "not among the held"):
+            s.place(t, t, at)
+    with expect_fail(ValueError, "cannot take"):
+        s.place(t.double(), t, 8)
     for n in (-1, 3, 21):
-        with expect_fail(ValueError, 'cannot advance'): s.advance(n)
-    with expect_fail(ValueError, 'do not fit'): s.hold(101)
-    wide = SimpleVAttention(2, 512, 1, 100, populate=False); x = torch.ones(1, 2, 4, 512)
-    wide.hold(50); wide.place(x, x, 40); assert wide.resident(); wide.hold(0); test_eq(wide.resident(), 0)
+        with expect_fail(ValueError, "cannot advance"):
+            s.advance(n)
+    with expect_fail(ValueError, "do not fit"):
+        s.hold(101)
+    wide = SimpleVAttention(2, 512, 1, 100, populate=False)
+    x = torch.ones(1, 2, 4, 512)
+    wide.hold(50)
+    wide.place(x, x, 40)
+    assert wide.resident()
+    wide.hold(0)
+    test_eq(wide.resident(), 0)
 
 
-SMALL = dict(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-             max_position_embeddings=512, bos_token_id=0, eos_token_id=3, pad_token_id=5)
+SMALL = dict(
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    bos_token_id=0,
+    eos_token_id=3,
+    pad_token_id=5,
+)
+
 
 def tiny(dtype=torch.float32, seed=0, config=None):
     "A Llama with random weights, or a model of another configuration."
     torch.manual_seed(seed)
     m = T.AutoModelForCausalLM.from_config(config or T.LlamaConfig(**SMALL))
-    for p in m.parameters(): p.data.add_(.1*torch.randn_like(p))
+    for p in m.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
     return m.to(dtype).eval()
 
-def prompt(n, seed=1): return torch.randint(10, 250, (1, n), generator=torch.Generator().manual_seed(seed))
+
+def prompt(n, seed=1):
+    return torch.randint(10, 250, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_root_tells_models_apart():
@@ -73,9 +103,17 @@ def test_the_root_tells_models_apart():
     m, same = tiny(), tiny()
     root = chain_root(m, 16)
     test_eq(chain_root(same, 16), root)
-    others = [chain_root(tiny(seed=1), 16), chain_root(tiny(torch.bfloat16), 16), chain_root(m, 32), chain_root(m, 16, 'me')]
-    same.set_attn_implementation('eager'); others.append(chain_root(same, 16)); same.set_attn_implementation('sdpa')
-    with torch.no_grad(): same.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    others = [
+        chain_root(tiny(seed=1), 16),
+        chain_root(tiny(torch.bfloat16), 16),
+        chain_root(m, 32),
+        chain_root(m, 16, "me"),
+    ]
+    same.set_attn_implementation("eager")
+    others.append(chain_root(same, 16))
+    same.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        same.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
     others.append(chain_root(same, 16))
     test_eq(len({root, *others}), 7)
 
@@ -84,19 +122,31 @@ def test_damage_is_noticed():
     "Any byte changed, anything cut off or added, or another name: noticed."
     torch.manual_seed(0)
     kv = [(torch.randn(1, 2, 4, 8).to(d), torch.randn(1, 2, 4, 6).to(d)) for d in (torch.float32, torch.bfloat16)]
-    data = pack_chunk('name', kv)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for p, q in zip(kv, unpack_chunk('name', data)) for a, b in zip(p, q))
-    head = 8+int.from_bytes(data[:8], 'little')
-    bad = [data[:i]+bytes([data[i]^bit])+data[i+1:] for i in (*range(8, head, 3), *range(head, len(data), 41)) for bit in (1, 64)]
-    bad += [data[:n] for n in (0, 5, head, len(data)-1)]+[data+b'x', os.urandom(500)]
+    data = pack_chunk("name", kv)
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype for p, q in zip(kv, unpack_chunk("name", data)) for a, b in zip(p, q)
+    )
+    head = 8 + int.from_bytes(data[:8], "little")
+    bad = [
+        data[:i] + bytes([data[i] ^ bit]) + data[i + 1 :]
+        for i in (*range(8, head, 3), *range(head, len(data), 41))
+        for bit in (1, 64)
+    ]
+    bad += [data[:n] for n in (0, 5, head, len(data) - 1)] + [data + b"x", os.urandom(500)]
     undetected = 0
     for b in bad:
-        try: out = unpack_chunk('name', b)
-        except DamagedChunk: continue
-        undetected += not all(torch.equal(x, y) for p, q in zip(kv, out) for x, y in zip(p, q))     # a changed blank in the header is no damage
+        try:
+            out = unpack_chunk("name", b)
+        except DamagedChunk:
+            continue
+        undetected += not all(
+            torch.equal(x, y) for p, q in zip(kv, out) for x, y in zip(p, q)
+        )  # a changed blank in the header is no damage
     test_eq(undetected, 0)
-    with expect_fail(DamagedChunk): unpack_chunk('other', data)
-    with expect_fail(DamagedChunk, 'no safetensors'): unpack_chunk('name', data[:40])
+    with expect_fail(DamagedChunk):
+        unpack_chunk("other", data)
+    with expect_fail(DamagedChunk, "no safetensors"):
+        unpack_chunk("name", data[:40])
 
 
 def test_size_limit():
@@ -105,32 +155,44 @@ def test_size_limit():
     with tempfile.TemporaryDirectory() as d:
         s = PrefixStore(d, max_bytes=1000)
         for prompt_no in range(3):
-            for i in range(4): s._write(f'{prompt_no}{i}', bytes(100), 10**9*(prompt_no+1)-1000*i, 10**9*(prompt_no+1)-4000)
-        test_eq(sorted(p.name[:2] for p in Path(d).iterdir()), ['00', '01', *(f'{p}{i}' for p in (1, 2) for i in range(4))])
-        test_eq((s.bytes, s.counts['evicted']), (1000, 2))
-        test_eq(s._write('big', bytes(1001), 10**10, 10**10), 0)
-        own = PrefixStore(Path(d)/'own', max_bytes=250)               # a prompt longer than the store keeps its beginning
-        test_eq([own._write(f'{i}', bytes(100), 10**9-1000*i, 10**9-4000) for i in range(4)], [100, 100, 0, 0])
-        test_eq([oct(p.stat().st_mode & 0o777) for p in (own.folder, own.path('0'))], ['0o700', '0o600'])
-        for kw in dict(max_bytes=0), dict(max_bytes=-5), dict(chunk=-1), dict(chunk=2.):
-            with expect_fail(ValueError, 'at least 1'): PrefixStore(d, **kw)
+            for i in range(4):
+                s._write(
+                    f"{prompt_no}{i}", bytes(100), 10**9 * (prompt_no + 1) - 1000 * i, 10**9 * (prompt_no + 1) - 4000
+                )
+        test_eq(
+            sorted(p.name[:2] for p in Path(d).iterdir()), ["00", "01", *(f"{p}{i}" for p in (1, 2) for i in range(4))]
+        )
+        test_eq((s.bytes, s.counts["evicted"]), (1000, 2))
+        test_eq(s._write("big", bytes(1001), 10**10, 10**10), 0)
+        own = PrefixStore(Path(d) / "own", max_bytes=250)  # a prompt longer than the store keeps its beginning
+        test_eq([own._write(f"{i}", bytes(100), 10**9 - 1000 * i, 10**9 - 4000) for i in range(4)], [100, 100, 0, 0])
+        test_eq([oct(p.stat().st_mode & 0o777) for p in (own.folder, own.path("0"))], ["0o700", "0o600"])
+        for kw in dict(max_bytes=0), dict(max_bytes=-5), dict(chunk=-1), dict(chunk=2.0):
+            with expect_fail(ValueError, "at least 1"):
+                PrefixStore(d, **kw)
 
 
 def test_costs_and_meeting_point():
     """The line is found again from points on it. The meeting point is the one of Cake's equation $a x + b x^2/2 =
     (n-x)\\,t$ to within a chunk (the equation has fractions of chunks), alone or not."""
-    c = Costs(); test_eq((c.compute(3), c.load), (None, None))
-    c.computed(4, .5); test_eq(c.compute(9), .5)
     c = Costs()
-    for i in range(30): c.computed(i, .2+.01*i); c.loaded(.3)
-    test_close(c.compute(50), .7); test_close(c.load, .3)
+    test_eq((c.compute(3), c.load), (None, None))
+    c.computed(4, 0.5)
+    test_eq(c.compute(9), 0.5)
+    c = Costs()
+    for i in range(30):
+        c.computed(i, 0.2 + 0.01 * i)
+        c.loaded(0.3)
+    test_close(c.compute(50), 0.7)
+    test_close(c.load, 0.3)
     n = 40
-    for a, b, t in (.1, 0., .1), (.1, .01, .05), (.05, .02, .4), (.1, .001, 1.), (.1, .01, .01):
-        x, s = meeting_point([a+b*i for i in range(n)], t, [True]*n)
-        exact = (math.sqrt((a+t)**2+2*b*n*t)-(a+t))/b if b else n*t/(a+t)
-        assert abs(x-exact) <= 1 and abs(s-(n-exact)*t) <= max(t, a+b*n), (a, b, t, x, exact)
-    test_eq(meeting_point([1.]*8, 100., [True]*8), (8, 8.)); test_eq(meeting_point([1.]*8, .01, [True]*8), (0, .08))
-    test_eq(meeting_point([1.]*4, .5, [True, True, False, False]), (1, 3.))
+    for a, b, t in (0.1, 0.0, 0.1), (0.1, 0.01, 0.05), (0.05, 0.02, 0.4), (0.1, 0.001, 1.0), (0.1, 0.01, 0.01):
+        x, s = meeting_point([a + b * i for i in range(n)], t, [True] * n)
+        exact = (math.sqrt((a + t) ** 2 + 2 * b * n * t) - (a + t)) / b if b else n * t / (a + t)
+        assert abs(x - exact) <= 1 and abs(s - (n - exact) * t) <= max(t, a + b * n), (a, b, t, x, exact)
+    test_eq(meeting_point([1.0] * 8, 100.0, [True] * 8), (8, 8.0))
+    test_eq(meeting_point([1.0] * 8, 0.01, [True] * 8), (0, 0.08))
+    test_eq(meeting_point([1.0] * 4, 0.5, [True, True, False, False]), (1, 3.0))
 
 
 def test_claims():
@@ -138,32 +200,46 @@ def test_claims():
     take to compute."""
     c = Claims([True, False, True, True])
     test_eq([c.take_last(), c.take_last()], [3, 2])
-    c.deliver(3, lambda: None); assert not c.mine(3, .1, .5)      # loaded
-    assert c.mine(1, 1., .01)                                     # not stored
-    assert c.mine(0, .1, .2) and c.take_last() is None            # the loader is slower
-    c.deliver(2); assert c.mine(2, 1., .01) and c.damaged == {2}  # could not be loaded
-    c = Claims([True]*3); c.take_last()
-    assert c.mine(0, None, .01) and c.mine(1, .5, None)           # nothing is known: compute, and learn
-    t = time.perf_counter(); assert c.mine(2, .05, .01)           # a loader that has stopped
-    assert time.perf_counter()-t < 5 and c.wasted == 1
-    c.deliver(2, lambda: 1/0); test_eq(c.state[2], MINE)          # too late: not written
-    c = Claims([True]*2); i = c.take_last(); threading.Timer(.05, c.close).start(); assert c.mine(1, math.inf, None)
+    c.deliver(3, lambda: None)
+    assert not c.mine(3, 0.1, 0.5)  # loaded
+    assert c.mine(1, 1.0, 0.01)  # not stored
+    assert c.mine(0, 0.1, 0.2) and c.take_last() is None  # the loader is slower
+    c.deliver(2)
+    assert c.mine(2, 1.0, 0.01) and c.damaged == {2}  # could not be loaded
+    c = Claims([True] * 3)
+    c.take_last()
+    assert c.mine(0, None, 0.01) and c.mine(1, 0.5, None)  # nothing is known: compute, and learn
+    t = time.perf_counter()
+    assert c.mine(2, 0.05, 0.01)  # a loader that has stopped
+    assert time.perf_counter() - t < 5 and c.wasted == 1
+    c.deliver(2, lambda: 1 / 0)
+    test_eq(c.state[2], MINE)  # too late: not written
+    c = Claims([True] * 2)
+    i = c.take_last()
+    threading.Timer(0.05, c.close).start()
+    assert c.mine(1, math.inf, None)
 
 
 @torch.no_grad()
 def reference(model, ids, chunk):
     "A prefill without store: chunk by chunk into the stock cache, then the rest of the prompt."
-    cache, n = T.DynamicCache(config=model.config), (ids.shape[1]-1)//chunk*chunk
-    for i in range(0, n, chunk): model(ids[:, i:i+chunk], past_key_values=cache)
+    cache, n = T.DynamicCache(config=model.config), (ids.shape[1] - 1) // chunk * chunk
+    for i in range(0, n, chunk):
+        model(ids[:, i : i + chunk], past_key_values=cache)
     return copy.deepcopy(cache), model(ids[:, n:], past_key_values=cache).logits
+
 
 @torch.no_grad()
 def check_same(model, ids, chunk, cache, want=None):
     "Keys, values and following logits are to the bit those of `reference`."
     want, logits = want or reference(model, ids, chunk)
     assert cache.get_seq_length() == want.get_seq_length()
-    if cache.get_seq_length(): assert all(torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in zip(cache.layers, want.layers))
-    assert torch.equal(model(ids[:, cache.get_seq_length():], past_key_values=cache).logits, logits)
+    if cache.get_seq_length():
+        assert all(
+            torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in zip(cache.layers, want.layers)
+        )
+    assert torch.equal(model(ids[:, cache.get_seq_length() :], past_key_values=cache).logits, logits)
+
 
 def restored(store, model, ids, want=None, **kw):
     "The report of a prefill whose result was checked."
@@ -178,29 +254,48 @@ def test_same_bits_at_every_meeting_point():
     and so is every logit after it. That holds in float32 and in bfloat16, for random models with grouped and with
     plain heads, and for the bundled one. (On one machine with one number of threads: another processor adds up in
     another order.)"""
-    phi = T.PhiConfig(**{k: v for k, v in SMALL.items() if k != 'head_dim'} | dict(num_key_value_heads=4))
+    phi = T.PhiConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"} | dict(num_key_value_heads=4))
     gpt2 = T.GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=3)
-    models = [tiny(), tiny(torch.bfloat16), tiny(config=phi), tiny(config=gpt2), load('llmopt-tiny', 'cpu').model, load('llmopt-tiny', 'cpu', 'bfloat16').model]
+    models = [
+        tiny(),
+        tiny(torch.bfloat16),
+        tiny(config=phi),
+        tiny(config=gpt2),
+        load("llmopt-tiny", "cpu").model,
+        load("llmopt-tiny", "cpu", "bfloat16").model,
+    ]
     with tempfile.TemporaryDirectory() as d:
-        store = PrefixStore(d, chunk=24)                 # one folder for all of them
+        store = PrefixStore(d, chunk=24)  # one folder for all of them
         for m in models:
-            ids = prompt(24*5+7); want = reference(m, ids, 24)
-            r = restored(store, m, ids, want); test_eq((r.hits, r.computed, r.meet, r.tokens, r.mode), (0, 5, 5, 120, 'compute'))
+            ids = prompt(24 * 5 + 7)
+            want = reference(m, ids, 24)
+            r = restored(store, m, ids, want)
+            test_eq((r.hits, r.computed, r.meet, r.tokens, r.mode), (0, 5, 5, 120, "compute"))
             for meet in range(6):
                 r = restored(store, m, ids, want, meet=meet)
-                test_eq((r.hits, r.computed, r.loaded, r.meet, r.damaged, r.bytes_written), (5, meet, 5-meet, meet, 0, 0))
-        test_eq(store.stats()['files'], 5*len(models))
+                test_eq(
+                    (r.hits, r.computed, r.loaded, r.meet, r.damaged, r.bytes_written), (5, meet, 5 - meet, meet, 0, 0)
+                )
+        test_eq(store.stats()["files"], 5 * len(models))
 
 
 def test_same_bits_wherever_they_meet():
     "With no meeting point given, loaders of every speed and of no steady speed at all lead to the same bits."
-    rng, m, ids, meets = random.Random(0), tiny(), prompt(16*8+1), set()
+    rng, m, ids, meets = random.Random(0), tiny(), prompt(16 * 8 + 1), set()
     with tempfile.TemporaryDirectory() as d:
-        want = reference(m, ids, 16); restored(PrefixStore(d, chunk=16), m, ids, want)
-        for top in (0, 0, .002, .002, .005, .01, .03, .1):
-            def uneven(p): time.sleep(rng.random()*top); return read_file(p)
+        want = reference(m, ids, 16)
+        restored(PrefixStore(d, chunk=16), m, ids, want)
+        for top in (0, 0, 0.002, 0.002, 0.005, 0.01, 0.03, 0.1):
+
+            def uneven(p):
+                time.sleep(rng.random() * top)
+                return read_file(p)
+
             s = PrefixStore(d, chunk=16, read=uneven)
-            for _ in range(3): r = restored(s, m, ids, want); meets.add(r.meet); test_eq((r.hits, r.computed+r.loaded), (8, 8))
+            for _ in range(3):
+                r = restored(s, m, ids, want)
+                meets.add(r.meet)
+                test_eq((r.hits, r.computed + r.loaded), (8, 8))
     assert len(meets) > 2
 
 
@@ -211,76 +306,132 @@ def test_shared_beginnings_and_edges():
     b = torch.cat([a[:, :70], prompt(50, seed=2)], 1)
     with tempfile.TemporaryDirectory() as d:
         s = PrefixStore(d, chunk=16)
-        restored(s, m, a); r = restored(s, m, b); test_eq((r.chunks, r.hits), (7, 4))
-        for n in (1, 2, 15, 16, 17, 32, 33): test_eq(restored(s, m, a[:, :n]).chunks, (n-1)//16)
+        restored(s, m, a)
+        r = restored(s, m, b)
+        test_eq((r.chunks, r.hits), (7, 4))
+        for n in (1, 2, 15, 16, 17, 32, 33):
+            test_eq(restored(s, m, a[:, :n]).chunks, (n - 1) // 16)
         test_eq(s.prefill(m, SlabCache(m.config), a[0].tolist(), meet=0).loaded, 6)
-        got = s.stats(); test_eq((got['prefills'], got['files'], got['bytes']), (10, 9, sum(p.stat().st_size for p in Path(d).iterdir())))
-        test_eq(got['hit_rate'], (0+4+4+6)/(6+7+4+6))             # long, its sibling, seven short ones, long again
+        got = s.stats()
+        test_eq(
+            (got["prefills"], got["files"], got["bytes"]), (10, 9, sum(p.stat().st_size for p in Path(d).iterdir()))
+        )
+        test_eq(got["hit_rate"], (0 + 4 + 4 + 6) / (6 + 7 + 4 + 6))  # long, its sibling, seven short ones, long again
 
 
 def test_damaged_chunks_are_computed_and_replaced():
     """A chunk that was cut, half-written, spoiled, exchanged for another or deleted is noticed, computed, and stored
     anew. (Where the front computes it anyway, it is never read.)"""
-    m, ids = tiny(), prompt(16*6+1)
+    m, ids = tiny(), prompt(16 * 6 + 1)
     with tempfile.TemporaryDirectory() as d:
-        s = PrefixStore(d, chunk=16); restored(s, m, ids)
-        names = chain(chain_root(m, 16), ids[0], 16); good = [s.path(n).read_bytes() for n in names]
-        spoiled = dict(cut=good[3][:700], half=good[3][:len(good[3])//2]+bytes(len(good[3])//2), empty=b'', flipped=good[3][:-9]+bytes([good[3][-9]^4])+good[3][-8:], other=good[2])
+        s = PrefixStore(d, chunk=16)
+        restored(s, m, ids)
+        names = chain(chain_root(m, 16), ids[0], 16)
+        good = [s.path(n).read_bytes() for n in names]
+        spoiled = dict(
+            cut=good[3][:700],
+            half=good[3][: len(good[3]) // 2] + bytes(len(good[3]) // 2),
+            empty=b"",
+            flipped=good[3][:-9] + bytes([good[3][-9] ^ 4]) + good[3][-8:],
+            other=good[2],
+        )
         for how, data in spoiled.items():
             s.path(names[3]).write_bytes(data)
-            r = restored(s, m, ids, meet=0); test_eq((how, r.damaged, r.computed, r.loaded), (how, 1, 1, 5))
+            r = restored(s, m, ids, meet=0)
+            test_eq((how, r.damaged, r.computed, r.loaded), (how, 1, 1, 5))
             test_eq(s.path(names[3]).read_bytes(), good[3])
-        for n in names: s.path(n).write_bytes(b'nothing')
-        test_eq(restored(s, m, ids, meet=0).damaged, 6); assert not restored(s, m, ids, meet=0).computed
-        s.path(names[1]).unlink(); r = restored(s, m, ids, meet=0); test_eq((r.hits, r.computed, r.damaged), (5, 1, 0))
-        def vanish(p): p.unlink(); return read_file(p)
+        for n in names:
+            s.path(n).write_bytes(b"nothing")
+        test_eq(restored(s, m, ids, meet=0).damaged, 6)
+        assert not restored(s, m, ids, meet=0).computed
+        s.path(names[1]).unlink()
+        r = restored(s, m, ids, meet=0)
+        test_eq((r.hits, r.computed, r.damaged), (5, 1, 0))
+
+        def vanish(p):
+            p.unlink()
+            return read_file(p)
+
         test_eq(restored(PrefixStore(d, chunk=16, read=vanish), m, ids, meet=2).computed, 6)
 
 
 def test_killed_and_hanging_loaders():
     """A loader that dies or hangs costs time and nothing else. After four reads that never came back, no more are
     begun."""
-    m, ids = tiny(), prompt(16*6+1)
+    m, ids = tiny(), prompt(16 * 6 + 1)
     with tempfile.TemporaryDirectory() as d:
         restored(PrefixStore(d, chunk=16), m, ids)
-        for error in (SystemExit('killed'), RuntimeError('broken')):
+        for error in (SystemExit("killed"), RuntimeError("broken")):
             reads = []
+
             def die(p):
                 reads.append(p)
-                if len(reads) > 2: raise error
+                if len(reads) > 2:
+                    raise error
                 return read_file(p)
+
             cache = SlabCache(m.config)
             with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter('always'); r = PrefixStore(d, chunk=16, read=die).prefill(m, cache, ids, meet=0)
-            check_same(m, ids, 16, cache); test_eq((r.loaded, r.computed, len(said)), (2, 4, 1)); assert 'loader stopped' in str(said[0].message)
+                warnings.simplefilter("always")
+                r = PrefixStore(d, chunk=16, read=die).prefill(m, cache, ids, meet=0)
+            check_same(m, ids, 16, cache)
+            test_eq((r.loaded, r.computed, len(said)), (2, 4, 1))
+            assert "loader stopped" in str(said[0].message)
         gate = threading.Event()
-        def hang(p): gate.wait(); return read_file(p)
+
+        def hang(p):
+            gate.wait()
+            return read_file(p)
+
         s = PrefixStore(d, chunk=16, read=hang)
-        for i in range(4): r = restored(s, m, ids); test_eq((r.computed, r.wasted), (6, 1))
-        with expect_fail(UserWarning, 'not come back'):
-            with warnings.catch_warnings(): warnings.simplefilter('error'); restored(s, m, ids)
-        gate.set(); [t.join() for t in s.loaders]; test_eq(restored(s, m, ids, meet=0).loaded, 6)
+        for i in range(4):
+            r = restored(s, m, ids)
+            test_eq((r.computed, r.wasted), (6, 1))
+        with expect_fail(UserWarning, "not come back"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                restored(s, m, ids)
+        gate.set()
+        [t.join() for t in s.loaders]
+        test_eq(restored(s, m, ids, meet=0).loaded, 6)
 
 
 def test_no_place_to_store():
     """A folder that cannot be made, one that vanishes, and a disk that is full (here: a limit of the system on the
     size of files) mean one warning and no store."""
-    m, ids = tiny(), prompt(16*6+1)
+    m, ids = tiny(), prompt(16 * 6 + 1)
+
     def warned(f):
-        with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); f()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            f()
         return [str(w.message) for w in said]
+
     with tempfile.TemporaryDirectory() as d:
-        (Path(d)/'file').write_text('in the way')
-        test_eq(len(warned(lambda: [restored(PrefixStore(Path(d)/'file'/'store', chunk=16), m, ids) for _ in range(2)])), 2)
-        one = []; test_eq(len(warned(lambda: one.append(PrefixStore(Path(d)/'file'/'store', chunk=16)))), 1)
+        (Path(d) / "file").write_text("in the way")
+        test_eq(
+            len(
+                warned(lambda: [restored(PrefixStore(Path(d) / "file" / "store", chunk=16), m, ids) for _ in range(2)])
+            ),
+            2,
+        )
+        one = []
+        test_eq(len(warned(lambda: one.append(PrefixStore(Path(d) / "file" / "store", chunk=16)))), 1)
         test_eq(warned(lambda: [restored(one[0], m, ids) for _ in range(2)]), [])
-        s = PrefixStore(Path(d)/'gone', chunk=16); shutil.rmtree(Path(d)/'gone')
-        said = warned(lambda: [restored(s, m, ids) for _ in range(2)]); test_eq(len(said), 1); assert 'cannot be written' in said[0]
-        s, (soft, hard) = PrefixStore(Path(d)/'full', chunk=16), resource.getrlimit(resource.RLIMIT_FSIZE)
+        s = PrefixStore(Path(d) / "gone", chunk=16)
+        shutil.rmtree(Path(d) / "gone")
+        said = warned(lambda: [restored(s, m, ids) for _ in range(2)])
+        test_eq(len(said), 1)
+        assert "cannot be written" in said[0]
+        s, (soft, hard) = PrefixStore(Path(d) / "full", chunk=16), resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        try: said = warned(lambda: [restored(s, m, ids) for _ in range(2)])
-        finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        test_eq(len(said), 1); test_eq([*(Path(d)/'full').iterdir()], []); test_eq(s.stats()['writable'], False)
+        try:
+            said = warned(lambda: [restored(s, m, ids) for _ in range(2)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        test_eq(len(said), 1)
+        test_eq([*(Path(d) / "full").iterdir()], [])
+        test_eq(s.stats()["writable"], False)
 
 
 def test_prefill_refusals():
@@ -288,49 +439,92 @@ def test_prefill_refusals():
     m, x = tiny(), prompt(40)
     mixed = tiny(config=T.Qwen3Config(**SMALL, sliding_window=8, use_sliding_window=True, max_window_layers=1))
     with tempfile.TemporaryDirectory() as d:
-        s = PrefixStore(d, chunk=16); new = lambda **kw: SlabCache(m.config, **kw); used = new()
-        with torch.no_grad(): m(x[:, :5], past_key_values=used)
-        for what, args in {'one sequence': (m, new(), x.repeat(2, 1)), 'at least one token': (m, new(), []), 'not all tokens': (m, new(), [-1, 5]), 'not all tokens ': (m, new(), [256]),
-                           'already holds 5': (m, used, x), 'full-attention': (mixed, SlabCache(mixed.config), x), 'full-attention ': (m, T.DynamicCache(config=m.config), x),
-                           'reserve more': (m, new(max_seq_len=39), x), 'model.eval': (tiny().train(), new(), x)}.items():
-            with expect_fail(ValueError, what.strip()): s.prefill(*args)
+        s = PrefixStore(d, chunk=16)
+
+        def new(**kw):
+            return SlabCache(m.config, **kw)
+
+        used = new()
+        with torch.no_grad():
+            m(x[:, :5], past_key_values=used)
+        for what, args in {
+            "one sequence": (m, new(), x.repeat(2, 1)),
+            "at least one token": (m, new(), []),
+            "not all tokens": (m, new(), [-1, 5]),
+            "not all tokens ": (m, new(), [256]),
+            "already holds 5": (m, used, x),
+            "full-attention": (mixed, SlabCache(mixed.config), x),
+            "full-attention ": (m, T.DynamicCache(config=m.config), x),
+            "reserve more": (m, new(max_seq_len=39), x),
+            "model.eval": (tiny().train(), new(), x),
+        }.items():
+            with expect_fail(ValueError, what.strip()):
+                s.prefill(*args)
         for meet in (-1, 3):
-            with expect_fail(ValueError, 'between 0 and the 2 chunks'): s.prefill(m, new(), x, meet=meet)
-        cache = new(); hook = m.model.layers[1].register_forward_pre_hook(lambda *_: 1/0)
-        with expect_fail(ValueError, 'has hooks'): s.prefill(m, cache, x)
-        with expect_fail(ZeroDivisionError): PrefixStore(d, chunk=16, salt='a hook that fails').prefill(m, cache, x)
-        hook.remove(); test_eq(cache.get_seq_length(), 0); s.prefill(m, cache, x); check_same(m, x, 16, cache)
+            with expect_fail(ValueError, "between 0 and the 2 chunks"):
+                s.prefill(m, new(), x, meet=meet)
+        cache = new()
+        hook = m.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with expect_fail(ValueError, "has hooks"):
+            s.prefill(m, cache, x)
+        with expect_fail(ZeroDivisionError):
+            PrefixStore(d, chunk=16, salt="a hook that fails").prefill(m, cache, x)
+        hook.remove()
+        test_eq(cache.get_seq_length(), 0)
+        s.prefill(m, cache, x)
+        check_same(m, x, 16, cache)
 
 
 def test_restore_under_a_budget():
     """With a budget the answer is that of full attention under the mask of what is gone, the same at every meeting
     point to the bit; and what is stored is what a store without budgets holds."""
-    m, ids, C = tiny(), prompt(16*12+9), 16
-    def files(d): return {p.name: p.read_bytes() for p in Path(d).iterdir()}
+    m, ids, C = tiny(), prompt(16 * 12 + 9), 16
+
+    def files(d):
+        return {p.name: p.read_bytes() for p in Path(d).iterdir()}
+
     def last_logits(cache, n=3):
-        with torch.no_grad(): rows = [m(ids[:, cache.get_seq_length():], past_key_values=cache).logits[:, -1]]+[m(ids[:, :1], past_key_values=cache).logits[:, -1] for _ in range(n)]
+        with torch.no_grad():
+            rows = [m(ids[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1]] + [
+                m(ids[:, :1], past_key_values=cache).logits[:, -1] for _ in range(n)
+            ]
         return torch.stack(rows)
+
     with tempfile.TemporaryDirectory() as d, tempfile.TemporaryDirectory() as plain, packed(m):
         PrefixStore(plain, chunk=C).prefill(m, SlabCache(m.config), ids)
         s, res = PrefixStore(d, chunk=C), []
         for meet in (None, *range(13)):
-            cache = EvictingCache(m.config, Eviction(64, window=20, unit=1)); r = s.prefill(m, cache, ids, meet=meet)
-            test_eq((cache.get_seq_length(), cache.evictor.rounds, r.computed), (192, 0, sum(meet is None or i < meet or i >= 10 for i in range(12))))
-            res.append((last_logits(cache), [x.positions for x in cache.slabs], cache.evictions)); assert cache.evictor.rounds and max(cache.slabs[0].sizes) < 80
-            if meet is None: test_eq(files(d), files(plain))
-        for a, b, e in res[1:]: assert torch.equal(a, res[0][0]) and all(map(torch.equal, b, res[0][1])) and e == res[0][2]
+            cache = EvictingCache(m.config, Eviction(64, window=20, unit=1))
+            r = s.prefill(m, cache, ids, meet=meet)
+            test_eq(
+                (cache.get_seq_length(), cache.evictor.rounds, r.computed),
+                (192, 0, sum(meet is None or i < meet or i >= 10 for i in range(12))),
+            )
+            res.append((last_logits(cache), [x.positions for x in cache.slabs], cache.evictions))
+            assert cache.evictor.rounds and max(cache.slabs[0].sizes) < 80
+            if meet is None:
+                test_eq(files(d), files(plain))
+        for a, b, e in res[1:]:
+            assert torch.equal(a, res[0][0]) and all(map(torch.equal, b, res[0][1])) and e == res[0][2]
         test_eq(files(d), files(plain))
-        large = EvictingCache(m.config, Eviction(999)); s.prefill(m, large, ids); whole = SlabCache(m.config); s.prefill(m, whole, ids)
-        a, b = last_logits(large), last_logits(whole); assert torch.equal(a, b) and not torch.equal(a, res[0][0])
-        with expect_fail(ValueError, 'all tokens'): s.prefill(m, EvictingCache(m.config, Eviction(64, 'h2o')), ids)
+        large = EvictingCache(m.config, Eviction(999))
+        s.prefill(m, large, ids)
+        whole = SlabCache(m.config)
+        s.prefill(m, whole, ids)
+        a, b = last_logits(large), last_logits(whole)
+        assert torch.equal(a, b) and not torch.equal(a, res[0][0])
+        with expect_fail(ValueError, "all tokens"):
+            s.prefill(m, EvictingCache(m.config, Eviction(64, "h2o")), ids)
 
 
 def test_benchmark_of_restoring():
     "A small run shows what comes out."
     shape = dict(layers=2, hidden=64, heads=4, kv_heads=2, head_size=16)
     rows = benchmark_restore(tokens=256, chunk=32, speeds=(1, 8), rounds=2, **shape)
-    test_eq([r['speed'] for r in rows], [1, 8])
+    test_eq([r["speed"] for r in rows], [1, 8])
     for r in rows:
-        test_eq((r['chunks'], len({i for _, i, *_ in r['trace']})), (8, 8))
-        assert r['load_s'] > 0 and r['speedup_vs_load'] > 0 and 0 <= r['meet'] <= 8 and r['predicted_meet'] is not None
-    t = time.perf_counter(); test_eq(throttled(.05, lambda p: b'x')(None), b'x'); assert time.perf_counter()-t >= .05
+        test_eq((r["chunks"], len({i for _, i, *_ in r["trace"]})), (8, 8))
+        assert r["load_s"] > 0 and r["speedup_vs_load"] > 0 and 0 <= r["meet"] <= 8 and r["predicted_meet"] is not None
+    t = time.perf_counter()
+    test_eq(throttled(0.05, lambda p: b"x")(None), b"x")
+    assert time.perf_counter() - t >= 0.05

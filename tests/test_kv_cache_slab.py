@@ -5,7 +5,7 @@ import copy
 import math
 import transformers as T
 import torch
-from fastcore.test import test_eq, expect_fail
+from fastcore.test import expect_fail, test_eq
 from llmopt.core import load
 from llmopt.kv_cache.memory import PAGE
 from llmopt.kv_cache.slab import *
@@ -20,7 +20,7 @@ def test_append_equals_cat():
         ks, vs = s.append(k[:, :, a:b], v[:, :, a:b])
         assert torch.equal(ks, k[:, :, :b]) and torch.equal(vs, v[:, :, :b])
     test_eq(ks.data_ptr(), at)
-    test_eq(s.live, (k.nbytes+v.nbytes))
+    test_eq(s.live, (k.nbytes + v.nbytes))
 
 
 def test_select():
@@ -28,38 +28,66 @@ def test_select():
     torch.manual_seed(0)
     s, k, v = SimpleVAttention(3, 16, 2, 5000), *torch.randn(2, 2, 3, 100, 16)
     s.append(k, v)
-    for idx in (torch.tensor([1, 0]), torch.tensor([1, 1]), torch.tensor([0, 0, 1, 1]), torch.tensor([True, False, True, True]), torch.tensor([-1])):
-        s.select(idx); k, v = k[idx], v[idx]
+    for idx in (
+        torch.tensor([1, 0]),
+        torch.tensor([1, 1]),
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([True, False, True, True]),
+        torch.tensor([-1]),
+    ):
+        s.select(idx)
+        k, v = k[idx], v[idx]
         assert torch.equal(s.keys, k) and torch.equal(s.values, v)
     test_eq(s.batch, 1)
-    c = copy.deepcopy(s); c.append(k, v); test_eq((s.n, c.n), (100, 200))
+    c = copy.deepcopy(s)
+    c.append(k, v)
+    test_eq((s.n, c.n), (100, 200))
 
 
 def test_slab_refusals():
     "What does not fit is refused instead of being broadcast or cast."
-    s = SimpleVAttention(2, 8, 1, 10); t = torch.ones(1, 2, 3, 8)
+    s = SimpleVAttention(2, 8, 1, 10)
+    t = torch.ones(1, 2, 3, 8)
     for bad in (t[:, :1], t.double(), t[..., :1], t.repeat(2, 1, 1, 1)):
-        with expect_fail(ValueError, 'cannot take'): s.append(bad, bad)
-    with expect_fail(ValueError, 'max_seq_len'): s.append(t.repeat(1, 1, 4, 1), t.repeat(1, 1, 4, 1))
-    with expect_fail(ValueError, 'cannot keep'): s.truncate(-1)
-    with expect_fail(RuntimeError, 'no_grad'): s.append(t.requires_grad_(), t)
+        with expect_fail(ValueError, "cannot take"):
+            s.append(bad, bad)
+    with expect_fail(ValueError, "max_seq_len"):
+        s.append(t.repeat(1, 1, 4, 1), t.repeat(1, 1, 4, 1))
+    with expect_fail(ValueError, "cannot keep"):
+        s.truncate(-1)
+    with expect_fail(RuntimeError, "no_grad"):
+        s.append(t.requires_grad_(), t)
     s.close()
-    with expect_fail(RuntimeError, 'closed'): s.append(t.detach(), t.detach())
+    with expect_fail(RuntimeError, "closed"):
+        s.append(t.detach(), t.detach())
 
 
 def test_sizes_are_checked_at_once():
     "What is no number of tokens or sequences is refused when the cache is made."
     for kw in dict(max_seq_len=-1), dict(max_seq_len=2.5), dict(max_batch_size=-1), dict(page_tokens=-3):
-        with expect_fail(ValueError, 'whole number'): SlabCache(load('llmopt-tiny', 'cpu').model.config, **kw)
+        with expect_fail(ValueError, "whole number"):
+            SlabCache(load("llmopt-tiny", "cpu").model.config, **kw)
 
 
 def test_same_logits_as_dynamic():
     "It is the same text, and every logit on the way is the same number, as with `DynamicCache`."
+
     def logits(cache, **kw):
-        lm = load('llmopt-tiny', 'cpu'); x = torch.arange(40).view(2, 20)*7+10
-        out = lm.model.generate(x, attention_mask=torch.ones_like(x), past_key_values=cache(lm.model.config), max_new_tokens=20, min_new_tokens=20, pad_token_id=5,
-                                output_logits=True, return_dict_in_generate=True, **kw)
+        lm = load("llmopt-tiny", "cpu")
+        x = torch.arange(40).view(2, 20) * 7 + 10
+        out = lm.model.generate(
+            x,
+            attention_mask=torch.ones_like(x),
+            past_key_values=cache(lm.model.config),
+            max_new_tokens=20,
+            min_new_tokens=20,
+            pad_token_id=5,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **kw,
+        )
         return torch.stack(out.logits)
+
     for kw in dict(do_sample=False), dict(do_sample=False, num_beams=3):
         a, b = logits(SlabCache, **kw), logits(lambda c: T.DynamicCache(config=c), **kw)
         assert torch.equal(a, b)
@@ -68,58 +96,111 @@ def test_same_logits_as_dynamic():
 def test_life_of_a_cache():
     """A cache made in inference mode can be used outside of it, copied, reset and used again with another batch;
     when it is closed it has nothing left."""
-    lm = load('llmopt-tiny', 'cpu'); x = torch.tensor([[7, 8, 9, 10]])
+    lm = load("llmopt-tiny", "cpu")
+    x = torch.tensor([[7, 8, 9, 10]])
     cache = SlabCache(lm.model.config)
-    with torch.inference_mode(): lm.model(x, past_key_values=cache)
+    with torch.inference_mode():
+        lm.model(x, past_key_values=cache)
     fork = copy.deepcopy(cache)
-    with torch.no_grad(): a, b = (lm.model(x, past_key_values=c).logits for c in (cache, fork))
-    assert torch.equal(a, b); test_eq(cache.get_seq_length(), 8)
-    cache.crop(0); cache.crop(-5); test_eq(cache.get_seq_length(), 3)
-    cache.reset(); test_eq((cache.get_seq_length(), cache.kv_bytes().resident), (0, 0))
-    with torch.no_grad(): lm.model(x.repeat(3, 1), past_key_values=cache)
-    test_eq(cache.get_seq_length(), 4); cache.close(); test_eq(cache.kv_bytes().reserved, 0)
-    with torch.no_grad(), expect_fail(RuntimeError, 'closed'): lm.model(x, past_key_values=cache)
-    with expect_fail(RuntimeError, 'no_grad'): lm.model(x, past_key_values=fork)
+    with torch.no_grad():
+        a, b = (lm.model(x, past_key_values=c).logits for c in (cache, fork))
+    assert torch.equal(a, b)
+    test_eq(cache.get_seq_length(), 8)
+    cache.crop(0)
+    cache.crop(-5)
+    test_eq(cache.get_seq_length(), 3)
+    cache.reset()
+    test_eq((cache.get_seq_length(), cache.kv_bytes().resident), (0, 0))
+    with torch.no_grad():
+        lm.model(x.repeat(3, 1), past_key_values=cache)
+    test_eq(cache.get_seq_length(), 4)
+    cache.close()
+    test_eq(cache.kv_bytes().reserved, 0)
+    with torch.no_grad(), expect_fail(RuntimeError, "closed"):
+        lm.model(x, past_key_values=cache)
+    with expect_fail(RuntimeError, "no_grad"):
+        lm.model(x, past_key_values=fork)
 
 
 def test_resident_bytes_of_a_cache():
     "What the system counts for a cache is what its length says, within one page for each row."
-    lm = load('llmopt-tiny', 'cpu'); c = lm.model.config; cache = SlabCache(c)
+    lm = load("llmopt-tiny", "cpu")
+    c = lm.model.config
+    cache = SlabCache(c)
     for n in (1, 100, 31, 1, 300):
-        with torch.no_grad(): lm.model(torch.full((2, n), 9), past_key_values=cache)
-        rows = 2*c.num_hidden_layers*2*c.num_key_value_heads
-        need = rows*math.ceil(cache.get_seq_length()*c.head_dim*4/PAGE)*PAGE
-        assert need <= cache.kv_bytes().resident <= need+rows*PAGE
-    test_eq(cache.kv_bytes().live, rows*433*c.head_dim*4)
+        with torch.no_grad():
+            lm.model(torch.full((2, n), 9), past_key_values=cache)
+        rows = 2 * c.num_hidden_layers * 2 * c.num_key_value_heads
+        need = rows * math.ceil(cache.get_seq_length() * c.head_dim * 4 / PAGE) * PAGE
+        assert need <= cache.kv_bytes().resident <= need + rows * PAGE
+    test_eq(cache.kv_bytes().live, rows * 433 * c.head_dim * 4)
 
 
 def test_mixed_layers():
     "In a model with both kinds of layers, full-attention layers get slabs and sliding ones stay stock."
-    small = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    small = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     c = SlabCache(T.Qwen3Config(**small, sliding_window=8, use_sliding_window=True, max_window_layers=2))
-    test_eq([type(l).__name__ for l in c.layers], ['SlabLayer']*2+['DynamicSlidingWindowLayer']*2)
+    test_eq([type(l).__name__ for l in c.layers], ["SlabLayer"] * 2 + ["DynamicSlidingWindowLayer"] * 2)
 
 
 def test_installed():
     """Nothing else changes: not the tokens, not a single logit, in none of the ways to generate; and not the caches
     that are made before and after."""
-    lm = load('llmopt-tiny', 'cpu'); x = torch.arange(40).view(2, 20)*7+10
+    lm = load("llmopt-tiny", "cpu")
+    x = torch.arange(40).view(2, 20) * 7 + 10
+
     def run(**kw):
         torch.manual_seed(3)
-        out = lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=12, min_new_tokens=12, pad_token_id=5, output_logits=True, return_dict_in_generate=True, **kw)
+        out = lm.model.generate(
+            x,
+            attention_mask=torch.ones_like(x),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            pad_token_id=5,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **kw,
+        )
         return out.past_key_values, torch.stack(out.logits)
+
     @torch.no_grad()
-    def forward(): return lm.model(x[:1]).past_key_values
-    kinds = lambda cache: {type(l).__name__ for l in cache.layers}
-    for kw in dict(do_sample=False), dict(num_beams=3), dict(do_sample=True, num_return_sequences=2), dict(prefill_chunk_size=7):
+    def forward():
+        return lm.model(x[:1]).past_key_values
+
+    def kinds(cache):
+        return {type(l).__name__ for l in cache.layers}
+
+    for kw in (
+        dict(do_sample=False),
+        dict(num_beams=3),
+        dict(do_sample=True, num_return_sequences=2),
+        dict(prefill_chunk_size=7),
+    ):
         stock, want = run(**kw)
-        with installed(max_seq_len=500): ours, got = run(**kw); direct = forward()
+        with installed(max_seq_len=500):
+            ours, got = run(**kw)
+            direct = forward()
         assert torch.equal(got, want) and torch.equal(ours.layers[1].keys, stock.layers[1].keys)
-        test_eq((kinds(ours), kinds(direct), kinds(stock), kinds(T.DynamicCache(config=lm.model.config))), ({'SlabLayer'}, {'SlabLayer'}, *[{'DynamicLayer'}]*2))
+        test_eq(
+            (kinds(ours), kinds(direct), kinds(stock), kinds(T.DynamicCache(config=lm.model.config))),
+            ({"SlabLayer"}, {"SlabLayer"}, *[{"DynamicLayer"}] * 2),
+        )
     install(max_seq_len=25)
     try:
-        with expect_fail(ValueError, 'max_seq_len'): run()
-    finally: uninstall()
-    test_eq(kinds(run()[0]), {'DynamicLayer'})
-    with expect_fail(ValueError, 'at least 1'): install(max_seq_len=-5)
-    with expect_fail(TypeError, 'page'): install(page=3)
+        with expect_fail(ValueError, "max_seq_len"):
+            run()
+    finally:
+        uninstall()
+    test_eq(kinds(run()[0]), {"DynamicLayer"})
+    with expect_fail(ValueError, "at least 1"):
+        install(max_seq_len=-5)
+    with expect_fail(TypeError, "page"):
+        install(page=3)

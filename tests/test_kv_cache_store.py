@@ -1,4 +1,5 @@
 "A prefix store that several real processes share: two that write and delete at once, one that dies in the middle of a write."
+
 import subprocess
 import sys
 
@@ -9,26 +10,37 @@ import transformers as T
 from llmopt.kv_cache.restore import PrefixStore, chain, chain_root, unpack_chunk
 from llmopt.kv_cache.slab import SlabCache
 
-CHUNK, LIMIT = 16, 70_000       # bytes: room for about 15 of the 30 chunks
+CHUNK, LIMIT = 16, 70_000  # bytes: room for about 15 of the 30 chunks
 
 
 def make_model():
     "The same model in every process."
     torch.manual_seed(0)
-    return T.AutoModelForCausalLM.from_config(T.LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512)).eval()
+    return T.AutoModelForCausalLM.from_config(
+        T.LlamaConfig(
+            vocab_size=256,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+        )
+    ).eval()
 
 
-def prompt(seed, n=16*6+3): return torch.randint(256, (1, n), generator=torch.Generator().manual_seed(seed))
+def prompt(seed, n=16 * 6 + 3):
+    return torch.randint(256, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def check(model, ids, cache):
     "The cache holds to the bit what a prefill without store gives."
     want = T.DynamicCache(config=model.config)
-    for i in range(0, cache.get_seq_length(), CHUNK): model(ids[:, i:i+CHUNK], past_key_values=want)
-    for a, b in zip(cache.layers, want.layers): assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+    for i in range(0, cache.get_seq_length(), CHUNK):
+        model(ids[:, i : i + CHUNK], past_key_values=want)
+    for a, b in zip(cache.layers, want.layers):
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
 
 
 def work(folder, rounds=30):
@@ -38,48 +50,56 @@ def work(folder, rounds=30):
         ids, cache = prompt(i % 5), SlabCache(model.config)
         store.prefill(model, cache, ids, meet=i % 3)
         check(model, ids, cache)
-    assert store.writable, 'stopped writing'
-    assert store.stats()['evicted'], store.stats()
+    assert store.writable, "stopped writing"
+    assert store.stats()["evicted"], store.stats()
 
 
 def die(folder):
     "Leave in the middle of writing the third chunk: the temporary file is there, and half full."
     import os
     from pathlib import Path
+
     renames, rename = [], os.replace
 
     def replace(tmp, path):
         renames.append(path)
-        if len(renames) == 3: os.truncate(tmp, Path(tmp).stat().st_size//2); os._exit(9)
+        if len(renames) == 3:
+            os.truncate(tmp, Path(tmp).stat().st_size // 2)
+            os._exit(9)
         rename(tmp, path)
+
     os.replace = replace
     model = make_model()
     PrefixStore(folder, LIMIT, CHUNK).prefill(model, SlabCache(model.config), prompt(99))
 
 
-def start(what, folder): return subprocess.Popen([sys.executable, __file__, what, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(what, folder):
+    return subprocess.Popen(
+        [sys.executable, __file__, what, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A folder that two writers and one that died have used at the same time."
-    path = tmp_path_factory.mktemp('shared')/'store'
-    procs = [start('work', path), start('work', path), start('die', path)]
+    path = tmp_path_factory.mktemp("shared") / "store"
+    procs = [start("work", path), start("work", path), start("die", path)]
     said = [p.communicate()[0] for p in procs]
     assert [p.returncode for p in procs] == [0, 0, 9], said
     return path
 
 
 def test_writers_leave_nothing_damaged(folder):
-    files = [*folder.glob('*.safetensors')]
+    files = [*folder.glob("*.safetensors")]
     assert files and sum(p.stat().st_size for p in files) <= LIMIT
-    for p in files: unpack_chunk(p.stem, p.read_bytes())
+    for p in files:
+        unpack_chunk(p.stem, p.read_bytes())
 
 
 def test_half_a_file_is_never_a_chunk(folder):
-    assert len([*folder.glob('*.tmp')]) == 1
+    assert len([*folder.glob("*.tmp")]) == 1
     PrefixStore(folder)._sweep(age=0)
-    assert not [*folder.glob('*.tmp')]
+    assert not [*folder.glob("*.tmp")]
     model, ids = make_model(), prompt(99)
     names, store = chain(chain_root(model, CHUNK), ids[0], CHUNK), PrefixStore(folder, LIMIT, CHUNK)
     assert not store.path(names[2]).exists()
@@ -93,9 +113,10 @@ def test_what_one_process_wrote_another_loads(folder):
     model, hits = make_model(), 0
     for seed in range(5):
         cache = SlabCache(model.config)
-        hits += PrefixStore(folder, 10*LIMIT, CHUNK).prefill(model, cache, prompt(seed), meet=0).loaded
+        hits += PrefixStore(folder, 10 * LIMIT, CHUNK).prefill(model, cache, prompt(seed), meet=0).loaded
         check(model, prompt(seed), cache)
     assert hits
 
 
-if __name__ == '__main__': dict(work=work, die=die)[sys.argv[1]](sys.argv[2])
+if __name__ == "__main__":
+    dict(work=work, die=die)[sys.argv[1]](sys.argv[2])

@@ -8,8 +8,8 @@ import transformers as T
 import copy
 import json
 import torch
-from fastcore.test import test_eq, test_close, expect_fail
-from llmopt.core import load, user, ASSETS, LM, LlmoptError, TINY, kl
+from fastcore.test import expect_fail, test_close, test_eq
+from llmopt.core import load, user, ASSETS, LM, TINY, LlmoptError, kl
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,48 +26,83 @@ def test_keeps_the_largest():
     torch.manual_seed(0)
     for D in (1, 2, 7, 33):
         for x in (torch.randn(5, D), torch.randint(-2, 3, (5, D)).float()):
-            for k in range(D+1):
+            for k in range(D + 1):
                 y = keep_topk(x, k)
                 assert ((y == x) | (y == 0)).all()
                 for a, b in zip(x.tolist(), y.tolist()):
                     kept = sorted(range(D), key=lambda i: (-abs(a[i]), i))[:k]
-                    test_eq(b, [v if i in kept else 0. for i, v in enumerate(a)])
+                    test_eq(b, [v if i in kept else 0.0 for i, v in enumerate(a)])
 
 
-SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SMALL = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-TINIES = {'llama': T.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True), 'smollm': T.LlamaConfig(**SMALL, tie_word_embeddings=True), 'mistral': T.MistralConfig(**SMALL, head_dim=16, sliding_window=5),
-          'qwen2': T.Qwen2Config(**SMALL), 'qwen3': T.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True), 'phi3': T.Phi3Config(**SMALL), 'gpt2': T.GPT2Config(**GPT2),
-          'dialogpt': T.GPT2Config(**GPT2, n_inner=48), 'phi2': T.PhiConfig(**{**SMALL, 'num_key_value_heads': 4})}
+TINIES = {
+    "llama": T.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "smollm": T.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "mistral": T.MistralConfig(**SMALL, head_dim=16, sliding_window=5),
+    "qwen2": T.Qwen2Config(**SMALL),
+    "qwen3": T.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
+    "phi3": T.Phi3Config(**SMALL),
+    "gpt2": T.GPT2Config(**GPT2),
+    "dialogpt": T.GPT2Config(**GPT2, n_inner=48),
+    "phi2": T.PhiConfig(**{**SMALL, "num_key_value_heads": 4}),
+}
+
 
 def double(model):
     "`model` in float64 throughout."
-    def norm(self, x): return self.weight*(x*torch.rsqrt(x.square().mean(-1, keepdim=True)+self.variance_epsilon))
+
+    def norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
     for m in model.double().eval().modules():
-        if hasattr(m, 'variance_epsilon'): m.forward = types.MethodType(norm, m)
+        if hasattr(m, "variance_epsilon"):
+            m.forward = types.MethodType(norm, m)
     return model
+
 
 def tiny(name):
     "A random float64 model of a family, with all of its parameters away from 0 and 1, and token ids."
     torch.manual_seed(0)
     model = double(T.AutoModelForCausalLM.from_config(copy.deepcopy(TINIES[name])))
-    for p in model.parameters(): p.data += .3*torch.randn_like(p)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
     return model, torch.randint(3, 96, (3, 40))
+
 
 def head_bases(model, seed=0):
     "Random orthogonal bases for the values of every layer."
-    cfg = model.config; n = getattr(cfg, 'num_key_value_heads', cfg.num_attention_heads)
-    d = getattr(cfg, 'head_dim', None) or cfg.hidden_size//cfg.num_attention_heads
-    return {i: torch.stack([eigenbasis((lambda a: a@a.T)(torch.randn(d, d, dtype=torch.float64))) for _ in range(n)]) for i in range(cfg.num_hidden_layers)}
+    cfg = model.config
+    n = getattr(cfg, "num_key_value_heads", cfg.num_attention_heads)
+    d = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
+    return {
+        i: torch.stack([eigenbasis((lambda a: a @ a.T)(torch.randn(d, d, dtype=torch.float64))) for _ in range(n)])
+        for i in range(cfg.num_hidden_layers)
+    }
+
 
 @torch.inference_mode()
-def logits(model, ids): return model(ids, use_cache=False).logits
+def logits(model, ids):
+    return model(ids, use_cache=False).logits
+
 
 @torch.inference_mode()
 def cached_logits(model, ids, prompt=7):
     "Logits of a prompt, and then token by token with a KV cache."
     cache, out = DynamicCache(config=model.config), []
-    for a, b in [(0, prompt), *((i, i+1) for i in range(prompt, ids.shape[1]))]: out.append(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits)
+    for a, b in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+        out.append(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits)
     return torch.cat(out, 1)
 
 
@@ -78,77 +113,110 @@ def test_conversion_is_exact():
         model, ids = tiny(name)
         want, c = logits(model, ids), moments(model, ids)
         for rot in ROTATIONS:
-            new = convert(model, bases(c, rot), head_bases(model) if rot in ('none', 'block') else None)
-            assert (logits(new, ids)-want).abs().max() < 1e-9, (name, rot)
-        assert (cached_logits(new, ids)-want).abs().max() < 1e-9, name
+            new = convert(model, bases(c, rot), head_bases(model) if rot in ("none", "block") else None)
+            assert (logits(new, ids) - want).abs().max() < 1e-9, (name, rot)
+        assert (cached_logits(new, ids) - want).abs().max() < 1e-9, name
         assert torch.equal(logits(model, ids), want)
-        test_eq(sum(isinstance(m, Turn) for m in new.modules()), 2 if name == 'phi2' else 5)
+        test_eq(sum(isinstance(m, Turn) for m in new.modules()), 2 if name == "phi2" else 5)
 
 
 def test_bundled_model_converts():
     "The bundled model, in float64 and as it is."
-    lm = load(TINY, 'cpu'); ids = torch.tensor([lm.encode_chat([user('Why is the sky blue, and why is it red in the evening?')])])
+    lm = load(TINY, "cpu")
+    ids = torch.tensor([lm.encode_chat([user("Why is the sky blue, and why is it red in the evening?")])])
     want = logits(lm.model, ids)
     test_close(logits(convert(lm.model, bases(moments(lm.model, ids))), ids), want, 1e-3)
-    m = double(lm.model); want = logits(m, ids)
-    assert (logits(convert(m, bases(moments(m, ids))), ids)-want).abs().max() < 1e-9
+    m = double(lm.model)
+    want = logits(m, ids)
+    assert (logits(convert(m, bases(moments(m, ids))), ids) - want).abs().max() < 1e-9
 
 
 def test_refused_models():
     "What cannot be converted is refused, and told why."
     bloom = T.AutoModelForCausalLM.from_config(T.BloomConfig(vocab_size=96, hidden_size=16, n_layer=1, n_head=2))
-    with expect_fail(LlmoptError, "cannot convert 'bloom'"): family(bloom)
+    with expect_fail(LlmoptError, "cannot convert 'bloom'"):
+        family(bloom)
     cross = T.AutoModelForCausalLM.from_config(T.GPT2Config(**GPT2, add_cross_attention=True))
-    with expect_fail(LlmoptError, 'cross-attention'): family(cross)
-    m, ids = tiny('llama')
-    with expect_fail(LlmoptError, 'on one device'): family(copy.deepcopy(m).to('meta'))
-    class Linear4bit(nn.Linear): "Stands for the classes of quantization libraries."
-    q = copy.deepcopy(m); q.model.layers[0].mlp.up_proj = Linear4bit(32, 56)
-    with expect_fail(LlmoptError, 'layer 0, mlp.up_proj is a Linear4bit'): family(q)
-    with expect_fail(LlmoptError, 'the model is already converted'): family(convert(m, bases(moments(m, ids))))
-    with expect_fail(LlmoptError, "'str' models"): family('llmopt-tiny')
-    for path in ('lm_head', 'model.embed_tokens', 'model.layers.2.self_attn.o_proj'):
+    with expect_fail(LlmoptError, "cross-attention"):
+        family(cross)
+    m, ids = tiny("llama")
+    with expect_fail(LlmoptError, "on one device"):
+        family(copy.deepcopy(m).to("meta"))
+
+    class Linear4bit(nn.Linear):
+        "Stands for the classes of quantization libraries."
+
+    q = copy.deepcopy(m)
+    q.model.layers[0].mlp.up_proj = Linear4bit(32, 56)
+    with expect_fail(LlmoptError, "layer 0, mlp.up_proj is a Linear4bit"):
+        family(q)
+    with expect_fail(LlmoptError, "the model is already converted"):
+        family(convert(m, bases(moments(m, ids))))
+    with expect_fail(LlmoptError, "'str' models"):
+        family("llmopt-tiny")
+    for path in ("lm_head", "model.embed_tokens", "model.layers.2.self_attn.o_proj"):
         for dt in (torch.int8, torch.float8_e4m3fn):
-            low = copy.deepcopy(m); low.get_submodule(path).weight = nn.Parameter(torch.zeros(96, 32).to(dt), requires_grad=False)
-            with expect_fail(LlmoptError, f'of {dt}'): family(low)
+            low = copy.deepcopy(m)
+            low.get_submodule(path).weight = nn.Parameter(torch.zeros(96, 32).to(dt), requires_grad=False)
+            with expect_fail(LlmoptError, f"of {dt}"):
+                family(low)
     more = dict(vocab_size=96, hidden_size=32, num_hidden_layers=1)
-    for cfg in (T.GemmaConfig(**SMALL, head_dim=8), T.MixtralConfig(**SMALL, num_local_experts=2), T.MambaConfig(**more), T.OPTConfig(**more, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32)):
-        with expect_fail(LlmoptError, f"cannot convert '{cfg.model_type}'"): family(T.AutoModelForCausalLM.from_config(cfg))
+    for cfg in (
+        T.GemmaConfig(**SMALL, head_dim=8),
+        T.MixtralConfig(**SMALL, num_local_experts=2),
+        T.MambaConfig(**more),
+        T.OPTConfig(**more, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32),
+    ):
+        with expect_fail(LlmoptError, f"cannot convert '{cfg.model_type}'"):
+            family(T.AutoModelForCausalLM.from_config(cfg))
     m.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(56, 32, dtype=torch.int8), requires_grad=False)
-    with expect_fail(LlmoptError, 'layer 1, mlp.up_proj is a Linear of torch.int8'): family(m)
-    with expect_fail(LlmoptError, 'rotation is one of'): bases({(0, 0): torch.eye(2)}, 'pca')
+    with expect_fail(LlmoptError, "layer 1, mlp.up_proj is a Linear of torch.int8"):
+        family(m)
+    with expect_fail(LlmoptError, "rotation is one of"):
+        bases({(0, 0): torch.eye(2)}, "pca")
 
 
 def test_converted_once():
     "A model is converted once."
-    m, ids = tiny('llama')
-    with expect_fail(LlmoptError, 'already converted'): family(sparsify(convert(m, bases(moments(m, ids)))))
+    m, ids = tiny("llama")
+    with expect_fail(LlmoptError, "already converted"):
+        family(sparsify(convert(m, bases(moments(m, ids)))))
 
 
 def simulate(model, q, r, levels):
     "Hooks on an unconverted `model` that rotate, keep the largest, and rotate back."
     fam, hooks = family(model), []
+
     def read(lin, args, norm, q, k):
-        g, b = norm.weight, getattr(norm, 'bias', torch.zeros(()))
-        return g*(keep_topk((args[0]-b)/g@q, k)@q.T)+b,
+        g, b = norm.weight, getattr(norm, "bias", torch.zeros(()))
+        return (g * (keep_topk((args[0] - b) / g @ q, k) @ q.T) + b,)
+
     def write(lin, args, r, k):
         x = args[0]
-        if r is None: return keep_topk(x, k),
-        by_head = x.unflatten(-1, (len(r), -1, r.shape[-1]))   # (…, KV heads, group, d)
-        return (keep_topk((by_head@r).flatten(-3), k).view_as(by_head)@r.mT).flatten(-3),
+        if r is None:
+            return (keep_topk(x, k),)
+        by_head = x.unflatten(-1, (len(r), -1, r.shape[-1]))  # (…, KV heads, group, d)
+        return ((keep_topk((by_head @ r).flatten(-3), k).view_as(by_head) @ r.mT).flatten(-3),)
+
     for i, layer in enumerate(model.get_submodule(fam.layers)):
         for j, b in enumerate(fam.blocks):
             for p in (*b.read, b.write):
-                lin = layer.get_submodule(p); width = lin.weight.shape[0 if isinstance(lin, Conv1D) else 1]
-                k = width-round(levels[f'{i}.{p}']*width)
-                f = partial(write, r=r[i] if j == 0 else None, k=k) if p == b.write else partial(read, norm=layer.get_submodule(b.norm), q=q[i, j], k=k)
+                lin = layer.get_submodule(p)
+                width = lin.weight.shape[0 if isinstance(lin, Conv1D) else 1]
+                k = width - round(levels[f"{i}.{p}"] * width)
+                f = (
+                    partial(write, r=r[i] if j == 0 else None, k=k)
+                    if p == b.write
+                    else partial(read, norm=layer.get_submodule(b.norm), q=q[i, j], k=k)
+                )
                 hooks.append(lin.register_forward_pre_hook(f))
     return _hooks(hooks)
+
 
 def random_levels(names, seed=0):
     "A level for each of `names`."
     rng = random.Random(seed)
-    return {n: rng.choice([0., .1, .3, .5, .8]) for n in names}
+    return {n: rng.choice([0.0, 0.1, 0.3, 0.5, 0.8]) for n in names}
 
 
 def test_simulation_equals_absorption():
@@ -157,21 +225,23 @@ def test_simulation_equals_absorption():
     heads turned."""
     for name in TINIES:
         model, ids = tiny(name)
-        q, r = bases(moments(model, ids), 'layer'), head_bases(model)
-        new = sparsify(convert(model, q, r), tokens='all')
+        q, r = bases(moments(model, ids), "layer"), head_bases(model)
+        new = sparsify(convert(model, q, r), tokens="all")
         levels = random_levels(projections(new))
-        with simulate(model, q, r, levels): want = logits(model, ids)
-        assert (logits(new, ids)-logits(model, ids)).abs().max() < 1e-9
+        with simulate(model, q, r, levels):
+            want = logits(model, ids)
+        assert (logits(new, ids) - logits(model, ids)).abs().max() < 1e-9
         got = logits(set_levels(new, levels), ids)
-        assert (got-want).abs().max() < 1e-9, name
-        assert (got-logits(model, ids)).abs().max() > .1
+        assert (got - want).abs().max() < 1e-9, name
+        assert (got - logits(model, ids)).abs().max() > 0.1
 
 
 def test_zeros():
     """Every token loses exactly the share that its level says, and what reaches the weights is what brute force
     keeps. Readers of one input sort it once."""
-    model, ids = tiny('qwen2')
-    new = sparsify(convert(model, bases(moments(model, ids))), tokens='all'); set_levels(new, levels := random_levels(projections(new), 1))
+    model, ids = tiny("qwen2")
+    new = sparsify(convert(model, bases(moments(model, ids))), tokens="all")
+    set_levels(new, levels := random_levels(projections(new), 1))
     seen, fulls = {}, {}
     for n, m in projections(new).items():
         m.register_forward_pre_hook(lambda m, a, n=n: fulls.__setitem__(n, a[0]))
@@ -179,193 +249,303 @@ def test_zeros():
     logits(new, ids)
     for n, m in projections(new).items():
         x, full = seen[n].flatten(0, -2), fulls[n].flatten(0, -2)
-        test_eq(set((x == 0).sum(-1).tolist()), {round(levels[n]*m.width)})
-        if m.level: assert torch.equal(x, keep_topk(full, m.k))
-    a, b = (projections(new)[f'0.self_attn.{p}_proj'].selection for p in 'qv')
-    assert a is b and a is not projections(new)['0.self_attn.o_proj'].selection
+        test_eq(set((x == 0).sum(-1).tolist()), {round(levels[n] * m.width)})
+        if m.level:
+            assert torch.equal(x, keep_topk(full, m.k))
+    a, b = (projections(new)[f"0.self_attn.{p}_proj"].selection for p in "qv")
+    assert a is b and a is not projections(new)["0.self_attn.o_proj"].selection
 
 
 def test_extremes():
     """The extremes: a level at which nothing is kept leaves the bias; one at which all are kept is the dense product
     to the bit."""
-    torch.manual_seed(0); lin, x = nn.Linear(7, 5), torch.randn(3, 1, 7)
+    torch.manual_seed(0)
+    lin, x = nn.Linear(7, 5), torch.randn(3, 1, 7)
     m = Sparsified(Masked(lin.weight, lin.bias), Selection(), 7)
     assert torch.equal(m(x), lin(x))
-    m.level = 1.; test_eq(m.k, 0); assert torch.equal(m(x), lin.bias.expand(3, 1, 5))
-    m.level = .05; test_eq(m.k, 7); assert torch.equal(m(x), lin(x))
-    m.level = .5; ties = torch.tensor([[[1., -1, 1, -1, 0, 0, 2]]]); test_close(m(ties), lin(keep_topk(ties, m.k)))
+    m.level = 1.0
+    test_eq(m.k, 0)
+    assert torch.equal(m(x), lin.bias.expand(3, 1, 5))
+    m.level = 0.05
+    test_eq(m.k, 7)
+    assert torch.equal(m(x), lin(x))
+    m.level = 0.5
+    ties = torch.tensor([[[1.0, -1, 1, -1, 0, 0, 2]]])
+    test_close(m(ties), lin(keep_topk(ties, m.k)))
 
 
 def test_dense_prompt():
     """By default a prompt is read as the dense model reads it, and only then tokens are sparse. A prompt of a single
     token is a pass of a single token, and is sparse. The first tokens of a text can be kept dense where whole
     texts are sparse."""
-    model, ids = tiny('llama')
-    new = sparsify(convert(model, bases(moments(model, ids)))); set_levels(new, split_levels(new, .5))
+    model, ids = tiny("llama")
+    new = sparsify(convert(model, bases(moments(model, ids))))
+    set_levels(new, split_levels(new, 0.5))
     dense, out = logits(model, ids), cached_logits(new, ids, 9)
-    assert (out[:, :9]-dense[:, :9]).abs().max() < 1e-9 and (out[:, 9:]-dense[:, 9:]).abs().max() > .1
-    assert (logits(new, ids)-dense).abs().max() < 1e-9
-    set_tokens(new, 'none'); assert (cached_logits(new, ids, 9)-dense).abs().max() < 1e-9
-    set_tokens(new, 'all'); sparse = logits(new, ids); assert (cached_logits(new, ids, 9)-sparse).abs().max() < 1e-9
-    for m in projections(new).values(): m.first = 3
-    part = logits(new, ids); assert (part[:, :3]-dense[:, :3]).abs().max() < 1e-9 and (part[:, 3:]-dense[:, 3:]).abs().max() > .1
-    with expect_fail(LlmoptError, 'tokens are one of'): set_tokens(new, 'some')
+    assert (out[:, :9] - dense[:, :9]).abs().max() < 1e-9 and (out[:, 9:] - dense[:, 9:]).abs().max() > 0.1
+    assert (logits(new, ids) - dense).abs().max() < 1e-9
+    set_tokens(new, "none")
+    assert (cached_logits(new, ids, 9) - dense).abs().max() < 1e-9
+    set_tokens(new, "all")
+    sparse = logits(new, ids)
+    assert (cached_logits(new, ids, 9) - sparse).abs().max() < 1e-9
+    for m in projections(new).values():
+        m.first = 3
+    part = logits(new, ids)
+    assert (part[:, :3] - dense[:, :3]).abs().max() < 1e-9 and (part[:, 3:] - dense[:, 3:]).abs().max() > 0.1
+    with expect_fail(LlmoptError, "tokens are one of"):
+        set_tokens(new, "some")
 
 
 def test_generates():
     "Every family writes with stock `generate`, in batches and in half precision too."
     for name in TINIES:
         model, ids = tiny(name)
-        new = sparsify(convert(model, bases(moments(model, ids)))); kw = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        new = sparsify(convert(model, bases(moments(model, ids))))
+        kw = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
         assert torch.equal(new.generate(ids, **kw), model.generate(ids, **kw))
-        test_eq(set_levels(new.bfloat16(), split_levels(new, .5)).generate(ids, **kw).shape, (3, 46))
+        test_eq(set_levels(new.bfloat16(), split_levels(new, 0.5)).generate(ids, **kw).shape, (3, 46))
 
 
 def test_levels():
     "`neutral` skips the share it names, `published` less; the count of bytes is that of the channels kept."
-    lm = load(TINY, 'cpu'); new = sparsify(convert(lm.model, bases(moments(lm.model, torch.arange(512).view(2, 256)))))
-    for p in (0, .25, .4, .5, .75, .9):
-        for split in ('uniform', 'neutral'):
-            levels = split_levels(new, p, split); assert all(0 <= l < 1 for l in levels.values())
-            test_close(traffic(set_levels(new, levels)).share, p, .005)
-    t = traffic(set_levels(new, split_levels(new, .4, 'published'))); assert .37 < t.share < .39
-    test_eq(t.skipped, sum(round(m.level*m.width)*m.linear.weight.shape[0]*4 for m in projections(new).values()))
-    test_eq(t.adapters, 5*256*256*4); assert t.net < t.share and 1 < t.bound < 1/(1-t.share)
-    with expect_fail(LlmoptError, 'split is one of'): split_levels(new, .4, 'even')
+    lm = load(TINY, "cpu")
+    new = sparsify(convert(lm.model, bases(moments(lm.model, torch.arange(512).view(2, 256)))))
+    for p in (0, 0.25, 0.4, 0.5, 0.75, 0.9):
+        for split in ("uniform", "neutral"):
+            levels = split_levels(new, p, split)
+            assert all(0 <= l < 1 for l in levels.values())
+            test_close(traffic(set_levels(new, levels)).share, p, 0.005)
+    t = traffic(set_levels(new, split_levels(new, 0.4, "published")))
+    assert 0.37 < t.share < 0.39
+    test_eq(t.skipped, sum(round(m.level * m.width) * m.linear.weight.shape[0] * 4 for m in projections(new).values()))
+    test_eq(t.adapters, 5 * 256 * 256 * 4)
+    assert t.net < t.share and 1 < t.bound < 1 / (1 - t.share)
+    with expect_fail(LlmoptError, "split is one of"):
+        split_levels(new, 0.4, "even")
 
 
 def test_measured_levels():
     """The sum is met to within one channel, levels rise with the sparsity, and a projection with higher prices gets
     a lower level."""
-    model, ids = tiny('llama')
-    new = sparsify(convert(model, bases(moments(model, ids)))); price = prices(new, ids)
-    assert all((v.diff() >= 0).all() and (v > 0).any() for v in price.values()) and all(m.level == 0 for m in projections(new).values())
-    n = '1.mlp.up_proj'; ref = log_probs(new, ids); projections(new)[n].level = .5
-    test_eq(set_tokens(new, 'all'), 'decode'); test_close(price[n][:16].sum(), kl(ref, log_probs(new, ids)).mean(), 1e-4); projections(new)[n].level = 0.
-    last = dict.fromkeys(price, 0.)
-    for p in (0, .1, .3, .5, .8, .95):
-        levels = measured_levels(new, price, p); share = traffic(set_levels(new, levels)).share
-        assert p-.01 < share <= p+1e-9 and all(0 <= last[k] <= l <= 1 for k, l in levels.items()); last = levels
-    dear = measured_levels(new, price | {n: price[n]*1000}, .5); assert dear[n] < measured_levels(new, price, .5)[n]
+    model, ids = tiny("llama")
+    new = sparsify(convert(model, bases(moments(model, ids))))
+    price = prices(new, ids)
+    assert all((v.diff() >= 0).all() and (v > 0).any() for v in price.values()) and all(
+        m.level == 0 for m in projections(new).values()
+    )
+    n = "1.mlp.up_proj"
+    ref = log_probs(new, ids)
+    projections(new)[n].level = 0.5
+    test_eq(set_tokens(new, "all"), "decode")
+    test_close(price[n][:16].sum(), kl(ref, log_probs(new, ids)).mean(), 1e-4)
+    projections(new)[n].level = 0.0
+    last = dict.fromkeys(price, 0.0)
+    for p in (0, 0.1, 0.3, 0.5, 0.8, 0.95):
+        levels = measured_levels(new, price, p)
+        share = traffic(set_levels(new, levels)).share
+        assert p - 0.01 < share <= p + 1e-9 and all(0 <= last[k] <= l <= 1 for k, l in levels.items())
+        last = levels
+    dear = measured_levels(new, price | {n: price[n] * 1000}, 0.5)
+    assert dear[n] < measured_levels(new, price, 0.5)[n]
 
 
 def test_value_bases():
     "In these bases the moments are diagonal, head by head."
-    model, ids = tiny('qwen2'); r = value_bases(model, ids); new = convert(model, bases(moments(model, ids), 'none'), r)
+    model, ids = tiny("qwen2")
+    r = value_bases(model, ids)
+    new = convert(model, bases(moments(model, ids), "none"), r)
     got = {}
-    new.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda m, a: got.__setitem__('x', a[0]))
-    logits(new, ids); x = got['x'].flatten(0, 1).unflatten(-1, (2, 2, 8))
+    new.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda m, a: got.__setitem__("x", a[0]))
+    logits(new, ids)
+    x = got["x"].flatten(0, 1).unflatten(-1, (2, 2, 8))
     for h in range(2):
-        c = x[:, h].reshape(-1, 8).T@x[:, h].reshape(-1, 8)
-        assert (c-c.diagonal().diag()).abs().max() < 1e-9*c.max() and (c.diagonal().diff() <= 0).all()
+        c = x[:, h].reshape(-1, 8).T @ x[:, h].reshape(-1, 8)
+        assert (c - c.diagonal().diag()).abs().max() < 1e-9 * c.max() and (c.diagonal().diff() <= 0).all()
 
 
 def test_learned_basis():
     """The basis is orthogonal, the model in it exactly the same, and the error that was to fall has fallen, here in
     random models where there is little structure to find."""
-    for name in ('qwen2', 'phi2', 'gpt2'):
-        model, ids = tiny(name); c = moments(model, ids); q = bases(c, 'model')
-        price = prices(sparsify(convert(model, q)), ids); got = learn_basis(model, ids, q[0, 0], price, steps=40, tokens=64)
-        assert (got.T@got-torch.eye(32)).abs().max() < 1e-12 and (got-q[0, 0]).abs().max() > .05
-        new = convert(model, dict.fromkeys(q, got)); assert (logits(new, ids)-logits(model, ids)).abs().max() < 1e-9
+    for name in ("qwen2", "phi2", "gpt2"):
+        model, ids = tiny(name)
+        c = moments(model, ids)
+        q = bases(c, "model")
+        price = prices(sparsify(convert(model, q)), ids)
+        got = learn_basis(model, ids, q[0, 0], price, steps=40, tokens=64)
+        assert (got.T @ got - torch.eye(32)).abs().max() < 1e-12 and (got - q[0, 0]).abs().max() > 0.05
+        new = convert(model, dict.fromkeys(q, got))
+        assert (logits(new, ids) - logits(model, ids)).abs().max() < 1e-9
         z = block_inputs(model, ids)
-        for key, cov in c.items(): test_close(z[key].T@z[key]/len(z[key]), cov.float(), 1e-3)
-        err = lambda b: sum(dropped_error(z[i, j], b.float(), w.T@w, k).item()*(p/dropped_error(z[i, j], q[0, 0].float(), w.T@w, k)).item()
-                            for (i, j), (k, ws) in _readers(sparsify(convert(model, q)), price, .5).items() for p, x in ws for w in [x@q[0, 0].float().T])
-        assert err(got) < .97*err(q[0, 0]), name
+        for key, cov in c.items():
+            test_close(z[key].T @ z[key] / len(z[key]), cov.float(), 1e-3)
+
+        def err(b):
+            return sum(
+                dropped_error(z[i, j], b.float(), w.T @ w, k).item()
+                * (p / dropped_error(z[i, j], q[0, 0].float(), w.T @ w, k)).item()
+                for (i, j), (k, ws) in _readers(sparsify(convert(model, q)), price, 0.5).items()
+                for p, x in ws
+                for w in [x @ q[0, 0].float().T]
+            )
+
+        assert err(got) < 0.97 * err(q[0, 0]), name
 
 
 def test_configuration():
     """`LaRoSA` is the configuration that a recipe holds. Its defaults are what the [comparison
     below](#What-each-part-buys) found best; `LaRoSA.published(p)` is the paper."""
-    c = LaRoSA(.5, rotation='layer')
-    test_eq(LaRoSA(**json.loads(json.dumps(asdict(c)))), c); test_eq(len({LaRoSA(), LaRoSA(), c}), 2); test_eq(LaRoSA.published(.5).heads, False)
-    for bad in (dict(sparsity=1), dict(sparsity=-.1), dict(sparsity=True), dict(sparsity='0.4'), dict(sparsity=float('nan')), dict(levels='even'), dict(rotation='pca'), dict(tokens='some'), dict(first=-1), dict(first=1.5)):
-        with expect_fail(ValueError): LaRoSA(**bad)
+    c = LaRoSA(0.5, rotation="layer")
+    test_eq(LaRoSA(**json.loads(json.dumps(asdict(c)))), c)
+    test_eq(len({LaRoSA(), LaRoSA(), c}), 2)
+    test_eq(LaRoSA.published(0.5).heads, False)
+    for bad in (
+        dict(sparsity=1),
+        dict(sparsity=-0.1),
+        dict(sparsity=True),
+        dict(sparsity="0.4"),
+        dict(sparsity=float("nan")),
+        dict(levels="even"),
+        dict(rotation="pca"),
+        dict(tokens="some"),
+        dict(first=-1),
+        dict(first=1.5),
+    ):
+        with expect_fail(ValueError):
+            LaRoSA(**bad)
 
 
 def test_apply():
     """One call for every family and both kinds of calibration; the old model is untouched; what is wrong with a
     calibration is said."""
     for name in TINIES:
-        model, ids = tiny(name); want, larosa = logits(model, ids), SimpleLaRoSA(.5, tokens='all')
-        new = larosa.apply(model, ids); got = logits(new, ids)
-        assert torch.equal(logits(model, ids), want) and (got-want).abs().max() > 1e-3 and .48 < larosa.traffic.share <= .5 and larosa.traffic.adapters == 0
-        assert (logits(SimpleLaRoSA(0.).apply(model, larosa.calibration), ids)-want).abs().max() < 1e-9
-        assert torch.equal(logits(SimpleLaRoSA(.5, tokens='all').apply(model, larosa.calibration), ids), got)
-    paper = SimpleLaRoSA(LaRoSA.published(.5, tokens='all')); paper.apply(model, ids); assert paper.traffic.share < .5 and paper.traffic.adapters > 0
+        model, ids = tiny(name)
+        want, larosa = logits(model, ids), SimpleLaRoSA(0.5, tokens="all")
+        new = larosa.apply(model, ids)
+        got = logits(new, ids)
+        assert (
+            torch.equal(logits(model, ids), want)
+            and (got - want).abs().max() > 1e-3
+            and 0.48 < larosa.traffic.share <= 0.5
+            and larosa.traffic.adapters == 0
+        )
+        assert (logits(SimpleLaRoSA(0.0).apply(model, larosa.calibration), ids) - want).abs().max() < 1e-9
+        assert torch.equal(logits(SimpleLaRoSA(0.5, tokens="all").apply(model, larosa.calibration), ids), got)
+    paper = SimpleLaRoSA(LaRoSA.published(0.5, tokens="all"))
+    paper.apply(model, ids)
+    assert paper.traffic.share < 0.5 and paper.traffic.adapters > 0
 
 
 def test_bad_calibration():
     """One call for every family and both kinds of calibration; the old model is untouched; what is wrong with a
     calibration is said."""
-    lm = load(TINY, 'cpu'); larosa = SimpleLaRoSA(.5)
-    with expect_fail(LlmoptError, 'at least 512'): larosa.apply(lm.model, ['Too short.'], lm.tokenizer)
-    with expect_fail(LlmoptError, 'needs the tokenizer'): larosa.apply(lm.model, ['A text.'])
-    with expect_fail(LlmoptError, 'of shape (windows, length)'): larosa.apply(lm.model, torch.zeros(600, dtype=torch.long))
-    with expect_fail(LlmoptError, 'of shape (windows, length)'): larosa.apply(lm.model, torch.zeros(4, 256, dtype=torch.bool))
-    with expect_fail(LlmoptError, 'not a list'): larosa.apply(lm.model, [[1, 2, 3]], lm.tokenizer)
-    with expect_fail(LlmoptError, 'longer than the context'): larosa.apply(lm.model, torch.zeros(1, lm.context+1, dtype=torch.long))
-    with expect_fail(LlmoptError, 'below 4,096'): larosa.apply(lm.model, torch.full((4, 256), 5000))
-    with expect_fail(LlmoptError, 'sparsity is a number in [0, 1)'): SimpleLaRoSA(1.)
-    with expect_fail(LlmoptError, 'unexpected keyword'): SimpleLaRoSA(.5, level='measured')
-    with expect_fail(LlmoptError, 'call apply'): larosa.skipped_weight_bytes
-    test_eq(windows(['one two three']*40, lm.tokenizer, length=8, most=3).shape, (3, 8))
-    with open(ASSETS/'queries.jsonl', encoding='utf-8') as f: queries = [json.loads(l)['text'] for l in f]
+    lm = load(TINY, "cpu")
+    larosa = SimpleLaRoSA(0.5)
+    with expect_fail(LlmoptError, "at least 512"):
+        larosa.apply(lm.model, ["Too short."], lm.tokenizer)
+    with expect_fail(LlmoptError, "needs the tokenizer"):
+        larosa.apply(lm.model, ["A text."])
+    with expect_fail(LlmoptError, "of shape (windows, length)"):
+        larosa.apply(lm.model, torch.zeros(600, dtype=torch.long))
+    with expect_fail(LlmoptError, "of shape (windows, length)"):
+        larosa.apply(lm.model, torch.zeros(4, 256, dtype=torch.bool))
+    with expect_fail(LlmoptError, "not a list"):
+        larosa.apply(lm.model, [[1, 2, 3]], lm.tokenizer)
+    with expect_fail(LlmoptError, "longer than the context"):
+        larosa.apply(lm.model, torch.zeros(1, lm.context + 1, dtype=torch.long))
+    with expect_fail(LlmoptError, "below 4,096"):
+        larosa.apply(lm.model, torch.full((4, 256), 5000))
+    with expect_fail(LlmoptError, "sparsity is a number in [0, 1)"):
+        SimpleLaRoSA(1.0)
+    with expect_fail(LlmoptError, "unexpected keyword"):
+        SimpleLaRoSA(0.5, level="measured")
+    with expect_fail(LlmoptError, "call apply"):
+        larosa.skipped_weight_bytes
+    test_eq(windows(["one two three"] * 40, lm.tokenizer, length=8, most=3).shape, (3, 8))
+    with open(ASSETS / "queries.jsonl", encoding="utf-8") as f:
+        queries = [json.loads(l)["text"] for l in f]
     assert not any(q.strip() in t for t in default_texts(lm.tokenizer) for q in queries)
 
 
 def test_artifact():
     """Tensors are stored in float32. A basis that was rounded is not quite orthogonal any more, which would show at
     sparsity 0; so it is made so again when it is read, by the nearest orthogonal matrix (Higham 1986)."""
-    model, ids = tiny('llama')
+    model, ids = tiny("llama")
     with tempfile.TemporaryDirectory() as d:
-        for rot in ('learned', 'model', 'layer'):
-            larosa = SimpleLaRoSA(.5, rotation=rot, tokens='all'); got = logits(larosa.apply(model, ids), ids); larosa.save(f'{d}/a')
-            again = SimpleLaRoSA(.5, rotation=rot, tokens='all', artifact=f'{d}/a'); new = again.apply(model)
-            test_eq(again.calibration.info, larosa.calibration.info); test_eq(again.traffic, larosa.traffic)
-            assert (logits(new, ids)-got).abs().max() < 1e-3
-            set_tokens(new, 'none'); assert (logits(new, ids)-logits(model, ids)).abs().max() < 1e-9
-            half = copy.deepcopy(model).bfloat16(); test_eq(fingerprint(half), fingerprint(model)); again.apply(half)
-        other, _ = tiny('smollm')
-        with expect_fail(LlmoptError, 'made for another model'): again.apply(other)
-        changed = copy.deepcopy(model); changed.model.layers[1].mlp.up_proj.weight.data[7, 1] += 1.
-        with expect_fail(LlmoptError, 'made for another model'): again.apply(changed)
-        with expect_fail(LlmoptError, "asks for 'learned'"): SimpleLaRoSA(.5, artifact=f'{d}/a').apply(model)
-        plain = SimpleLaRoSA(.5, levels='neutral'); plain.apply(model, ids); plain.save(f'{d}/b')
-        with expect_fail(LlmoptError, 'holds no prices'): SimpleLaRoSA(.5, artifact=f'{d}/b').apply(model)
-        (Path(d)/'a'/'larosa.safetensors').write_bytes(b'x')
-        for bad in (f'{d}/a', f'{d}/none'):
-            with expect_fail(LlmoptError, 'no LaRoSA artifact'): SimpleLaRoSA(.5, artifact=bad).apply(model)
+        for rot in ("learned", "model", "layer"):
+            larosa = SimpleLaRoSA(0.5, rotation=rot, tokens="all")
+            got = logits(larosa.apply(model, ids), ids)
+            larosa.save(f"{d}/a")
+            again = SimpleLaRoSA(0.5, rotation=rot, tokens="all", artifact=f"{d}/a")
+            new = again.apply(model)
+            test_eq(again.calibration.info, larosa.calibration.info)
+            test_eq(again.traffic, larosa.traffic)
+            assert (logits(new, ids) - got).abs().max() < 1e-3
+            set_tokens(new, "none")
+            assert (logits(new, ids) - logits(model, ids)).abs().max() < 1e-9
+            half = copy.deepcopy(model).bfloat16()
+            test_eq(fingerprint(half), fingerprint(model))
+            again.apply(half)
+        other, _ = tiny("smollm")
+        with expect_fail(LlmoptError, "made for another model"):
+            again.apply(other)
+        changed = copy.deepcopy(model)
+        changed.model.layers[1].mlp.up_proj.weight.data[7, 1] += 1.0
+        with expect_fail(LlmoptError, "made for another model"):
+            again.apply(changed)
+        with expect_fail(LlmoptError, "asks for 'learned'"):
+            SimpleLaRoSA(0.5, artifact=f"{d}/a").apply(model)
+        plain = SimpleLaRoSA(0.5, levels="neutral")
+        plain.apply(model, ids)
+        plain.save(f"{d}/b")
+        with expect_fail(LlmoptError, "holds no prices"):
+            SimpleLaRoSA(0.5, artifact=f"{d}/b").apply(model)
+        (Path(d) / "a" / "larosa.safetensors").write_bytes(b"x")
+        for bad in (f"{d}/a", f"{d}/none"):
+            with expect_fail(LlmoptError, "no LaRoSA artifact"):
+                SimpleLaRoSA(0.5, artifact=bad).apply(model)
 
 
 def test_self_draft():
     """The text is that of dense greedy decoding, token for token, in every family and at every length of draft; with
     nothing dropped, every draft is right."""
+
     def greedy(model, ids, n):
-        for _ in range(n): ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], 1)
+        for _ in range(n):
+            ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], 1)
         return ids
 
     for name in TINIES:
-        model, ids = tiny(name); ids = ids[:1, :9]; want = greedy(model, ids, 12)
-        for p, k in ((.6, 1), (.6, 4), (.95, 3), (0., 4)):
-            new = SimpleLaRoSA(p, levels='neutral').apply(model, torch.randint(3, 96, (4, 40)))
+        model, ids = tiny(name)
+        ids = ids[:1, :9]
+        want = greedy(model, ids, 12)
+        for p, k in ((0.6, 1), (0.6, 4), (0.95, 3), (0.0, 4)):
+            new = SimpleLaRoSA(p, levels="neutral").apply(model, torch.randint(3, 96, (4, 40)))
             got = self_draft(new, ids, 12, k)
             assert torch.equal(got.ids, want), (name, p, k)
-            assert got.verified+got.accepted+1 >= 12 and (p > 0 or got.accepted == got.drafted)
-            test_eq({m.tokens for m in new.modules() if isinstance(m, Selection)}, {'decode'})
-    end = want[0, 12].item(); cut = self_draft(new, ids, 12, 4, eos={end}).ids
-    assert torch.equal(cut, want[:, :cut.shape[1]]) and cut[0, -1] == end and end not in cut[0, 9:-1].tolist()
-    with expect_fail(LlmoptError, 'one prompt at a time'): self_draft(new, ids.repeat(2, 1))
+            assert got.verified + got.accepted + 1 >= 12 and (p > 0 or got.accepted == got.drafted)
+            test_eq({m.tokens for m in new.modules() if isinstance(m, Selection)}, {"decode"})
+    end = want[0, 12].item()
+    cut = self_draft(new, ids, 12, 4, eos={end}).ids
+    assert torch.equal(cut, want[:, : cut.shape[1]]) and cut[0, -1] == end and end not in cut[0, 9:-1].tolist()
+    with expect_fail(LlmoptError, "one prompt at a time"):
+        self_draft(new, ids.repeat(2, 1))
 
 
 def test_prepare():
     """`prepare` is what the engine calls. Engines with the same configuration share the converted model, as long as
     one of them lives; a calibration is kept as long as the original model. For the bundled model a calibration
     ships with the package; other models are calibrated when they are first used."""
-    lm = load(TINY, 'cpu'); a = LaRoSA(.5).prepare(lm)
-    assert a.model is LaRoSA(.5).prepare(lm).model and a.model is not LaRoSA(.6).prepare(lm).model and a.model is not lm.model
-    assert .49 < traffic(a.model).share <= .5 and a.n_params > lm.n_params
-    other = LM(tiny('qwen2')[0], lm.tokenizer, 'other'); other.model.resize_token_embeddings(4096)
-    assert traffic(LaRoSA(.5).prepare(other).model).share > .45
-    with expect_fail(LlmoptError, 'made for another model'): LaRoSA(artifact=str(BUNDLED)).prepare(other)
+    lm = load(TINY, "cpu")
+    a = LaRoSA(0.5).prepare(lm)
+    assert (
+        a.model is LaRoSA(0.5).prepare(lm).model
+        and a.model is not LaRoSA(0.6).prepare(lm).model
+        and a.model is not lm.model
+    )
+    assert 0.49 < traffic(a.model).share <= 0.5 and a.n_params > lm.n_params
+    other = LM(tiny("qwen2")[0], lm.tokenizer, "other")
+    other.model.resize_token_embeddings(4096)
+    assert traffic(LaRoSA(0.5).prepare(other).model).share > 0.45
+    with expect_fail(LlmoptError, "made for another model"):
+        LaRoSA(artifact=str(BUNDLED)).prepare(other)

@@ -3,58 +3,89 @@
 
 import importlib
 import torch
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
+from transformers import LlamaConfig, LlamaForCausalLM
 from llmopt.core import TINY, load, LlmoptError, kl
 from llmopt.larosa import windows, bases, convert, keep_topk, log_probs, moments, set_levels, sparsify, split_levels
-from transformers import LlamaConfig, LlamaForCausalLM
 from llmopt.larosa_ladder import *
 
 
 def random_model():
     "A small Llama with random weights, and token ids."
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).eval()
-    for p in model.parameters(): p.data += .1*torch.randn_like(p)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=112,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
     return model, torch.randint(96, (12, 64))
 
 
 def test_rivals():
     "On the text it was made from, a threshold drops what it should, and top-k drops it in every token."
-    model, ids = random_model(); ref = log_probs(model, ids)
-    cut = thresholds(model, ids, .3)
-    for rule in (lambda n, x: x*(x.abs() > cut[n]), lambda n, x: keep_topk(x, x.shape[-1]-round(.3*x.shape[-1]))):
-        with dropping(model, rule) as count: lp = log_probs(model, ids)
-        test_close(count[0]/count[1], .3, .01); assert kl(ref, lp).mean() > 1e-3
+    model, ids = random_model()
+    ref = log_probs(model, ids)
+    cut = thresholds(model, ids, 0.3)
+    for rule in (
+        lambda n, x: x * (x.abs() > cut[n]),
+        lambda n, x: keep_topk(x, x.shape[-1] - round(0.3 * x.shape[-1])),
+    ):
+        with dropping(model, rule) as count:
+            lp = log_probs(model, ids)
+        test_close(count[0] / count[1], 0.3, 0.01)
+        assert kl(ref, lp).mean() > 1e-3
     assert torch.equal(log_probs(model, ids), ref)
-    cut = thresholds(model, ids, 0.)
-    with dropping(model, lambda n, x: x*(x.abs() > cut[n])) as count: assert torch.equal(log_probs(model, ids), ref)
+    cut = thresholds(model, ids, 0.0)
+    with dropping(model, lambda n, x: x * (x.abs() > cut[n])) as count:
+        assert torch.equal(log_probs(model, ids), ref)
 
 
 def test_refit():
     "A dense model has nothing to fit. A sparse one comes nearer to the dense one on the text that was fitted."
-    model, ids = random_model(); ref = log_probs(model, ids)
-    new = sparsify(convert(model, bases(moments(model, ids), 'model')), 'all')
-    def away(): return kl(ref, log_probs(new, ids)).mean().item()
-    assert away() < 1e-6; refit(new, ids); assert away() < 1e-6
-    set_levels(new, split_levels(new, .6)); before = away()
-    refit(new, ids); assert away() < .8*before
+    model, ids = random_model()
+    ref = log_probs(model, ids)
+    new = sparsify(convert(model, bases(moments(model, ids), "model")), "all")
+
+    def away():
+        return kl(ref, log_probs(new, ids)).mean().item()
+
+    assert away() < 1e-6
+    refit(new, ids)
+    assert away() < 1e-6
+    set_levels(new, split_levels(new, 0.6))
+    before = away()
+    refit(new, ids)
+    assert away() < 0.8 * before
 
 
 def test_ladder():
     """Text: the questions and answers that ship for calibration, and the sixty passages, which the model has never
     seen. The first is of another kind than the second, so what is shown is what is left when the text is not the
     one that was calibrated on."""
-    model, ids = random_model(); small = Ladder(model, ids[:8], ids[8:])
+    model, ids = random_model()
+    small = Ladder(model, ids[:8], ids[8:])
     for a in ARMS:
-        r = small.rung(a, .5)
-        assert r['kl'] > 1e-3 and abs((r['skipped'] if 'free' in a else r['net'])-.5) < (.05 if a == 'threshold' else .01), r
-    for a in ('threshold', 'top-k', 'one basis', 'values rotated', 'basis learned'): assert small.rung(a, 0.)['kl'] < 1e-5
-    assert small.rung('neutral levels', 0.)['skipped'] > 0   # its adapters are not free
-    with expect_fail(LlmoptError, 'unknown arm'): small.rung('magic', .5)
+        r = small.rung(a, 0.5)
+        assert r["kl"] > 1e-3 and abs((r["skipped"] if "free" in a else r["net"]) - 0.5) < (
+            0.05 if a == "threshold" else 0.01
+        ), r
+    for a in ("threshold", "top-k", "one basis", "values rotated", "basis learned"):
+        assert small.rung(a, 0.0)["kl"] < 1e-5
+    assert small.rung("neutral levels", 0.0)["skipped"] > 0  # its adapters are not free
+    with expect_fail(LlmoptError, "unknown arm"):
+        small.rung("magic", 0.5)
     one = log_probs(model, ids[8:, :1])
-    for a in ('top-k', 'basis learned'):
-        with small.arm(a, .5, 'decode') as (m, _):    # a prompt is dense, a single token is not
-            test_close(log_probs(m, ids[8:]), small.ref, 1e-4); assert kl(one, log_probs(m, ids[8:, :1])).mean() > 1e-3
+    for a in ("top-k", "basis learned"):
+        with small.arm(a, 0.5, "decode") as (m, _):  # a prompt is dense, a single token is not
+            test_close(log_probs(m, ids[8:]), small.ref, 1e-4)
+            assert kl(one, log_probs(m, ids[8:, :1])).mean() > 1e-3
 
 
 def test_several_processes():
@@ -62,23 +93,36 @@ def test_several_processes():
     seen. The first is of another kind than the second, so what is shown is what is left when the text is not the
     one that was calibrated on."""
     # other processes know the module, not this notebook
-    model, ids = random_model(); small = importlib.import_module('llmopt.larosa_ladder').Ladder(model, ids[:8], ids[8:]); arms = ('threshold', 'basis learned')
-    for a, b in zip(small.climb((.4,), arms, processes=2), small.climb((.4,), arms), strict=True):
-        test_eq([a['arm'], a['p']], [b['arm'], b['p']]); test_close([a[k] for k in ('skipped', 'net', 'kl', 'rise')], [b[k] for k in ('skipped', 'net', 'kl', 'rise')], 1e-4)
+    model, ids = random_model()
+    small = importlib.import_module("llmopt.larosa_ladder").Ladder(model, ids[:8], ids[8:])
+    arms = ("threshold", "basis learned")
+    for a, b in zip(small.climb((0.4,), arms, processes=2), small.climb((0.4,), arms), strict=True):
+        test_eq([a["arm"], a["p"]], [b["arm"], b["p"]])
+        test_close(
+            [a[k] for k in ("skipped", "net", "kl", "rise")], [b[k] for k in ("skipped", "net", "kl", "rise")], 1e-4
+        )
 
 
 def test_as_released():
     """At $p=0$ nothing happens, and what is dropped is what was asked for. With gains of 1 both bases are the same,
     and so is the loss, less what the two ways to round a number of channels make. `pytest --hub
     tests/test_larosa_published.py` downloads the models and compares with the published numbers, to within 0.05."""
-    model, ids = random_model(); q = gained_bases(model, ids); want = perplexity(model, ids)
+    model, ids = random_model()
+    q = gained_bases(model, ids)
+    want = perplexity(model, ids)
     test_close(want, (-log_probs(model, ids)[:, :-1].gather(-1, ids[:, 1:, None]).mean()).exp().item(), 1e-3)
-    with as_released(model, q, 0.): test_close(perplexity(model, ids), want, 1e-3)
-    with as_released(model, q, .5): assert abs(perplexity(model, ids)-want) > .01
-    for layer in model.model.layers: layer.input_layernorm.weight.data.fill_(1.); layer.post_attention_layernorm.weight.data.fill_(1.)
-    q, p = gained_bases(model, ids), .625   # 40 of 64 and 84 of 112 channels: both ways to round agree
-    new = sparsify(convert(model, bases(moments(model, ids), 'layer')), 'all'); set_levels(new, split_levels(new, p, 'published'))
-    with as_released(model, q, p): test_close(perplexity(model, ids), perplexity(new, ids), 1e-3)
+    with as_released(model, q, 0.0):
+        test_close(perplexity(model, ids), want, 1e-3)
+    with as_released(model, q, 0.5):
+        assert abs(perplexity(model, ids) - want) > 0.01
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data.fill_(1.0)
+        layer.post_attention_layernorm.weight.data.fill_(1.0)
+    q, p = gained_bases(model, ids), 0.625  # 40 of 64 and 84 of 112 channels: both ways to round agree
+    new = sparsify(convert(model, bases(moments(model, ids), "layer")), "all")
+    set_levels(new, split_levels(new, p, "published"))
+    with as_released(model, q, p):
+        test_close(perplexity(model, ids), perplexity(new, ids), 1e-3)
 
 
 def test_kept_shares():
@@ -86,6 +130,10 @@ def test_kept_shares():
     basis it is one channel now and another then, and a fixed set would lose much; after the rotation the first
     few directions are always in and the last hardly ever. What lies between is where choosing anew for every
     token pays."""
-    lm = load(TINY, 'cpu', dtype='float32'); ids = windows(passages(), lm.tokenizer, 64, 4)
-    new = sparsify(convert(lm.model, bases(moments(lm.model, ids), 'model')), 'all'); set_levels(new, split_levels(new, .5, 'uniform'))
-    for n, s in kept_shares(new, ids).items(): test_close(s.mean(), .5, .01); assert s.max() <= 1
+    lm = load(TINY, "cpu", dtype="float32")
+    ids = windows(passages(), lm.tokenizer, 64, 4)
+    new = sparsify(convert(lm.model, bases(moments(lm.model, ids), "model")), "all")
+    set_levels(new, split_levels(new, 0.5, "uniform"))
+    for n, s in kept_shares(new, ids).items():
+        test_close(s.mean(), 0.5, 0.01)
+        assert s.max() <= 1

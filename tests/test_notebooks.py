@@ -1,4 +1,5 @@
 "Every notebook runs, and the tree is what the notebooks export."
+
 import json
 import subprocess
 import sys
@@ -6,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-doclinks = pytest.importorskip('nbdev.doclinks', reason='needs the development tools: pip install -e ".[dev]"')
+doclinks = pytest.importorskip("nbdev.doclinks", reason='needs the development tools: pip install -e ".[dev]"')
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(Path(p).resolve().relative_to(ROOT).as_posix() for p in doclinks.nbglob(ROOT/'nbs'))
-RUN = '''
+NOTEBOOKS = sorted(Path(p).resolve().relative_to(ROOT).as_posix() for p in doclinks.nbglob(ROOT / "nbs"))
+RUN = """
 import sys
 from pathlib import Path
 from nbdev.test import test_nb
 path, root, *flags = sys.argv[1:]
 passed, seconds = test_nb(Path(path), skip_flags=flags, basepath=root)
 sys.exit(not passed)
-'''
+"""
 
 
 def run(*args):
@@ -28,19 +29,21 @@ def run(*args):
 @pytest.fixture
 def flags(request):
     "The directives that keep a cell from running: hub and slow cells run if pytest was told so; test cells run as the modules they are exported to"
-    on = {mark for mark in ('slow', 'hub') if request.config.getoption(mark)}
-    return ['test', *(f for f in doclinks.get_config(path=ROOT).tst_flags.split() if f not in on)]
+    on = {mark for mark in ("slow", "hub") if request.config.getoption(mark)}
+    return ["test", *(f for f in doclinks.get_config(path=ROOT).tst_flags.split() if f not in on)]
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS)
-def test_notebook_runs_in_a_fresh_process(path, flags): run('-c', RUN, str(ROOT/path), str(ROOT), *flags)
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_notebook_runs_in_a_fresh_process(path, flags):
+    run("-c", RUN, str(ROOT / path), str(ROOT), *flags)
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS)
+@pytest.mark.parametrize("path", NOTEBOOKS)
 def test_no_widget_is_stored(path):
-    nb = json.loads((ROOT/path).read_text(encoding='utf-8'))
-    kept = [nb['metadata'], *(cell.get('outputs') for cell in nb['cells'])]
-    assert 'jupyter.widget' not in json.dumps(kept)
+    nb = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    kept = [nb["metadata"], *(cell.get("outputs") for cell in nb["cells"])]
+    assert "jupyter.widget" not in json.dumps(kept)
 
 
-def test_the_tree_equals_a_clean_export(): run('.ci/nb.py', 'check')
+def test_the_tree_equals_a_clean_export():
+    run(".ci/nb.py", "check")

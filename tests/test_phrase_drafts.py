@@ -6,7 +6,7 @@ import transformers as T
 import math
 import numpy as np
 import torch
-from fastcore.test import test_eq, test_close, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import BaseStreamer
 from llmopt.adaptivocab_model import Vocab
@@ -20,154 +20,285 @@ def test_drafts_by_hand():
     """By hand: after 1 comes 2 in three of four cases, and after `1 2` always 3. With the one that is added, the
     shares are 3/5 and 3/4."""
     t = PhraseTable([(1, 2, 3), (1, 4)], 10)
-    d = PhraseDrafts(t, [[1, 2, 3, 0, 1, 2, 3], [1, 2, 3], [1, 4]], cost=.1)
+    d = PhraseDrafts(t, [[1, 2, 3, 0, 1, 2, 3], [1, 2, 3], [1, 4]], cost=0.1)
     one = d.follow([], 1)
-    test_eq(d._rest(one[0])[0], [2, 3]); test_close(d._rest(one[0])[1], [.6, .45])
-    test_eq(d.propose(one), ([], []))                                      # there is no credit yet
-    d.credit = 1.; test_eq(d.propose(one)[0], [2, 3]); test_eq(d.propose(one, 1)[0], [2]); test_eq(d.propose(one, 0), ([], []))
-    d.credit = .15; test_eq(d.propose(one)[0], [2])                        # enough for one token
-    d.credit, d.cost = 1., .5; test_eq(d.propose(one)[0], [2])             # .45 is not worth .5
-    test_eq(d.propose(d.follow(one, 2))[0], [3]); test_eq(d.propose(d.follow(d.follow(one, 2), 3)), ([], [])); test_eq(d.follow(one, 9), [])
-    d.cost = .1; d.learn([.6, .45], 0, 1); test_close(d.trust, 1/2.05, 1e-9); test_close(d.credit, 1+.02-.2, 1e-9)
+    test_eq(d._rest(one[0])[0], [2, 3])
+    test_close(d._rest(one[0])[1], [0.6, 0.45])
+    test_eq(d.propose(one), ([], []))  # there is no credit yet
+    d.credit = 1.0
+    test_eq(d.propose(one)[0], [2, 3])
+    test_eq(d.propose(one, 1)[0], [2])
+    test_eq(d.propose(one, 0), ([], []))
+    d.credit = 0.15
+    test_eq(d.propose(one)[0], [2])  # enough for one token
+    d.credit, d.cost = 1.0, 0.5
+    test_eq(d.propose(one)[0], [2])  # .45 is not worth .5
+    test_eq(d.propose(d.follow(one, 2))[0], [3])
+    test_eq(d.propose(d.follow(d.follow(one, 2), 3)), ([], []))
+    test_eq(d.follow(one, 9), [])
+    d.cost = 0.1
+    d.learn([0.6, 0.45], 0, 1)
+    test_close(d.trust, 1 / 2.05, 1e-9)
+    test_close(d.credit, 1 + 0.02 - 0.2, 1e-9)
     test_eq(vars(d.stats), dict(forwards=1, tokens=1, drafted=2, accepted=0))
-    s = PhraseDrafts(t, [[1, 2, 3, 0, 1, 2, 3], [1, 2, 3], [1, 4]], cost=.1, start=.3); s.credit = 1.
-    test_eq(s.propose(one)[0], [2, 3]); s.credit = .35; test_eq(s.propose(one), ([], [])); s.credit, s.start = 2., .9; test_eq(s.propose(one), ([], []))   # 1.05 expected, 1.1 to pay
-    s.learn([.6], 1, 2); test_close(s.credit, 2+.02+1-.9-.1, 1e-9); s.learn([], 0, 1); test_close(s.credit, 2.04, 1e-9)
-    with expect_fail(LlmoptError, 'not negative'): PhraseDrafts(t, cost=-1)
+    s = PhraseDrafts(t, [[1, 2, 3, 0, 1, 2, 3], [1, 2, 3], [1, 4]], cost=0.1, start=0.3)
+    s.credit = 1.0
+    test_eq(s.propose(one)[0], [2, 3])
+    s.credit = 0.35
+    test_eq(s.propose(one), ([], []))
+    s.credit, s.start = 2.0, 0.9
+    test_eq(s.propose(one), ([], []))  # 1.05 expected, 1.1 to pay
+    s.learn([0.6], 1, 2)
+    test_close(s.credit, 2 + 0.02 + 1 - 0.9 - 0.1, 1e-9)
+    s.learn([], 0, 1)
+    test_close(s.credit, 2.04, 1e-9)
+    with expect_fail(LlmoptError, "not negative"):
+        PhraseDrafts(t, cost=-1)
 
 
 def test_longest_suffix_first():
     "The longest suffix that has something to say speaks first."
-    d = PhraseDrafts(PhraseTable([(1, 2, 3), (2, 4)], 10), cost=.1); d.credit = 9.
+    d = PhraseDrafts(PhraseTable([(1, 2, 3), (2, 4)], 10), cost=0.1)
+    d.credit = 9.0
     path = d.follow(d.follow([], 1), 2)
-    test_eq(len(path), 2); test_eq(d.propose(path)[0], [3]); test_eq(d.propose(d.follow([], 2))[0], [4])
-    end = PhraseDrafts(PhraseTable([(1, 2), (2, 4)], 10), cost=.1); end.credit = 9.
-    test_eq(end.propose(end.follow(end.follow([], 1), 2))[0], [4])         # (1, 2) is complete, and (2, 4) begins
+    test_eq(len(path), 2)
+    test_eq(d.propose(path)[0], [3])
+    test_eq(d.propose(d.follow([], 2))[0], [4])
+    end = PhraseDrafts(PhraseTable([(1, 2), (2, 4)], 10), cost=0.1)
+    end.credit = 9.0
+    test_eq(end.propose(end.follow(end.follow([], 1), 2))[0], [4])  # (1, 2) is complete, and (2, 4) begins
     test_eq(node_counts(PhraseTable([(1, 2)], 10), [[1, 1, 2], []]).tolist(), [0, 2, 1])
 
 
-PROMPTS = ['What is machine learning?', 'Why is the sky blue?', 'What causes high blood pressure?', 'Tell me a story.', 'What is the speed of light?',
-           'What are the symptoms of diabetes?', 'How many people live in the United States?', 'Write a poem about the sea.']
+PROMPTS = [
+    "What is machine learning?",
+    "Why is the sky blue?",
+    "What causes high blood pressure?",
+    "Tell me a story.",
+    "What is the speed of light?",
+    "What are the symptoms of diabetes?",
+    "How many people live in the United States?",
+    "Write a poem about the sea.",
+]
+
 
 def plain(model, ids, **kw):
     "Greedy decoding by transformers alone."
     x = torch.tensor([ids])
-    return model.generate(x, attention_mask=torch.ones_like(x), **{**dict(max_new_tokens=16, do_sample=False), **kw})[0, len(ids):].tolist()
+    return model.generate(x, attention_mask=torch.ones_like(x), **{**dict(max_new_tokens=16, do_sample=False), **kw})[
+        0, len(ids) :
+    ].tolist()
+
 
 def right_and_wrong(model, prompts, seed=0, **kw):
     "Drafts that are often right and often wrong: from what the model writes, with every fifth token changed."
-    rng = random.Random(seed); size = model.get_input_embeddings().weight.shape[0]
-    told = [p+plain(model, p, **kw) for p in prompts]
-    bent = [[rng.randrange(size) if rng.random() < .2 else t for t in s] for s in told]
-    pieces = {tuple(s[i:i+k]) for s in bent for i in range(len(s)-4) for k in (2, 3, 4)}
+    rng = random.Random(seed)
+    size = model.get_input_embeddings().weight.shape[0]
+    told = [p + plain(model, p, **kw) for p in prompts]
+    bent = [[rng.randrange(size) if rng.random() < 0.2 else t for t in s] for s in told]
+    pieces = {tuple(s[i : i + k]) for s in bent for i in range(len(s) - 4) for k in (2, 3, 4)}
     return PhraseDrafts(PhraseTable(sorted(pieces), size), cost=0)
 
 
 def test_same_text_on_many_prompts():
     "Many prompts, two kinds of cache, and a prompt that is itself read with phrases:"
-    lm = load(TINY, 'cpu'); ids = [lm.encode_chat([user(p)]) for p in PROMPTS]
+    lm = load(TINY, "cpu")
+    ids = [lm.encode_chat([user(p)]) for p in PROMPTS]
     d, kv, r = right_and_wrong(lm.model, ids), KVCache(), Vocab().reader(lm)
     for p in ids:
         want = plain(lm.model, p)
         test_eq(plain(lm.model, p, **d.using()), want)
         test_eq(plain(lm.model, p, past_key_values=(c := DynamicCache(config=lm.model.config)), **d.using()), want)
-        test_eq(c.get_seq_length(), len(p)+len(want)-1)                    # all but the last token, as without drafts
-        with kv.attach(lm): test_eq(plain(lm.model, p, past_key_values=kv.make_cache(lm), **d.using()), plain(lm.model, p, past_key_values=kv.make_cache(lm)))
+        test_eq(c.get_seq_length(), len(p) + len(want) - 1)  # all but the last token, as without drafts
+        with kv.attach(lm):
+            test_eq(
+                plain(lm.model, p, past_key_values=kv.make_cache(lm), **d.using()),
+                plain(lm.model, p, past_key_values=kv.make_cache(lm)),
+            )
         kw = dict(max_new_tokens=24, do_sample=False)
         test_eq(r.generate(p, **kw, **d.using()), r.generate(p, **kw))
     s = d.stats
-    assert s.tokens/20 < s.accepted < s.drafted-20; test_eq(s.forwards, s.tokens-s.accepted)
+    assert s.tokens / 20 < s.accepted < s.drafted - 20
+    test_eq(s.forwards, s.tokens - s.accepted)
 
 
 def test_same_text_in_other_families():
     """Other families, small and random; one of them with a sliding window that is shorter than the text, which a
     crop must not damage."""
-    small = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None)
-    for c in (T.LlamaConfig(**small), T.Qwen2Config(**small), T.MistralConfig(**small, head_dim=8, sliding_window=8), T.PhiConfig(**{**small, 'num_key_value_heads': 4}),
-              T.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=None)):
+    small = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=None,
+    )
+    for c in (
+        T.LlamaConfig(**small),
+        T.Qwen2Config(**small),
+        T.MistralConfig(**small, head_dim=8, sliding_window=8),
+        T.PhiConfig(**{**small, "num_key_value_heads": 4}),
+        T.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=None),
+    ):
         for seed in range(2):
-            torch.manual_seed(seed); m = T.AutoModelForCausalLM.from_config(c).eval(); rng = random.Random(seed)
+            torch.manual_seed(seed)
+            m = T.AutoModelForCausalLM.from_config(c).eval()
+            rng = random.Random(seed)
             prompts, kw = [rng.choices(range(64), k=rng.randint(1, 20)) for _ in range(3)], dict(pad_token_id=0)
             d = right_and_wrong(m, prompts, seed, **kw)
-            for p in prompts: test_eq(plain(m, p, **kw, **d.using()), plain(m, p, **kw))
+            for p in prompts:
+                test_eq(plain(m, p, **kw, **d.using()), plain(m, p, **kw))
             assert 0 < d.stats.accepted < d.stats.drafted
 
 
 def test_all_wrong_and_all_right():
     """When every draft is wrong, each pass still writes one token, and the drafts take no more than their limit.
     When all are right, the passes are as few as the longest draft allows; they are counted at the model itself."""
-    lm = load(TINY, 'cpu'); size = lm.model.config.vocab_size
-    p = lm.encode_chat([user(PROMPTS[1])]); kw = dict(max_new_tokens=40, min_new_tokens=40); out = plain(lm.model, p, **kw)
-    wrong = PhraseTable({(t, (n+1)%size) for t, n in zip(out, out[1:])}, size)
-    for cost in (0, .1, .02):
+    lm = load(TINY, "cpu")
+    size = lm.model.config.vocab_size
+    p = lm.encode_chat([user(PROMPTS[1])])
+    kw = dict(max_new_tokens=40, min_new_tokens=40)
+    out = plain(lm.model, p, **kw)
+    wrong = PhraseTable({(t, (n + 1) % size) for t, n in zip(out, out[1:])}, size)
+    for cost in (0, 0.1, 0.02):
         d = PhraseDrafts(wrong, [w for w in wrong.pieces for _ in range(50)], cost=cost)
-        test_eq(plain(lm.model, p, **kw, **d.using()), out); s = d.stats
-        assert s.drafted > 0 and (len({*out}) < len(out) or s.accepted == 0) and s.forwards == 40-s.accepted
-        assert s.drafted*cost <= d.limit*s.forwards+s.accepted+1e-9
-    passes = []; hook = lm.model.register_forward_hook(lambda *_: passes.append(1))
-    right = PhraseDrafts(PhraseTable([tuple(p[-2:]+out)], size), cost=0)
-    test_eq(plain(lm.model, p, **kw, **right.using()), out); hook.remove()
-    test_eq((len(passes), right.stats.forwards, right.stats.accepted), (2, 2, 38))   # the prompt, and the rest at once
+        test_eq(plain(lm.model, p, **kw, **d.using()), out)
+        s = d.stats
+        assert s.drafted > 0 and (len({*out}) < len(out) or s.accepted == 0) and s.forwards == 40 - s.accepted
+        assert s.drafted * cost <= d.limit * s.forwards + s.accepted + 1e-9
+    passes = []
+    hook = lm.model.register_forward_hook(lambda *_: passes.append(1))
+    right = PhraseDrafts(PhraseTable([tuple(p[-2:] + out)], size), cost=0)
+    test_eq(plain(lm.model, p, **kw, **right.using()), out)
+    hook.remove()
+    test_eq((len(passes), right.stats.forwards, right.stats.accepted), (2, 2, 38))  # the prompt, and the rest at once
 
 
 def test_stops_and_processors_inside_a_draft():
     """A stop token inside a draft ends the text there, and so do the longest length and a stop string; processors of
     the logits act on every token of a draft."""
-    lm = load(TINY, 'cpu'); tok, size = lm.tokenizer, lm.model.config.vocab_size
-    p = lm.encode_chat([user(PROMPTS[0])]); out = plain(lm.model, p, max_new_tokens=30, min_new_tokens=30)
-    whole = lambda: PhraseDrafts(PhraseTable([tuple(p[-2:]+out)], size), cost=0)
-    for kw in (dict(eos_token_id=out[7]), dict(eos_token_id=[out[1], 0]), dict(max_new_tokens=5), dict(max_new_tokens=1), dict(max_length=len(p)+9, max_new_tokens=None),
-               dict(stopping_criteria=StoppingCriteriaList([StopStringCriteria(tok, tok.decode(out[3:5]))])), dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2), dict(min_new_tokens=20, eos_token_id=out[2])):
+    lm = load(TINY, "cpu")
+    tok, size = lm.tokenizer, lm.model.config.vocab_size
+    p = lm.encode_chat([user(PROMPTS[0])])
+    out = plain(lm.model, p, max_new_tokens=30, min_new_tokens=30)
+
+    def whole():
+        return PhraseDrafts(PhraseTable([tuple(p[-2:] + out)], size), cost=0)
+
+    for kw in (
+        dict(eos_token_id=out[7]),
+        dict(eos_token_id=[out[1], 0]),
+        dict(max_new_tokens=5),
+        dict(max_new_tokens=1),
+        dict(max_length=len(p) + 9, max_new_tokens=None),
+        dict(stopping_criteria=StoppingCriteriaList([StopStringCriteria(tok, tok.decode(out[3:5]))])),
+        dict(repetition_penalty=1.3),
+        dict(no_repeat_ngram_size=2),
+        dict(min_new_tokens=20, eos_token_id=out[2]),
+    ):
         d = whole()
-        test_eq(plain(lm.model, p, **kw, **d.using()), plain(lm.model, p, **kw)); test_eq(d.stats.forwards, d.stats.tokens-d.stats.accepted)
+        test_eq(plain(lm.model, p, **kw, **d.using()), plain(lm.model, p, **kw))
+        test_eq(d.stats.forwards, d.stats.tokens - d.stats.accepted)
 
 
 def test_streaming():
     "A streamer sees the prompt, then the same tokens, in larger pieces."
+
     class Heard(BaseStreamer):
-        def __init__(self): self.said, self.ended = [], False
-        def put(self, x): self.said.append(x.flatten().tolist())
-        def end(self): self.ended = True
-    lm = load(TINY, 'cpu'); p = lm.encode_chat([user(PROMPTS[0])]); out = plain(lm.model, p)
-    d, h = PhraseDrafts(PhraseTable([tuple(p[-2:]+out)], lm.model.config.vocab_size), cost=0), Heard()
+        def __init__(self):
+            self.said, self.ended = [], False
+
+        def put(self, x):
+            self.said.append(x.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    lm = load(TINY, "cpu")
+    p = lm.encode_chat([user(PROMPTS[0])])
+    out = plain(lm.model, p)
+    d, h = PhraseDrafts(PhraseTable([tuple(p[-2:] + out)], lm.model.config.vocab_size), cost=0), Heard()
     plain(lm.model, p, **d.using(h))
-    test_eq(h.said[0], p); test_eq(sum(h.said[1:], []), out); assert h.ended and len(h.said) < len(out)
+    test_eq(h.said[0], p)
+    test_eq(sum(h.said[1:], []), out)
+    assert h.ended and len(h.said) < len(out)
 
 
 def test_neutral_and_refused():
     "Without phrases, or with a limit of zero, nothing is drafted. What drafts are not for is refused."
-    lm = load(TINY, 'cpu'); size = lm.model.config.vocab_size; p = lm.encode_chat([user(PROMPTS[0])]); out = plain(lm.model, p)
-    for d in (PhraseDrafts(PhraseTable([], size)), PhraseDrafts(PhraseTable([tuple(p[-2:]+out)], size), limit=0)):
-        test_eq(plain(lm.model, p, **d.using()), out); test_eq((d.stats.drafted, d.stats.forwards, d.spared), (0, len(out), 0))
-    for kw in (dict(do_sample=True), dict(num_beams=2), dict(use_cache=False), dict(return_dict_in_generate=True), dict(cache_implementation='static')):
-        with expect_fail(LlmoptError): plain(lm.model, p, **kw, **d.using())
-    with expect_fail(LlmoptError, 'one prompt at a time'): lm.model.generate(torch.tensor([p, p]), attention_mask=torch.ones(2, len(p)), do_sample=False, **d.using())
+    lm = load(TINY, "cpu")
+    size = lm.model.config.vocab_size
+    p = lm.encode_chat([user(PROMPTS[0])])
+    out = plain(lm.model, p)
+    for d in (PhraseDrafts(PhraseTable([], size)), PhraseDrafts(PhraseTable([tuple(p[-2:] + out)], size), limit=0)):
+        test_eq(plain(lm.model, p, **d.using()), out)
+        test_eq((d.stats.drafted, d.stats.forwards, d.spared), (0, len(out), 0))
+    for kw in (
+        dict(do_sample=True),
+        dict(num_beams=2),
+        dict(use_cache=False),
+        dict(return_dict_in_generate=True),
+        dict(cache_implementation="static"),
+    ):
+        with expect_fail(LlmoptError):
+            plain(lm.model, p, **kw, **d.using())
+    with expect_fail(LlmoptError, "one prompt at a time"):
+        lm.model.generate(torch.tensor([p, p]), attention_mask=torch.ones(2, len(p)), do_sample=False, **d.using())
 
 
 def test_extra_cost():
     """It depends on the machine, the model and its cache; so it is measured: the times of passes over two and over
     `1+k` tokens behind `context` others, over that of a pass over one, as medians of interleaved rounds."""
-    lm = load(TINY, 'cpu'); cache = DynamicCache(config=lm.model.config)
-    test_eq([*map(math.isfinite, extra_cost(lm.model, cache, context=16, rounds=3))], [True]*2); test_eq(cache.get_seq_length(), 16)
-    clock = extra_cost.__wrapped__.__globals__; real = clock['_pass_seconds']
-    clock['_pass_seconds'] = lambda model, cache, n: 4+.5*n if n > 1 else 4         # passes over one token, two and five take 4, 5 and 6.5
-    try: test_close(extra_cost(lm.model, DynamicCache(config=lm.model.config), context=16, rounds=3), (.125, .125), 1e-9)
-    finally: clock['_pass_seconds'] = real
+    lm = load(TINY, "cpu")
+    cache = DynamicCache(config=lm.model.config)
+    test_eq([*map(math.isfinite, extra_cost(lm.model, cache, context=16, rounds=3))], [True] * 2)
+    test_eq(cache.get_seq_length(), 16)
+    clock = extra_cost.__wrapped__.__globals__
+    real = clock["_pass_seconds"]
+    clock["_pass_seconds"] = lambda model, cache, n: (
+        4 + 0.5 * n if n > 1 else 4
+    )  # passes over one token, two and five take 4, 5 and 6.5
+    try:
+        test_close(
+            extra_cost(lm.model, DynamicCache(config=lm.model.config), context=16, rounds=3), (0.125, 0.125), 1e-9
+        )
+    finally:
+        clock["_pass_seconds"] = real
 
 
 def test_ways_compared():
     """Ways to decode the same prompts, beside plain decoding: passes counted by a hook, texts compared, times
     interleaved. `llmopt benchmark vocab` calls this."""
-    lm = load(TINY, 'cpu'); ids = [lm.encode_chat([user(t)]) for t in ('What is machine learning?', 'Why is the sky blue?')]
-    said = lm.model.generate(torch.tensor(ids[:1]), attention_mask=torch.ones(1, len(ids[0])), max_new_tokens=20, do_sample=False)[0].tolist()
-    knows = PhraseDrafts(PhraseTable([tuple(said[i:i+4]) for i in range(len(ids[0])-4, len(said)-4)], len(lm.tokenizer)), [np.array(said)]*3, cost=0)
+    lm = load(TINY, "cpu")
+    ids = [lm.encode_chat([user(t)]) for t in ("What is machine learning?", "Why is the sky blue?")]
+    said = lm.model.generate(
+        torch.tensor(ids[:1]), attention_mask=torch.ones(1, len(ids[0])), max_new_tokens=20, do_sample=False
+    )[0].tolist()
+    knows = PhraseDrafts(
+        PhraseTable([tuple(said[i : i + 4]) for i in range(len(ids[0]) - 4, len(said) - 4)], len(lm.tokenizer)),
+        [np.array(said)] * 3,
+        cost=0,
+    )
     plain, drafted = compare_drafts(lm, ids, dict(knows=knows), 20, lookup=False)
-    test_eq((plain['forwards'], plain['identical'], drafted['identical'], drafted['tokens']), (plain['tokens'], 2, 2, plain['tokens']))
-    assert drafted['forwards'] < plain['forwards'] and drafted['accepted'] > 2; test_eq(sum(len(m._forward_hooks) for m in lm.model.modules()), 0)
+    test_eq(
+        (plain["forwards"], plain["identical"], drafted["identical"], drafted["tokens"]),
+        (plain["tokens"], 2, 2, plain["tokens"]),
+    )
+    assert drafted["forwards"] < plain["forwards"] and drafted["accepted"] > 2
+    test_eq(sum(len(m._forward_hooks) for m in lm.model.modules()), 0)
 
 
 def test_view_of_drafts():
     "Nothing in the text is taken for HTML, and the counts are those of the passes."
-    tok = load(TINY, 'cpu').tokenizer; ids = tok.encode('1 < 2 & more', add_special_tokens=False)
+    tok = load(TINY, "cpu").tokenizer
+    ids = tok.encode("1 < 2 & more", add_special_tokens=False)
     html = show_drafts(tok, [ids[:3], ids[3:]])
-    assert '&lt;' in html and '&amp;' in html and '<b>' not in html.split('</div>')[0] and f'<b>{len(ids)}</b> tokens in <b>2</b> passes' in html and show_drafts(tok, []).endswith('<b>0</b> tokens in <b>0</b> passes</p>')
+    assert (
+        "&lt;" in html
+        and "&amp;" in html
+        and "<b>" not in html.split("</div>")[0]
+        and f"<b>{len(ids)}</b> tokens in <b>2</b> passes" in html
+        and show_drafts(tok, []).endswith("<b>0</b> tokens in <b>0</b> passes</p>")
+    )

@@ -2,40 +2,53 @@
 # ruff: noqa
 
 import tempfile
-from fastcore.test import test_eq, expect_fail
+from fastcore.test import expect_fail, test_eq
 from pathlib import Path
 from llmopt.results import *
 
 
 def test_every_metric_is_defined():
     "Every metric that is defined is a column, and every column that holds a number is defined."
-    labels = {'arm', 'query', 'method', 'round', 'order', 'prompt_text', 'output_text', 'finish_reason', 'error'}
-    test_eq(set(Run.model_fields)-labels, set(DEFINITIONS))
+    labels = {"arm", "query", "method", "round", "order", "prompt_text", "output_text", "finish_reason", "error"}
+    test_eq(set(Run.model_fields) - labels, set(DEFINITIONS))
 
 
 def test_round_trip():
     "A file comes back as it was written."
-    r = Results(kind='ask', runs=[Run(arm='quality', query='q1', method='baseline', output_text='\u00e9\u2028', kl_mean=0.)], created=now())
-    with tempfile.TemporaryDirectory() as d: test_eq(load(save(r, Path(d)/'r.json')), r)
+    r = Results(
+        kind="ask",
+        runs=[Run(arm="quality", query="q1", method="baseline", output_text="\u00e9\u2028", kl_mean=0.0)],
+        created=now(),
+    )
+    with tempfile.TemporaryDirectory() as d:
+        test_eq(load(save(r, Path(d) / "r.json")), r)
 
 
 def test_unreadable_files():
     "A truncated file, another version, and other JSON are told apart."
     with tempfile.TemporaryDirectory() as d:
-        f = save(Results(), Path(d)/'r.json'); text = f.read_text()
-        f.write_text(text[:len(text)//2])
-        with expect_fail(ResultsError, 'truncated'): load(f)
+        f = save(Results(), Path(d) / "r.json")
+        text = f.read_text()
+        f.write_text(text[: len(text) // 2])
+        with expect_fail(ResultsError, "truncated"):
+            load(f)
         f.write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
-        with expect_fail(ResultsError, 'version 99'): load(f)
-        f.write_text('[]')
-        with expect_fail(ResultsError, 'no llmopt results'): load(f)
+        with expect_fail(ResultsError, "version 99"):
+            load(f)
+        f.write_text("[]")
+        with expect_fail(ResultsError, "no llmopt results"):
+            load(f)
         f.write_text(text.replace('"runs": []', '"runs": [{"arm": "speed"}]'))
-        with expect_fail(ResultsError, 'runs.0.query'): load(f)
-        with expect_fail(ResultsError, 'no results file'): load(Path(d)/'other.json')
+        with expect_fail(ResultsError, "runs.0.query"):
+            load(f)
+        with expect_fail(ResultsError, "no results file"):
+            load(Path(d) / "other.json")
 
 
 def test_unwritable_targets():
     "A target that cannot be written is refused by name."
     with tempfile.TemporaryDirectory() as d:
-        with expect_fail(ResultsError, 'is a folder'): check_writable(d)
-        with expect_fail(ResultsError, 'there is no folder'): check_writable(Path(d)/'none'/'r.json')
+        with expect_fail(ResultsError, "is a folder"):
+            check_writable(d)
+        with expect_fail(ResultsError, "there is no folder"):
+            check_writable(Path(d) / "none" / "r.json")

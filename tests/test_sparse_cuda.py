@@ -4,19 +4,29 @@
 import torch
 from transformers import DynamicCache
 from llmopt.core import fill
-from llmopt.sparse_linear import step_model
 from llmopt.sparse_cuda import *
+from llmopt.sparse_linear import step_model
 
 
 def test_reference_equals_transformers():
     "In float64 the reference gives the logits of `transformers`, folded gains and grouped queries included."
-    model = step_model(32, 2, 48, 4, 2, 100, 'float64')
+    model = step_model(32, 2, 48, 4, 2, 100, "float64")
     for n, p in model.named_parameters():
-        if 'norm' in n: p.data.uniform_(.5, 2)
-    cache, step = fill(DynamicCache(config=model.config), model.config, 7, model.dtype), CudaStep(folded_weights(model), 7)
-    for i, l in enumerate(cache.layers): step.keys[i, :, :, :7], step.values[i, :, :, :7] = l.keys, l.values
+        if "norm" in n:
+            p.data.uniform_(0.5, 2)
+    cache, step = (
+        fill(DynamicCache(config=model.config), model.config, 7, model.dtype),
+        CudaStep(folded_weights(model), 7),
+    )
+    for i, l in enumerate(cache.layers):
+        step.keys[i, :, :, :7], step.values[i, :, :, :7] = l.keys, l.values
     step.token.fill_(5)
-    with torch.no_grad(): want = model(torch.tensor([[5]]), past_key_values=cache).logits[:, 0]
-    assert (step.reference(dtype=torch.float64)-want).abs().max() < 1e-6
+    with torch.no_grad():
+        want = model(torch.tensor([[5]]), past_key_values=cache).logits[:, 0]
+    assert (step.reference(dtype=torch.float64) - want).abs().max() < 1e-6
     everything = [torch.ones(1, m.weight.shape[1], dtype=torch.bool) for l in step.layers for m in l.values()]
-    assert (step.reference(everything, torch.float64)-want).abs().max() < 1e-6 < (step.reference([k.cumsum(1) > 1 for k in everything], torch.float64)-want).abs().max()
+    assert (
+        (step.reference(everything, torch.float64) - want).abs().max()
+        < 1e-6
+        < (step.reference([k.cumsum(1) > 1 for k in everything], torch.float64) - want).abs().max()
+    )

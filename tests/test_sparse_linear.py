@@ -5,7 +5,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from importlib.util import find_spec
-from fastcore.test import test_close, test_eq, expect_fail
+from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.sparse_linear import *
 from functools import cache
 from torch import nn
@@ -18,19 +18,36 @@ def test_selection():
     """Both ways keep the same, with few distinct values (nearly all ties), zeros, NaN, in every precision, and for
     any shape in front."""
     torch.manual_seed(0)
-    test_eq(select(torch.tensor([1., -3., 2., 3., -2.]), 3).tolist(), [1, 2, 3])
+    test_eq(select(torch.tensor([1.0, -3.0, 2.0, 3.0, -2.0]), 3).tolist(), [1, 2, 3])
     for dt in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        for x in (torch.randn(3, 67, dtype=dt), torch.randint(-2, 3, (4, 40)).to(dt), torch.zeros(2, 9, dtype=dt), torch.randn(2, 3, 33).to(dt), torch.randn(300, 2).to(dt).T, torch.tensor([[1., float('nan'), float('-inf'), 6., 6., 1e-40]]).to(dt)):
+        for x in (
+            torch.randn(3, 67, dtype=dt),
+            torch.randint(-2, 3, (4, 40)).to(dt),
+            torch.zeros(2, 9, dtype=dt),
+            torch.randn(2, 3, 33).to(dt),
+            torch.randn(300, 2).to(dt).T,
+            torch.tensor([[1.0, float("nan"), float("-inf"), 6.0, 6.0, 1e-40]]).to(dt),
+        ):
             D = x.shape[-1]
-            for k in (0, 1, D//3, D-1, D):
+            for k in (0, 1, D // 3, D - 1, D):
                 kept = select(x, k)
-                if 0 < k < D: assert torch.equal(kept, _select_torch(x.abs().contiguous().view(_BITS[x.itemsize]).flatten(0, -2), k).view(kept.shape))
-                assert torch.equal(kept, select_by_sorting(x, k)) and kept.shape == (*x.shape[:-1], k) and kept.dtype == torch.int64
+                if 0 < k < D:
+                    assert torch.equal(
+                        kept,
+                        _select_torch(x.abs().contiguous().view(_BITS[x.itemsize]).flatten(0, -2), k).view(kept.shape),
+                    )
+                assert (
+                    torch.equal(kept, select_by_sorting(x, k))
+                    and kept.shape == (*x.shape[:-1], k)
+                    and kept.dtype == torch.int64
+                )
                 out = torch.ones_like(x, dtype=torch.bool).scatter(-1, kept, False)
-                if 0 < k < D and not x.isnan().any(): assert (x.gather(-1, kept).abs().amin(-1) >= x.abs().masked_fill(~out, 0).amax(-1)).all()
-    assert 1 in select(torch.tensor([[5., float('nan'), 6.], [1., 1., 1.]]), 1)[0]
+                if 0 < k < D and not x.isnan().any():
+                    assert (x.gather(-1, kept).abs().amin(-1) >= x.abs().masked_fill(~out, 0).amax(-1)).all()
+    assert 1 in select(torch.tensor([[5.0, float("nan"), 6.0], [1.0, 1.0, 1.0]]), 1)[0]
     for bad in (-1, 6, 2.5, True):
-        with expect_fail(ValueError, 'from 0 to D=5'): select(torch.randn(5), bad)
+        with expect_fail(ValueError, "from 0 to D=5"):
+            select(torch.randn(5), bad)
 
 
 def test_pieces():
@@ -39,25 +56,35 @@ def test_pieces():
     cache, provided that the piece is short enough for all its rows to fit: about 768 numbers. If `N` has no such
     divisor, the one that loads the threads most evenly is taken. Rows are padded to a multiple of 64 numbers, so
     that there are divisors."""
-    test_eq([n_pieces(11008, t) for t in (1, 2, 4, 8)], [1, 2, 4, 43]); test_eq(n_pieces(64, 16), 1)
-    test_eq(n_pieces(8192, 2, batch=4), 8); test_eq(n_pieces(11008, 2, batch=4), 43)
+    test_eq([n_pieces(11008, t) for t in (1, 2, 4, 8)], [1, 2, 4, 43])
+    test_eq(n_pieces(64, 16), 1)
+    test_eq(n_pieces(8192, 2, batch=4), 8)
+    test_eq(n_pieces(11008, 2, batch=4), 43)
     for N in range(64, 4096, 64):
-        for t in (1, 2, 3, 6, 96): test_eq(N % n_pieces(N, t, 1+t%3), 0)
+        for t in (1, 2, 3, 6, 96):
+            test_eq(N % n_pieces(N, t, 1 + t % 3), 0)
     rows, kept, x = torch.randn(30, 128), torch.tensor([[3, 29], [0, 3]]), torch.randn(2, 2)
     ys = [bag_product(rows, kept, x, p) for p in (1, 2, 4)]
-    for y in ys: test_close(y, torch.einsum('bk,bkn->bn', x, rows[kept]), eps=1e-5)
+    for y in ys:
+        test_close(y, torch.einsum("bk,bkn->bn", x, rows[kept]), eps=1e-5)
 
 
 def test_dense_products_go_the_quicker_way():
     """Which way a dense product goes: with one token in bfloat16, or with a large weight in float32, the way of the
     sparse one; never where a gradient is wanted."""
     torch.manual_seed(0)
-    for dt, N, own in ((torch.float32, 40, False), (torch.float32, 4096, find_spec('numba') is not None), (torch.bfloat16, 40, True), (torch.float64, 4096, False)):
+    for dt, N, own in (
+        (torch.float32, 40, False),
+        (torch.float32, 4096, find_spec("numba") is not None),
+        (torch.bfloat16, 40, True),
+        (torch.float64, 4096, False),
+    ):
         lin, x = SparseLinear(torch.randn(N, 65).to(dt), torch.randn(N).to(dt)), torch.randn(1, 65).to(dt)
         with torch.no_grad():
-            test_eq(lin._own_dense(x), own); test_eq(lin._own_dense(x.expand(2, 65)), False)
-            test_close(lin(x), F.linear(x, lin.weight, lin.bias), eps=.3 if dt == torch.bfloat16 else 1e-4)
-        assert not lin._own_dense(x)    # no gradient through it
+            test_eq(lin._own_dense(x), own)
+            test_eq(lin._own_dense(x.expand(2, 65)), False)
+            test_close(lin(x), F.linear(x, lin.weight, lin.bias), eps=0.3 if dt == torch.bfloat16 else 1e-4)
+        assert not lin._own_dense(x)  # no gradient through it
 
 
 def test_equals_the_masked_dense_product():
@@ -70,10 +97,10 @@ def test_equals_the_masked_dense_product():
             for B, bias, n in ((1, None, 1), (2, b, 2), (3, b, 1), (4, None, 2)):
                 lin, x = SparseLinear(w, bias), torch.randn(D, B).to(dt).t()
                 with threads(n):
-                    for k in {0, 1, D//2, D}:
+                    for k in {0, 1, D // 2, D}:
                         kept = select(x, k)
-                        test_close(lin.sparse(x, kept), masked_linear(x, w, kept, bias), eps=eps*(1+D)**.5)
-                test_close(lin(x), F.linear(x, w, bias), eps=eps*(1+D)**.5)
+                        test_close(lin.sparse(x, kept), masked_linear(x, w, kept, bias), eps=eps * (1 + D) ** 0.5)
+                test_close(lin(x), F.linear(x, w, bias), eps=eps * (1 + D) ** 0.5)
                 assert torch.equal(lin.weight, w)
 
 
@@ -81,71 +108,113 @@ def test_shapes():
     "One token may come without a batch, tokens may come as `(B, 1, D)`, and one selection may serve all of them."
     lin, x = SparseLinear(torch.randn(20, 12)), torch.randn(3, 1, 12)
     kept = select(x, 5)
-    test_eq(lin.sparse(x, kept).shape, (3, 1, 20)); test_eq(lin.sparse(x[1, 0], kept[1, 0]).shape, (20,))
+    test_eq(lin.sparse(x, kept).shape, (3, 1, 20))
+    test_eq(lin.sparse(x[1, 0], kept[1, 0]).shape, (20,))
     test_close(lin.sparse(x, kept)[1, 0], lin.sparse(x[1, 0], kept[1, 0]), eps=1e-6)
     test_close(lin.sparse(x, kept[0, 0]), lin.sparse(x, kept[:1].expand(3, 1, 5)), eps=1e-6)
     assert torch.equal(lin.sparse(x[:1], kept[:1]), lin.sparse(x[:1], kept[:1].int()))
-    test_eq(sum(p.nbytes for p in lin.parameters()), 12*64*4); test_eq(SparseLinear(torch.randn(128, 12), kernel='bags').rows.nbytes, 12*128*4)
+    test_eq(sum(p.nbytes for p in lin.parameters()), 12 * 64 * 4)
+    test_eq(SparseLinear(torch.randn(128, 12), kernel="bags").rows.nbytes, 12 * 128 * 4)
 
 
 def test_errors():
     "What cannot be meant is an error."
-    w, lin, x, kept = torch.randn(20, 12), SparseLinear(torch.randn(20, 12)), torch.randn(2, 12), torch.tensor([[0, 1], [2, 3]])
-    for bad, msg in ((w[0], 'out_features, in_features'), (w.to(torch.int8), 'quantized'), (w.to(torch.float8_e4m3fn), 'quantized')):
-        with expect_fail(ValueError, msg): SparseLinear(bad)
-    with expect_fail(ValueError, 'bias must be'): SparseLinear(w, torch.zeros(12))
-    for a, b, msg in ((x[:, :11], kept, '11 channels'), (x.double(), kept, 'convert'), (x, kept.float(), 'channel numbers'), (x, kept[:1], 'one row per token'),
-                      (x, kept.to('meta'), 'kept on meta')):
-        with expect_fail(ValueError, msg): lin.sparse(a, b)
+    w, lin, x, kept = (
+        torch.randn(20, 12),
+        SparseLinear(torch.randn(20, 12)),
+        torch.randn(2, 12),
+        torch.tensor([[0, 1], [2, 3]]),
+    )
+    for bad, msg in (
+        (w[0], "out_features, in_features"),
+        (w.to(torch.int8), "quantized"),
+        (w.to(torch.float8_e4m3fn), "quantized"),
+    ):
+        with expect_fail(ValueError, msg):
+            SparseLinear(bad)
+    with expect_fail(ValueError, "bias must be"):
+        SparseLinear(w, torch.zeros(12))
+    for a, b, msg in (
+        (x[:, :11], kept, "11 channels"),
+        (x.double(), kept, "convert"),
+        (x, kept.float(), "channel numbers"),
+        (x, kept[:1], "one row per token"),
+        (x, kept.to("meta"), "kept on meta"),
+    ):
+        with expect_fail(ValueError, msg):
+            lin.sparse(a, b)
     for c in (12, -1):
-        with expect_fail((IndexError, RuntimeError), 'out of '): lin.sparse(x, torch.full((2, 1), c))
-    with expect_fail(RuntimeError, 'no gradient'): lin.sparse(x.requires_grad_(), kept)
-    with torch.no_grad(): lin.sparse(x, kept)
-    with expect_fail(ValueError, 'between 0 and D=4'): product_bytes(4, 4, 5, 2)
-    lin(x).sum().backward(); test_close(x.grad[0], lin.weight.sum(0), eps=1e-4)
+        with expect_fail((IndexError, RuntimeError), "out of "):
+            lin.sparse(x, torch.full((2, 1), c))
+    with expect_fail(RuntimeError, "no gradient"):
+        lin.sparse(x.requires_grad_(), kept)
+    with torch.no_grad():
+        lin.sparse(x, kept)
+    with expect_fail(ValueError, "between 0 and D=4"):
+        product_bytes(4, 4, 5, 2)
+    lin(x).sum().backward()
+    test_close(x.grad[0], lin.weight.sum(0), eps=1e-4)
 
 
 def test_kernels_agree():
     "`SparseLinear` takes this kernel where numba is installed, and shows which one it has; `kernel` chooses."
     torch.manual_seed(0)
-    if find_spec('numba') is None:
-        with expect_fail(ImportError, 'pip install numba'): SparseLinear(torch.randn(3, 4), kernel='axpy')
+    if find_spec("numba") is None:
+        with expect_fail(ImportError, "pip install numba"):
+            SparseLinear(torch.randn(3, 4), kernel="axpy")
     else:
-        for dt, eps in ((torch.float32, 1e-3), (torch.float64, 1e-10), (torch.bfloat16, .3)):
+        for dt, eps in ((torch.float32, 1e-3), (torch.float64, 1e-10), (torch.bfloat16, 0.3)):
             rows = torch.randn(90, 256).to(dt)
             for B, k, n in ((1, 0, 1), (1, 5, 2), (3, 90, 1), (4, 47, 2)):
                 x = torch.randn(B, 90).to(dt)
                 kept = select(x, k)
                 with threads(n):
-                    for p in (1, 2, 4): test_close(axpy_product(rows, kept, x, p), bag_product(rows, kept, x.gather(1, kept)), eps=eps)
+                    for p in (1, 2, 4):
+                        test_close(axpy_product(rows, kept, x, p), bag_product(rows, kept, x.gather(1, kept)), eps=eps)
         w, x = torch.randn(64, 4096).bfloat16(), torch.randn(1, 4096).bfloat16()
-        test_close(SparseLinear(w, kernel='axpy').sparse(x, torch.arange(4096)).double(), (x.double() @ w.double().t()).bfloat16().double(), eps=1.1)
-        x[0, 7] = float('nan')
+        test_close(
+            SparseLinear(w, kernel="axpy").sparse(x, torch.arange(4096)).double(),
+            (x.double() @ w.double().t()).bfloat16().double(),
+            eps=1.1,
+        )
+        x[0, 7] = float("nan")
         assert SparseLinear(w).sparse(x, torch.arange(10)).isnan().all()
-    test_eq(SparseLinear(torch.randn(3, 4).half()).kernel, 'bags')
-    with expect_fail(ValueError, 'axpy or bags'): SparseLinear(torch.randn(3, 4), kernel='gemv')
+    test_eq(SparseLinear(torch.randn(3, 4).half()).kernel, "bags")
+    with expect_fail(ValueError, "axpy or bags"):
+        SparseLinear(torch.randn(3, 4), kernel="gemv")
 
 
 def test_threads_share_a_product():
     """Wide rows are shared by columns, narrow ones by rows; the threads agree with one another and with the plain
     product either way, also where the columns do not divide by their number."""
-    if find_spec('numba') is not None:
+    if find_spec("numba") is not None:
         torch.manual_seed(0)
-        for dt, N, eps in ((torch.float32, 64, 1e-4), (torch.float32, 8256, 1e-4), (torch.bfloat16, 16448, .3), (torch.float64, 4160, 1e-10)):
-            rows, x = torch.randn(70, N).to(dt), torch.randn(2, 70).to(dt); kept = select(x, 41)
+        for dt, N, eps in (
+            (torch.float32, 64, 1e-4),
+            (torch.float32, 8256, 1e-4),
+            (torch.bfloat16, 16448, 0.3),
+            (torch.float64, 4160, 1e-10),
+        ):
+            rows, x = torch.randn(70, N).to(dt), torch.randn(2, 70).to(dt)
+            kept = select(x, 41)
             want = bag_product(rows, kept, x.gather(1, kept))
-            for n in (1, 2, 3): test_close(axpy_product(rows, kept, x, n), want, eps=eps)
-        with expect_fail(IndexError, 'there are 70 channels'): axpy_product(rows, kept+40, x, 2)
+            for n in (1, 2, 3):
+                test_close(axpy_product(rows, kept, x, n), want, eps=eps)
+        with expect_fail(IndexError, "there are 70 channels"):
+            axpy_product(rows, kept + 40, x, 2)
 
 
 def test_fused():
     """Query, key and value read the same input, and so do gate and up. Laid side by side, they are one matrix: one
     selection, one launch, and longer rows."""
     q, k, v = nn.Linear(16, 24), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)
-    x = torch.randn(1, 16); kept = select(x, 6)
+    x = torch.randn(1, 16)
+    kept = select(x, 6)
     with torch.no_grad():
-        for y, l in zip(fused(q, k, v).sparse(x, kept).split([24, 8, 8], -1), (q, k, v)): test_close(y, masked_linear(x, l.weight, kept, l.bias), eps=1e-5)
-    with expect_fail(ValueError, 'in_features differ'): fused(q, nn.Linear(8, 8))
+        for y, l in zip(fused(q, k, v).sparse(x, kept).split([24, 8, 8], -1), (q, k, v)):
+            test_close(y, masked_linear(x, l.weight, kept, l.bias), eps=1e-5)
+    with expect_fail(ValueError, "in_features differ"):
+        fused(q, nn.Linear(8, 8))
 
 
 def test_adds_in_float32():
@@ -154,8 +223,11 @@ def test_adds_in_float32():
     torch.manual_seed(0)
     w, x = torch.randn(256, 4096).bfloat16(), torch.randn(1, 4096).bfloat16()
     right, all_ = x.double() @ w.double().t(), torch.arange(4096)
-    error = lambda y: ((y.double()-right).norm()/right.norm()).item()
-    assert error(SparseLinear(w).sparse(x, all_)) < 1.01*error(right.bfloat16())
+
+    def error(y):
+        return ((y.double() - right).norm() / right.norm()).item()
+
+    assert error(SparseLinear(w).sparse(x, all_)) < 1.01 * error(right.bfloat16())
     assert error(SparseLinear(w.float()).sparse(x.float(), all_)) < 1e-5
 
 
@@ -164,46 +236,61 @@ def test_dense_ways_agree():
     There is reason for doubt: it skips channels within the panel, at random, and the prefetcher of the processor,
     which reads ahead in blocks, then fetches much of what was skipped. In long rows little is fetched in vain,
     but the generated kernel works through them 384 numbers at a time, at places far apart."""
-    for dt, eps in ((torch.float32, 1e-3), (torch.bfloat16, .3)):
+    for dt, eps in ((torch.float32, 1e-3), (torch.bfloat16, 0.3)):
         w, x = torch.randn(400, 96).to(dt), torch.randn(1, 96).to(dt)
-        assert {'linear', 'rows', 'bags', 'panels'} <= set(dense_ways(dt))
+        assert {"linear", "rows", "bags", "panels"} <= set(dense_ways(dt))
         with torch.no_grad():
-            for way in dense_ways(dt): test_close(DENSE[way](w)(x), F.linear(x, w), eps=eps)
+            for way in dense_ways(dt):
+                test_close(DENSE[way](w)(x), F.linear(x, w), eps=eps)
     w, x = w.float(), torch.randn(3, 96)
-    test_close(panels(w)(x), F.linear(x, w), eps=1e-3); test_close(panels(w)(x, select(x, 40)), masked_linear(x, w, select(x, 40)), eps=1e-3)
+    test_close(panels(w)(x), F.linear(x, w), eps=1e-3)
+    test_close(panels(w)(x, select(x, 40)), masked_linear(x, w, select(x, 40)), eps=1e-3)
 
 
 def test_kernel_benchmark():
     "A small run shows what comes out; its times mean nothing."
-    rows = benchmark_kernel([(32, 64)], (.5,), ('float32', 'bfloat16'), (1,), rounds=3, nbytes=2**14)
+    rows = benchmark_kernel([(32, 64)], (0.5,), ("float32", "bfloat16"), (1,), rounds=3, nbytes=2**14)
     table = pd.DataFrame(rows)
-    assert set(table.arm) >= {'linear', 'rows', 'bags', 'panels', 'select'} and (table[table.sparsity.notna()].arm.value_counts() == 2).all() and (table.median_ms > 0).all()
-    for _, g in table.groupby('dtype'):
-        best = g[g.sparsity.isna() & (g.arm != 'select')].sort_values('median_ms').iloc[0]
-        test_eq(best.arm, best.best_dense); test_eq(best.vs_best_dense, 1.)
-    sparse = table[(table.arm == 'bags') & (table.sparsity == .5) & (table.dtype == 'float32')].iloc[0]
-    test_eq(sparse.k, 16); test_eq(sparse.bytes, product_bytes(32, 64, 16, 4))
-    test_close(sparse.share_of_read, sparse.bytes/(sparse.median_ms/1000)/1e9/sparse.read_gb_per_s, eps=1e-9)
+    assert (
+        set(table.arm) >= {"linear", "rows", "bags", "panels", "select"}
+        and (table[table.sparsity.notna()].arm.value_counts() == 2).all()
+        and (table.median_ms > 0).all()
+    )
+    for _, g in table.groupby("dtype"):
+        best = g[g.sparsity.isna() & (g.arm != "select")].sort_values("median_ms").iloc[0]
+        test_eq(best.arm, best.best_dense)
+        test_eq(best.vs_best_dense, 1.0)
+    sparse = table[(table.arm == "bags") & (table.sparsity == 0.5) & (table.dtype == "float32")].iloc[0]
+    test_eq(sparse.k, 16)
+    test_eq(sparse.bytes, product_bytes(32, 64, 16, 4))
+    test_close(sparse.share_of_read, sparse.bytes / (sparse.median_ms / 1000) / 1e9 / sparse.read_gb_per_s, eps=1e-9)
 
 
-def tiny_step(dtype='float64'):
+def tiny_step(dtype="float64"):
     "A tiny model with gains that are not 1, a filled cache, and a step over the same cache."
     model = step_model(32, 2, 48, 4, 2, 100, dtype)
     for n, p in model.named_parameters():
-        if 'norm' in n: p.data.uniform_(.5, 2)
+        if "norm" in n:
+            p.data.uniform_(0.5, 2)
     cache = fill(DynamicCache(config=model.config), model.config, 7, model.dtype)
+
     def step(make):
         s = DecodeStep(model, make, 7)
-        for i, l in enumerate(cache.layers): s.keys[i, :, :, :7], s.values[i, :, :, :7] = l.keys[:, :, :7], l.values[:, :, :7]
+        for i, l in enumerate(cache.layers):
+            s.keys[i, :, :, :7], s.values[i, :, :, :7] = l.keys[:, :, :7], l.values[:, :, :7]
         return s
+
     return model, cache, step
+
 
 def masked(level):
     "A hook that keeps the largest inputs."
+
     def hook(module, args):
-        x, = args
-        kept = select(x, round((1-level)*x.shape[-1]))
-        return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept)),
+        (x,) = args
+        kept = select(x, round((1 - level) * x.shape[-1]))
+        return (torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept)),)
+
     return hook
 
 
@@ -212,10 +299,12 @@ def test_steps_equal_those_of_transformers():
     a hook before each linear layer that sets all but the largest inputs to zero: seven selections and masks
     instead of four, but on the same inputs, so they keep the same."""
     model, filled, step = tiny_step()
-    runs = {way: step(DENSE[way])(5) for way in ('linear', 'rows', 'panels')}
-    runs['sparse 0'] = step(SparseLinear)(5)
-    with torch.no_grad(): want = model(torch.tensor([[5]]), past_key_values=filled).logits[:, 0]
-    for k, v in runs.items(): assert (v-want).abs().max() < 1e-6, k
+    runs = {way: step(DENSE[way])(5) for way in ("linear", "rows", "panels")}
+    runs["sparse 0"] = step(SparseLinear)(5)
+    with torch.no_grad():
+        want = model(torch.tensor([[5]]), past_key_values=filled).logits[:, 0]
+    for k, v in runs.items():
+        assert (v - want).abs().max() < 1e-6, k
 
 
 def test_sparse_steps_equal_masked_ones():
@@ -224,46 +313,55 @@ def test_sparse_steps_equal_masked_ones():
     instead of four, but on the same inputs, so they keep the same."""
     model, filled, step = tiny_step()
     s = step(SparseLinear)
-    s.head, s.level = model.lm_head, .4
+    s.head, s.level = model.lm_head, 0.4
     for n, m in model.named_modules():
-        if n.endswith('_proj'): m.register_forward_pre_hook(masked(.4))
+        if n.endswith("_proj"):
+            m.register_forward_pre_hook(masked(0.4))
     with torch.no_grad():
-        want, dense = model(torch.tensor([[5]]), past_key_values=filled).logits[:, 0], step(DENSE['linear'])(5)
-        assert (s(5)-want).abs().max() < 1e-6 < (dense-want).abs().max()
+        want, dense = model(torch.tensor([[5]]), past_key_values=filled).logits[:, 0], step(DENSE["linear"])(5)
+        assert (s(5) - want).abs().max() < 1e-6 < (dense - want).abs().max()
 
 
 def test_bytes_of_a_step():
     "The bound: bytes of all products, the head, and the cache."
-    model, filled, _ = tiny_step('float32')
-    weights = sum(p.nbytes for n, p in model.named_parameters() if 'norm' not in n and 'embed' not in n)
-    test_eq(decode_bytes(model.config, 0, 4), weights+2*2*2*8*4)
-    test_eq(decode_bytes(model.config, 0, 4, .5), (weights-32*100*4)//2+32*100*4+2*2*2*8*4)
+    model, filled, _ = tiny_step("float32")
+    weights = sum(p.nbytes for n, p in model.named_parameters() if "norm" not in n and "embed" not in n)
+    test_eq(decode_bytes(model.config, 0, 4), weights + 2 * 2 * 2 * 8 * 4)
+    test_eq(decode_bytes(model.config, 0, 4, 0.5), (weights - 32 * 100 * 4) // 2 + 32 * 100 * 4 + 2 * 2 * 2 * 8 * 4)
 
 
 def test_step_benchmark():
     "The bound: bytes of all products, the head, and the cache."
-    rows = benchmark_step((.5,), 'float32', 1, rounds=2, context=5, hidden=32, layers=1, intermediate=64, heads=4, kv_heads=2, vocab=64)
-    table = pd.DataFrame(rows).set_index(['arm', pd.Index([r['sparsity'] for r in rows], name='s')])
-    test_eq([a for a, _ in table.index], ['stock', 'linear', 'best_dense', 'sparse', 'sparse', 'generate', 'generate'])
-    for arm in ('sparse', 'generate'): assert table.loc[(arm, .5)].bytes < table.loc[(arm, 0.)].bytes == table.loc['stock'].bytes.iloc[0]
+    rows = benchmark_step(
+        (0.5,), "float32", 1, rounds=2, context=5, hidden=32, layers=1, intermediate=64, heads=4, kv_heads=2, vocab=64
+    )
+    table = pd.DataFrame(rows).set_index(["arm", pd.Index([r["sparsity"] for r in rows], name="s")])
+    test_eq([a for a, _ in table.index], ["stock", "linear", "best_dense", "sparse", "sparse", "generate", "generate"])
+    for arm in ("sparse", "generate"):
+        assert table.loc[(arm, 0.5)].bytes < table.loc[(arm, 0.0)].bytes == table.loc["stock"].bytes.iloc[0]
     assert (table.median_ms > 0).all()
-    test_eq(table.vs_stock.iloc[0], 1.); test_close(table.bound_ms/table.median_ms, table.share_of_bound, eps=1e-9)
+    test_eq(table.vs_stock.iloc[0], 1.0)
+    test_close(table.bound_ms / table.median_ms, table.share_of_bound, eps=1e-9)
 
 
 def test_generate_arms_equal_sparse_steps():
     "The `generate` arms compute what our sparse step does."
     model, _, step = tiny_step()
-    s = step(SparseLinear); s.head = model.lm_head
-    for level in (0., .4):
-        s.level, f = level, _generate_arms(model, 7, (.4,))[f'generate {level:g}']
-        with torch.inference_mode(): assert (f()[:, 0]-s(7)).abs().max() < 1e-6
+    s = step(SparseLinear)
+    s.head = model.lm_head
+    for level in (0.0, 0.4):
+        s.level, f = level, _generate_arms(model, 7, (0.4,))[f"generate {level:g}"]
+        with torch.inference_mode():
+            assert (f()[:, 0] - s(7)).abs().max() < 1e-6
 
 
 def test_triton_is_optional():
     """Where Triton is installed, `TRITON_INTERPRET=1 pytest tests/test_sparse_linear_triton.py` compares these
     kernels with the CPU's: ties, no channel and all channels, odd sizes, a norm in front, a gate behind, one to
     four tokens, three precisions."""
-    if find_spec('triton') is None:
-        with expect_fail(ImportError, 'pip install triton'): triton_select(torch.randn(1, 4), 2)
+    if find_spec("triton") is None:
+        with expect_fail(ImportError, "pip install triton"):
+            triton_select(torch.randn(1, 4), 2)
     else:
-        with expect_fail(ValueError, 'not torch.float64'): triton_select(torch.randn(1, 4).double(), 2)
+        with expect_fail(ValueError, "not torch.float64"):
+            triton_select(torch.randn(1, 4).double(), 2)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pandas as pd
 import PIL.Image
-from fastcore.test import test_eq, test_close
-from llmopt.results import Method, Query, Summary, Floor, Results, Run
+from fastcore.test import test_close, test_eq
+from llmopt.results import Floor, Method, Query, Summary, Results, Run
 from matplotlib.colors import to_rgb
 from llmopt.visualization import *
 from llmopt.visualization import _ratio_ticks
@@ -14,102 +14,177 @@ from llmopt.visualization import _ratio_ticks
 
 def test_numbers():
     "Units are scaled so that an axis reads easily, and numbers keep about three digits."
-    test_eq([number(x) for x in (0, 23., 12345.6, 99.96, 12.34, 1.2345, .5, .0123, -3.21)], ['0', '23', '12,346', '100', '12.3', '1.23', '0.50', '0.012', '-3.21'])
-    test_eq([scale(x, 'byte')[1] for x in (0, 1023, 1024, 3*2**20, 2**45)], ['bytes', 'bytes', 'KiB', 'MiB', 'GiB'])
-    test_eq([scale(500, 'ms'), scale(20_000, 'ms'), scale(.5, 'ratio')], [(1, 'ms'), (1e-3, 's'), (1, 'ratio')])
+    test_eq(
+        [number(x) for x in (0, 23.0, 12345.6, 99.96, 12.34, 1.2345, 0.5, 0.0123, -3.21)],
+        ["0", "23", "12,346", "100", "12.3", "1.23", "0.50", "0.012", "-3.21"],
+    )
+    test_eq([scale(x, "byte")[1] for x in (0, 1023, 1024, 3 * 2**20, 2**45)], ["bytes", "bytes", "KiB", "MiB", "GiB"])
+    test_eq([scale(500, "ms"), scale(20_000, "ms"), scale(0.5, "ratio")], [(1, "ms"), (1e-3, "s"), (1, "ratio")])
 
 
 def test_labels():
     """Methods may have any name, such as `words:n=2+kv`. A label takes at most two lines, broken where the name
     allows it."""
-    test_eq([label('larosa'), label('words:n=2+vocab+larosa:sparsity=0.4')], ['larosa', 'words:n=2+vocab+\nlarosa:sparsity=0.4'])
-    test_eq(label('a'*99).count('\n'), 1); test_eq(max(map(len, label('a'*99).split('\n'))), 24); assert '…' in label('a'*99)
-    test_eq(label('a\x00b\n'), 'a·b·')
+    test_eq(
+        [label("larosa"), label("words:n=2+vocab+larosa:sparsity=0.4")],
+        ["larosa", "words:n=2+vocab+\nlarosa:sparsity=0.4"],
+    )
+    test_eq(label("a" * 99).count("\n"), 1)
+    test_eq(max(map(len, label("a" * 99).split("\n"))), 24)
+    assert "…" in label("a" * 99)
+    test_eq(label("a\x00b\n"), "a·b·")
 
 
 def test_looks():
     """Twelve methods get twelve looks, and the named ones stay apart for an eye without green receptors, simulated
     by the matrix of Machado and others (2009)."""
-    ms = ['baseline', 'word_removal', *(f'm{i}' for i in range(10))]
-    test_eq(len(set(looks(ms).values())), 12); test_eq(looks(ms)['word_removal'][0], looks(['word_removal'])['word_removal'][0])
-    deutan = np.array([[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]])
-    seen = [deutan@(np.array(to_rgb(c))**2.2) for m, c in COLORS.items() if m != AA]
-    assert min(np.abs(a-b).max() for i, a in enumerate(seen) for b in seen[:i]) > .05
+    ms = ["baseline", "word_removal", *(f"m{i}" for i in range(10))]
+    test_eq(len(set(looks(ms).values())), 12)
+    test_eq(looks(ms)["word_removal"][0], looks(["word_removal"])["word_removal"][0])
+    deutan = np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    )
+    seen = [deutan @ (np.array(to_rgb(c)) ** 2.2) for m, c in COLORS.items() if m != AA]
+    assert min(np.abs(a - b).max() for i, a in enumerate(seen) for b in seen[:i]) > 0.05
 
 
 def made_up_run(rng, m, k, q, j, r):
     "Made-up times, tokens and bytes: query number `j` costs `k` times what the baseline takes."
-    t, n = rng.normal(20, .5, 8)*k, 10+7*j
-    first = n*k+t[0]
-    return Run(arm='speed', query=q, method=m, round=r, preprocess_ms=.2, prefill_ms=first-.2, ttft_ms=first, tpot_ms=t.mean(), e2el_ms=n*k+t.sum(),
-        itl_ms=list(t[1:]), decode_base_tok_per_s=1000/t.mean(), prefill_eff_tok_per_s=n*1000/first, prompt_tokens=math.ceil(n*k), prompt_tokens_base=n,
-        completion_tokens=8, completion_tokens_base=8, kv_bytes_live=1000*n, kv_bytes_peak=1200*n, kv_bytes_reserved=2048*n, weight_bytes=2**24)
+    t, n = rng.normal(20, 0.5, 8) * k, 10 + 7 * j
+    first = n * k + t[0]
+    return Run(
+        arm="speed",
+        query=q,
+        method=m,
+        round=r,
+        preprocess_ms=0.2,
+        prefill_ms=first - 0.2,
+        ttft_ms=first,
+        tpot_ms=t.mean(),
+        e2el_ms=n * k + t.sum(),
+        itl_ms=list(t[1:]),
+        decode_base_tok_per_s=1000 / t.mean(),
+        prefill_eff_tok_per_s=n * 1000 / first,
+        prompt_tokens=math.ceil(n * k),
+        prompt_tokens_base=n,
+        completion_tokens=8,
+        completion_tokens_base=8,
+        kv_bytes_live=1000 * n,
+        kv_bytes_peak=1200 * n,
+        kv_bytes_reserved=2048 * n,
+        weight_bytes=2**24,
+    )
 
 
 def made_up_answer(m, i, q, j):
     "A made-up answer of method number `i`, which drops every third word."
-    words = ' '.join(f'word{w}' for w in range(10+7*j) if w % 3 or not i)
-    return Run(arm='quality', query=q, method=m, prompt_text=words, output_text=f'Answer {q} of {m}, which goes on. '*8, prompt_tokens=9, prompt_tokens_base=10,
-        completion_tokens=9, completion_tokens_base=9, kl_mean=.1*i+.01*j*(i > 0), kl_p99=.5*i, top1_agree=1-.02*i-.01*j*(i > 0), bits_per_byte_delta=.01*i,
-        rougeL_vs_base=1/(1+i), keyword_recall=.5)
+    words = " ".join(f"word{w}" for w in range(10 + 7 * j) if w % 3 or not i)
+    return Run(
+        arm="quality",
+        query=q,
+        method=m,
+        prompt_text=words,
+        output_text=f"Answer {q} of {m}, which goes on. " * 8,
+        prompt_tokens=9,
+        prompt_tokens_base=10,
+        completion_tokens=9,
+        completion_tokens_base=9,
+        kl_mean=0.1 * i + 0.01 * j * (i > 0),
+        kl_p99=0.5 * i,
+        top1_agree=1 - 0.02 * i - 0.01 * j * (i > 0),
+        bits_per_byte_delta=0.01 * i,
+        rougeL_vs_base=1 / (1 + i),
+        keyword_recall=0.5,
+    )
 
 
 def made_up_ratios(methods, fail):
     "The summary that says how fast each method is."
-    rate = lambda k: 'per_s' in k
-    keys = 'ttft_ms', 'tpot_ms', 'e2el_ms', 'decode_base_tok_per_s', 'prefill_eff_tok_per_s'
-    ratios = [(m, k, .95**(-i if rate(k) else i)) for i, m in enumerate(methods) if i and m not in fail for k in keys]
-    return [Summary(method=m, metric=k, median=1, ratio=x, ratio_low=x*.97, ratio_high=x*1.03, verdict='better') for m, k, x in ratios]
+
+    def rate(k):
+        return "per_s" in k
+
+    keys = "ttft_ms", "tpot_ms", "e2el_ms", "decode_base_tok_per_s", "prefill_eff_tok_per_s"
+    ratios = [
+        (m, k, 0.95 ** (-i if rate(k) else i)) for i, m in enumerate(methods) if i and m not in fail for k in keys
+    ]
+    return [
+        Summary(method=m, metric=k, median=1, ratio=x, ratio_low=x * 0.97, ratio_high=x * 1.03, verdict="better")
+        for m, k, x in ratios
+    ]
 
 
-def made_up(methods=('baseline', 'fast'), queries=2, rounds=2, fail=(), kind='compare'):
+def made_up(methods=("baseline", "fast"), queries=2, rounds=2, fail=(), kind="compare"):
     "Results with made-up numbers; `fail` are methods whose rows are errors."
-    rng, qs = np.random.default_rng(0), [f'q{j}' for j in range(1, queries+1)]
-    arms = [*methods, 'baseline*']
-    speed = {m: 1 if m.startswith('baseline') else .95**i for i, m in enumerate(arms)}
+    rng, qs = np.random.default_rng(0), [f"q{j}" for j in range(1, queries + 1)]
+    arms = [*methods, "baseline*"]
+    speed = {m: 1 if m.startswith("baseline") else 0.95**i for i, m in enumerate(arms)}
     runs = [made_up_run(rng, m, speed[m], q, j, r) for m in arms for j, q in enumerate(qs) for r in range(rounds)]
     runs += [made_up_answer(m, i, q, j) for i, m in enumerate(methods) for j, q in enumerate(qs)]
-    runs += [Run(arm='memory', query=qs[-1], method=m, peak_rss_bytes=5*10**8+10**6*i, peak_rss_delta_bytes=10**7) for i, m in enumerate(methods)]
-    runs = [Run(arm=r.arm, query=r.query, method=r.method, round=r.round, error='it broke') if r.method in fail else r for r in runs]
-    floor = {k: Floor(median=1, low=.97, high=1.04) for k in ('ttft_ms', 'tpot_ms', 'e2el_ms')}
-    return Results(kind=kind, runs=runs, summary=made_up_ratios(methods, fail), methods=[Method(id=m) for m in methods],
-        queries=[Query(id=q, text=f'What is the {q}?') for q in qs], noise_floor=floor, config=dict(model_id='made up'), warnings=['made-up numbers'])
+    runs += [
+        Run(arm="memory", query=qs[-1], method=m, peak_rss_bytes=5 * 10**8 + 10**6 * i, peak_rss_delta_bytes=10**7)
+        for i, m in enumerate(methods)
+    ]
+    runs = [
+        Run(arm=r.arm, query=r.query, method=r.method, round=r.round, error="it broke") if r.method in fail else r
+        for r in runs
+    ]
+    floor = {k: Floor(median=1, low=0.97, high=1.04) for k in ("ttft_ms", "tpot_ms", "e2el_ms")}
+    return Results(
+        kind=kind,
+        runs=runs,
+        summary=made_up_ratios(methods, fail),
+        methods=[Method(id=m) for m in methods],
+        queries=[Query(id=q, text=f"What is the {q}?") for q in qs],
+        noise_floor=floor,
+        config=dict(model_id="made up"),
+        warnings=["made-up numbers"],
+    )
 
 
 def test_views():
     "A method whose every row failed keeps its place, and missing numbers are left out."
-    v = View(made_up(['fast', 'baseline', 'gone'], fail=['gone']))
-    test_eq(v.methods, ['baseline', 'baseline*', 'fast', 'gone']); test_eq(v.arms('quality'), ['baseline', 'fast', 'gone'])
-    test_eq(set(v.values('ttft_ms').method), {'baseline', 'baseline*', 'fast'}); test_eq(len(v.values('decode_char_per_s')), 0)
-    test_eq(v.values(lambda d: d.prompt_tokens/d.prompt_tokens_base, 'speed').x.max(), 1.); assert v.usable()
-    assert not View(made_up(['a'], fail=['a', 'baseline*'])).usable() and not View(Results()).usable()
+    v = View(made_up(["fast", "baseline", "gone"], fail=["gone"]))
+    test_eq(v.methods, ["baseline", "baseline*", "fast", "gone"])
+    test_eq(v.arms("quality"), ["baseline", "fast", "gone"])
+    test_eq(set(v.values("ttft_ms").method), {"baseline", "baseline*", "fast"})
+    test_eq(len(v.values("decode_char_per_s")), 0)
+    test_eq(v.values(lambda d: d.prompt_tokens / d.prompt_tokens_base, "speed").x.max(), 1.0)
+    assert v.usable()
+    assert not View(made_up(["a"], fail=["a", "baseline*"])).usable() and not View(Results()).usable()
 
 
 def test_palette():
     "With thousands of colours in the image, white and a small marker keep their own."
     a = np.full((300, 300, 3), 255, dtype=np.uint8)
     a[100:200, 100:200] = np.stack([*np.mgrid[0:200:2, 0:200:2], np.full((100, 100), 128)], -1)
-    for i, c in enumerate(COLORS.values()): a[10:13, 20*i:20*i+3] = [round(255*x) for x in to_rgb(c)]
-    b = np.asarray(with_palette(PIL.Image.fromarray(a)).convert('RGB'))
-    assert (a[:50] == b[:50]).all() and len(np.unique(b.reshape(-1, 3), axis=0)) <= 256 < len(np.unique(a.reshape(-1, 3), axis=0))
+    for i, c in enumerate(COLORS.values()):
+        a[10:13, 20 * i : 20 * i + 3] = [round(255 * x) for x in to_rgb(c)]
+    b = np.asarray(with_palette(PIL.Image.fromarray(a)).convert("RGB"))
+    assert (a[:50] == b[:50]).all() and len(np.unique(b.reshape(-1, 3), axis=0)) <= 256 < len(
+        np.unique(a.reshape(-1, 3), axis=0)
+    )
 
 
 def test_lanes():
     "The median and the quartiles that are drawn are those of the rows; a lane without rows says why."
-    v = View(made_up(['baseline', 'fast', 'gone'], fail=['gone']))
+    v = View(made_up(["baseline", "fast", "gone"], fail=["gone"]))
     ax = Chart().add_subplot()
-    lanes(ax, v, 'ttft_ms', v.arms('speed'))
-    x = v.values('ttft_ms'); x = x[x.method == 'fast'].x
+    lanes(ax, v, "ttft_ms", v.arms("speed"))
+    x = v.values("ttft_ms")
+    x = x[x.method == "fast"].x
     assert any(np.allclose(l.get_xdata(), x.median()) for l in ax.lines if len(l.get_xdata()) == 1)
-    assert any(np.allclose(l.get_xdata(), x.quantile([.25, .75])) for l in ax.lines if len(l.get_xdata()) == 2)
+    assert any(np.allclose(l.get_xdata(), x.quantile([0.25, 0.75])) for l in ax.lines if len(l.get_xdata()) == 2)
     says = [t.get_text() for t in ax.texts]
-    assert 'failed' in says and number(x.median()) in says
-    ax = Chart().add_subplot(); lanes(ax, v, 'decode_char_per_s', v.arms('speed')); assert 'not measured in this file' in [t.get_text() for t in ax.texts]
+    assert "failed" in says and number(x.median()) in says
+    ax = Chart().add_subplot()
+    lanes(ax, v, "decode_char_per_s", v.arms("speed"))
+    assert "not measured in this file" in [t.get_text() for t in ax.texts]
 
 
 def test_ratio_ticks():
     "All lanes, the band, and the line where nothing changes:"
-    for lo, hi in ((.9, 1.1), (.85, 1.02), (.6, 1.3), (.7, 1), (.5, 2), (1, 2.2), (.01, 100), (1e-4, 1.2)):
+    for lo, hi in ((0.9, 1.1), (0.85, 1.02), (0.6, 1.3), (0.7, 1), (0.5, 2), (1, 2.2), (0.01, 100), (1e-4, 1.2)):
         t = _ratio_ticks(lo, hi)
         assert 1 in t and 2 <= len(t) <= 8 and lo <= min(t) and max(t) <= hi, (lo, hi, t)
 
@@ -117,73 +192,94 @@ def test_ratio_ticks():
 def test_ratios():
     """The ratio is taken inside a block: where every block is 20 % faster, so is the median, however much the blocks
     differ."""
-    cells = [(q, r, m, k) for q in range(3) for r in range(2) for m, k in (('baseline', 1), ('fast', .8))]
-    runs = [Run(arm='speed', query=f'q{q}', method=m, round=r, e2el_ms=10**q*(1+r)*k) for q, r, m, k in cells]
+    cells = [(q, r, m, k) for q in range(3) for r in range(2) for m, k in (("baseline", 1), ("fast", 0.8))]
+    runs = [Run(arm="speed", query=f"q{q}", method=m, round=r, e2el_ms=10**q * (1 + r) * k) for q, r, m, k in cells]
     v = View(Results(runs=runs))
-    test_close(v.blocks('e2el_ms', 'fast').x, [.8]*6); test_eq(len(v.blocks('e2el_ms', 'none')), 0)
-    ax = Chart().add_subplot(); ratios(ax, v, 'e2el_ms', v.methods)
-    assert '×0.80 no interval' in [t.get_text() for t in ax.texts]
+    test_close(v.blocks("e2el_ms", "fast").x, [0.8] * 6)
+    test_eq(len(v.blocks("e2el_ms", "none")), 0)
+    ax = Chart().add_subplot()
+    ratios(ax, v, "e2el_ms", v.methods)
+    assert "×0.80 no interval" in [t.get_text() for t in ax.texts]
 
 
 def test_phases():
     "The parts of a method add up to its total."
     for rounds in (1, 2, 3):
         v = View(made_up(queries=3, rounds=rounds))
-        total = v.values('e2el_ms').groupby(['method', 'query']).x.median().groupby('method').mean()
+        total = v.values("e2el_ms").groupby(["method", "query"]).x.median().groupby("method").mean()
         test_close(v.phases().sum(axis=1)[total.index], total, 1e-6)
 
 
 def test_tokens_and_memory():
     "The peak memory of a process is mostly the libraries and the model; the dark end is what answering added."
-    v = View(made_up(['baseline', 'gone'], queries=3, fail=['gone']))
+    v = View(made_up(["baseline", "gone"], queries=3, fail=["gone"]))
     for f in (kept_tokens, kv_bars, rss_bars, phase_bars):
-        ax = Chart().add_subplot(); f(ax, v, v.arms('quality'))
-        assert 'failed' in [t.get_text() for t in ax.texts], f
-        ax = Chart().add_subplot(); f(ax, View(Results(runs=[Run(arm='quality', query='q', method='m', kl_mean=0)])), ['m'])
-        assert 'not measured in this file' in [t.get_text() for t in ax.texts], f
+        ax = Chart().add_subplot()
+        f(ax, v, v.arms("quality"))
+        assert "failed" in [t.get_text() for t in ax.texts], f
+        ax = Chart().add_subplot()
+        f(ax, View(Results(runs=[Run(arm="quality", query="q", method="m", kl_mean=0)])), ["m"])
+        assert "not measured in this file" in [t.get_text() for t in ax.texts], f
 
 
 def test_tradeoff():
     "Which methods does another one beat in both?"
-    t = pd.DataFrame(dict(baseline=[1, 0.], good=[1.5, .1], bad=[1.4, .2], twin=[1.5, .1]), index=['x', 'y']).T
-    test_eq(beaten(t), {'bad'})
-    t = View(made_up(['baseline', 'a', 'b'])).tradeoff()
-    test_eq(list(t.index), ['a', 'b', 'baseline']); test_close(t.x['a'], 1/.95); assert (t.x_low <= t.x).all() and (t.y <= t.y_high).all()
-    test_eq(len(View(made_up(fail=['baseline', 'fast'])).tradeoff()), 0)
+    t = pd.DataFrame(dict(baseline=[1, 0.0], good=[1.5, 0.1], bad=[1.4, 0.2], twin=[1.5, 0.1]), index=["x", "y"]).T
+    test_eq(beaten(t), {"bad"})
+    t = View(made_up(["baseline", "a", "b"])).tradeoff()
+    test_eq(list(t.index), ["a", "b", "baseline"])
+    test_close(t.x["a"], 1 / 0.95)
+    assert (t.x_low <= t.x).all() and (t.y <= t.y_high).all()
+    test_eq(len(View(made_up(fail=["baseline", "fast"])).tradeoff()), 0)
 
 
 def test_common():
     """The difference must be a longest common subsequence: the usual heuristic of `difflib` looks for long equal
     runs, and where every second word is gone there are none. A row of the table of lengths is one vector
     operation."""
-    test_eq(common('abcdbd', 'bdd'), [(1, 0), (3, 1), (5, 2)]); test_eq(common('a,b,', 'a,'), [(0, 0), (1, 1)])
-    test_eq(common('', 'a'), []); test_eq(common('ab', 'cd'), [])
+    test_eq(common("abcdbd", "bdd"), [(1, 0), (3, 1), (5, 2)])
+    test_eq(common("a,b,", "a,"), [(0, 0), (1, 1)])
+    test_eq(common("", "a"), [])
+    test_eq(common("ab", "cd"), [])
     test_eq(len(common(list(range(1000)), list(range(0, 1000, 2)))), 500)
 
 
 def test_changes():
     "With it the two texts are merged: what both have, what only one has."
-    base, text = '<u>\nWhat is the <b>big</b> sky made of, and why?', '<u>\nWhat is big sky of why not?'
+    base, text = "<u>\nWhat is the <b>big</b> sky made of, and why?", "<u>\nWhat is big sky of why not?"
     out = changes(text, base)
-    test_eq(' '.join(''.join(p for p, k in out if k != 'removed').split()), ' '.join(text.split()))
-    test_eq(' '.join(''.join(p for p, k in changes('What sky?', 'What is the sky?') if k == 'removed').split()), 'is the')
-    test_eq(changes('', ''), []); test_eq([k for _, k in changes('a', '')], ['added'])
-    test_eq(pieces('空は青い。x, y'), ['空', 'は', '青', 'い', '。', 'x', ',', ' y'])
+    test_eq(" ".join("".join(p for p, k in out if k != "removed").split()), " ".join(text.split()))
+    test_eq(
+        " ".join("".join(p for p, k in changes("What sky?", "What is the sky?") if k == "removed").split()), "is the"
+    )
+    test_eq(changes("", ""), [])
+    test_eq([k for _, k in changes("a", "")], ["added"])
+    test_eq(pieces("空は青い。x, y"), ["空", "は", "青", "い", "。", "x", ",", " y"])
 
 
 def test_flow():
     "Chunks fill the lines."
-    text = ', '.join(f'word{i}' for i in range(50))
-    parts = [(p, 'same') for p in pieces(text)]
+    text = ", ".join(f"word{i}" for i in range(50))
+    parts = [(p, "same") for p in pieces(text)]
     lines = flow(parts, 30, 99)
-    test_eq(' '.join(l[0][1] for l in lines), text); assert all(columns(l[0][1]) <= 30 for l in lines) and all(l[0][1][0] == 'w' for l in lines)
-    lines = flow(parts, 30, 2); test_eq(len(lines), 3); assert 'more characters' in lines[2][0][1]
-    assert all(c+columns(t) <= 10 for l in flow([('x'*95, 'same'), ('空'*40, 'mark'), ('y', 'same')], 10, 99) for c, t, _ in l)
+    test_eq(" ".join(l[0][1] for l in lines), text)
+    assert all(columns(l[0][1]) <= 30 for l in lines) and all(l[0][1][0] == "w" for l in lines)
+    lines = flow(parts, 30, 2)
+    test_eq(len(lines), 3)
+    assert "more characters" in lines[2][0][1]
+    assert all(
+        c + columns(t) <= 10
+        for l in flow([("x" * 95, "same"), ("空" * 40, "mark"), ("y", "same")], 10, 99)
+        for c, t, _ in l
+    )
     test_eq(flow([], 10, 3), [[]])
 
 
 def test_answers():
     """An answer shows in grey what it shares with the beginning of the baseline's; a message stands in for what
     there is not."""
-    test_eq([k for _, k in answer('Rain is wet', 'Rain is water')], ['mark', 'mark', 'same']); test_eq([k for _, k in answer('Rain', None)], ['same'])
-    test_eq(answer('a', 'a')[0][1], 'faint'); test_eq(''.join(p for p, _ in answer('', 'a')), '(empty)'); test_eq(answer('a b c', 'a')[-1], (' c', 'same'))
+    test_eq([k for _, k in answer("Rain is wet", "Rain is water")], ["mark", "mark", "same"])
+    test_eq([k for _, k in answer("Rain", None)], ["same"])
+    test_eq(answer("a", "a")[0][1], "faint")
+    test_eq("".join(p for p, _ in answer("", "a")), "(empty)")
+    test_eq(answer("a b c", "a")[-1], (" c", "same"))

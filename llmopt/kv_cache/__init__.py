@@ -13,4 +13,15 @@ from .restore import PrefixStore
 from .slab import SimpleVAttention, SlabCache, install, installed, uninstall
 
 # %% ../../nbs/04_kv_cache/05_kv_cache.ipynb #0234e3f7
-_all_ = ['EvictingCache', 'Eviction', 'HybridKVCacheOptimizer', 'KVCache', 'PrefixStore', 'SimpleVAttention', 'SlabCache', 'install', 'installed', 'uninstall']
+_all_ = [
+    "EvictingCache",
+    "Eviction",
+    "HybridKVCacheOptimizer",
+    "KVCache",
+    "PrefixStore",
+    "SimpleVAttention",
+    "SlabCache",
+    "install",
+    "installed",
+    "uninstall",
+]

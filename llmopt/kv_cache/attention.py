@@ -9,75 +9,106 @@ __all__ = ['PACKED', 'FEW', 'reference_attention', 'pack_rows', 'packed_attentio
 # %% ../../nbs/04_kv_cache/02_attention.ipynb #ffcccd60
 from contextlib import contextmanager
 
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 # %% ../../nbs/04_kv_cache/02_attention.ipynb #f6d3faef
-def reference_attention(q:torch.Tensor, # (B, Hq, q, D)
-                        k:torch.Tensor, # (B, Hk, n, D)
-                        v:torch.Tensor, # (B, Hk, n, Dv)
-                        mask:torch.Tensor|None=None, # (B or 1, Hq or 1, q, n), True where a query may look
-                        scaling:float|None=None,     # 1/sqrt(D) by default
-                       )->torch.Tensor: # (B, Hq, q, Dv)
+def reference_attention(
+    q: torch.Tensor,  # (B, Hq, q, D)
+    k: torch.Tensor,  # (B, Hk, n, D)
+    v: torch.Tensor,  # (B, Hk, n, Dv)
+    mask: torch.Tensor | None = None,  # (B or 1, Hq or 1, q, n), True where a query may look
+    scaling: float | None = None,  # 1/sqrt(D) by default
+) -> torch.Tensor:  # (B, Hq, q, Dv)
     "Grouped-query attention, to be read."
-    g = q.shape[1]//k.shape[1]
+    g = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(g, dim=1) for t in (k, v))
-    scores = q @ k.transpose(-1, -2) * (scaling or q.shape[-1]**-.5)          # (B, Hq, q, n)
-    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
+    scores = q @ k.transpose(-1, -2) * (scaling or q.shape[-1] ** -0.5)  # (B, Hq, q, n)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
 
 # %% ../../nbs/04_kv_cache/02_attention.ipynb #f2604fde
-def pack_rows(t:torch.Tensor, # (B, Hq, q, ·): queries, or a mask
-              heads:int       # key heads
-             )->torch.Tensor: # (B, heads, g*q, ·)
+def pack_rows(
+    t: torch.Tensor,  # (B, Hq, q, ·): queries, or a mask
+    heads: int,  # key heads
+) -> torch.Tensor:  # (B, heads, g*q, ·)
     "Lay the query heads of each group one after the other as rows of their key head."
     return t.reshape(t.shape[0], heads, -1, t.shape[-1])
 
-def packed_attention(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, mask:torch.Tensor|None=None, scaling:float|None=None, dropout:float=0.)->torch.Tensor:
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
     "As `reference_attention`, reading each key once. Without a mask every query sees every key."
     (B, Hq, n, _), H = q.shape, k.shape[1]
-    if mask is not None: mask = mask.repeat(1, 1, Hq//H, 1) if mask.shape[1] in (1, H) else pack_rows(mask, H)
+    if mask is not None:
+        mask = mask.repeat(1, 1, Hq // H, 1) if mask.shape[1] in (1, H) else pack_rows(mask, H)
     out = F.scaled_dot_product_attention(pack_rows(q, H), k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.reshape(B, Hq, n, v.shape[-1])
 
 # %% ../../nbs/04_kv_cache/02_attention.ipynb #6462ea8c
-PACKED = 'llmopt_packed'
+PACKED = "llmopt_packed"
 FEW = 16  # queries at once that are still packed, with a mask
+
 
 def _refuse(kw):
     "Raise for what `llmopt_packed` would have to ignore."
-    for name, what in dict(softcap='logit soft-capping', s_aux='attention sinks', sinks='attention sinks', position_bias='a position bias',
-                           cache='a paged cache', output_attentions='returning attention weights').items():
-        if kw.get(name) is not None and kw[name] is not False: raise ValueError(f"attention '{PACKED}' cannot do {what} (`{name}`); use the model's own attention")
+    for name, what in dict(
+        softcap="logit soft-capping",
+        s_aux="attention sinks",
+        sinks="attention sinks",
+        position_bias="a position bias",
+        cache="a paged cache",
+        output_attentions="returning attention weights",
+    ).items():
+        if kw.get(name) is not None and kw[name] is not False:
+            raise ValueError(f"attention '{PACKED}' cannot do {what} (`{name}`); use the model's own attention")
 
 # %% ../../nbs/04_kv_cache/02_attention.ipynb #2c7aea1d
 class OwnedKV(torch.Tensor):
     "Keys or values that only their `owner` can attend to; every tensor operation on them is an error."
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if getattr(func, '__name__', '') in ('__get__', 'size', 'dim', 'stride', '__len__'):
-            with torch._C.DisableTorchFunctionSubclass(): res = func(*args, **kwargs or {})
-            if not isinstance(res, torch.Tensor): return res
-        raise RuntimeError('this KV cache has a budget, so only packed attention can read its keys: run the model inside `with kv.attach(model):`')
+        if getattr(func, "__name__", "") in ("__get__", "size", "dim", "stride", "__len__"):
+            with torch._C.DisableTorchFunctionSubclass():
+                res = func(*args, **kwargs or {})
+            if not isinstance(res, torch.Tensor):
+                return res
+        raise RuntimeError(
+            "this KV cache has a budget, so only packed attention can read its keys: run the model inside `with kv.attach(model):`"
+        )
 
-def owned(t:torch.Tensor, owner)->OwnedKV:
+
+def owned(t: torch.Tensor, owner) -> OwnedKV:
     "`t`, to be read through `owner.attend` alone."
     t = t.as_subclass(OwnedKV)
     t.owner = owner
     return t
 
 # %% ../../nbs/04_kv_cache/02_attention.ipynb #c9441b32
-def packed_forward(module, query, key, value, attention_mask, scaling=None, dropout=0., **kw)->tuple: # (B, q, Hq, Dv), None
+def packed_forward(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kw
+) -> tuple:  # (B, q, Hq, Dv), None
     "The attention function that is registered as `llmopt_packed`."
     _refuse(kw)
-    if isinstance(key, OwnedKV): return key.owner.attend(module, query, attention_mask, scaling, dropout, **kw)
+    if isinstance(key, OwnedKV):
+        return key.owner.attend(module, query, attention_mask, scaling, dropout, **kw)
     n = query.shape[2]
     if n > FEW or (n > 1 and attention_mask is None):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
     out = packed_attention(query, key, value, attention_mask, scaling, dropout)
     return out.transpose(1, 2).contiguous(), None
+
 
 AttentionInterface.register(PACKED, packed_forward)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
@@ -85,17 +116,30 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 # %% ../../nbs/04_kv_cache/02_attention.ipynb #6fe4b9ac
 def _configs(model):
     "Every configuration in `model` that names an attention."
-    return {id(c): c for c in (getattr(m, 'config', None) for m in model.modules()) if hasattr(c, '_attn_implementation_internal')}.values()
+    return {
+        id(c): c
+        for c in (getattr(m, "config", None) for m in model.modules())
+        if hasattr(c, "_attn_implementation_internal")
+    }.values()
+
 
 @contextmanager
-def packed(model # a transformers model
-          ):
+def packed(
+    model,  # a transformers model
+):
     "Run `model` with packed attention inside the block. One block at a time: the switch is on the model itself."
-    if not model._can_set_attn_implementation(): raise ValueError(f"{type(model).__name__} does not look up its attention, so it cannot be packed; use attention='stock'")
-    if getattr(model.config.get_text_config(decoder=True), 'attn_logit_softcapping', None): raise ValueError(f"{type(model).__name__} caps its attention logits, which packed attention cannot; use attention='stock'")
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} does not look up its attention, so it cannot be packed; use attention='stock'"
+        )
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        raise ValueError(
+            f"{type(model).__name__} caps its attention logits, which packed attention cannot; use attention='stock'"
+        )
     old = [(c, c._attn_implementation_internal) for c in _configs(model)]
     try:
         model.set_attn_implementation(PACKED)
         yield model
     finally:
-        for c, name in old: c._attn_implementation_internal = name
+        for c, name in old:
+            c._attn_implementation_internal = name

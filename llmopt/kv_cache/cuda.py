@@ -6,7 +6,10 @@
 __all__ = ['Driver', 'get_driver', 'Pages', 'CudaRegion']
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #ca2c3930
-import functools, math, sys, weakref
+import functools
+import math
+import sys
+import weakref
 
 import torch
 from fastcore.basics import patch
@@ -16,26 +19,39 @@ from .memory import Region, _check_sizes
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #5965a7a9
 class Driver:
     "The virtual-memory calls of the CUDA driver for one device. What fails says which call, and why."
-    def __init__(self, index:int): # number of the device, as PyTorch counts
-        try: from cuda.bindings import driver
-        except ImportError as e: raise ImportError('demand-paged GPU memory needs cuda-python: pip install llmopt[cuda]') from e
-        self.cu, self.device = driver, torch.device('cuda', index)
-        self.synchronize()                              # PyTorch opens the device; a second context would not see its memory
+
+    def __init__(self, index: int):  # number of the device, as PyTorch counts
+        try:
+            from cuda.bindings import driver
+        except ImportError as e:
+            raise ImportError("demand-paged GPU memory needs cuda-python: pip install llmopt[cuda]") from e
+        self.cu, self.device = driver, torch.device("cuda", index)
+        self.synchronize()  # PyTorch opens the device; a second context would not see its memory
         able = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        device = self('cuDeviceGet', index)
-        if not self('cuDeviceGetAttribute', able, device): raise RuntimeError(f'{self.device} cannot map memory at chosen addresses')
-        self.context = self('cuDevicePrimaryCtxRetain', device)     # the one that PyTorch uses
+        device = self("cuDeviceGet", index)
+        if not self("cuDeviceGetAttribute", able, device):
+            raise RuntimeError(f"{self.device} cannot map memory at chosen addresses")
+        self.context = self("cuDevicePrimaryCtxRetain", device)  # the one that PyTorch uses
         self.prop, self.desc = self._descriptions(index)
-        self.page = int(self('cuMemGetAllocationGranularity', self.prop, driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM))
+        self.page = int(
+            self(
+                "cuMemGetAllocationGranularity",
+                self.prop,
+                driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
+            )
+        )
+
     def __call__(self, name, *args):
         error, *res = getattr(self.cu, name)(*args)
-        if error == self.cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY: raise torch.OutOfMemoryError(f'{name}: {self.device} has no memory left')
-        if error != self.cu.CUresult.CUDA_SUCCESS: raise RuntimeError(f'{name} failed on {self.device}: {error.name}')
+        if error == self.cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise torch.OutOfMemoryError(f"{name}: {self.device} has no memory left")
+        if error != self.cu.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{name} failed on {self.device}: {error.name}")
         return res[0] if res else None
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #5830cada
 @patch
-def _descriptions(self:Driver, index):
+def _descriptions(self: Driver, index):
     "What memory to create, and who may use it."
     prop, desc = self.cu.CUmemAllocationProp(), self.cu.CUmemAccessDesc()
     prop.type = self.cu.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -45,166 +61,235 @@ def _descriptions(self:Driver, index):
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #278eb93f
 @patch
-def create(self:Driver, nbytes:int):
+def create(self: Driver, nbytes: int):
     "A handle to `nbytes` of physical memory. Raises `torch.OutOfMemoryError`."
-    try: return self('cuMemCreate', nbytes, self.prop, 0)
-    except torch.OutOfMemoryError: torch.cuda.empty_cache()
-    return self('cuMemCreate', nbytes, self.prop, 0)
+    try:
+        return self("cuMemCreate", nbytes, self.prop, 0)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return self("cuMemCreate", nbytes, self.prop, 0)
+
 
 @patch
-def reserve(self:Driver, nbytes)->int: return int(self('cuMemAddressReserve', nbytes, 0, self.cu.CUdeviceptr(0), 0))
+def reserve(self: Driver, nbytes) -> int:
+    return int(self("cuMemAddressReserve", nbytes, 0, self.cu.CUdeviceptr(0), 0))
+
+
 @patch
-def map(self:Driver, address, nbytes, handle): self('cuMemMap', address, nbytes, 0, handle, 0)
+def map(self: Driver, address, nbytes, handle):
+    self("cuMemMap", address, nbytes, 0, handle, 0)
+
+
 @patch
-def access(self:Driver, address, nbytes): self('cuMemSetAccess', address, nbytes, [self.desc], 1)
+def access(self: Driver, address, nbytes):
+    self("cuMemSetAccess", address, nbytes, [self.desc], 1)
+
+
 @patch
-def release(self:Driver, handle): self('cuMemRelease', handle)
+def release(self: Driver, handle):
+    self("cuMemRelease", handle)
+
+
 @patch
-def unmap(self:Driver, address, nbytes): self('cuMemUnmap', address, nbytes)
+def unmap(self: Driver, address, nbytes):
+    self("cuMemUnmap", address, nbytes)
+
+
 @patch
-def free(self:Driver, address, nbytes): self('cuMemAddressFree', address, nbytes)
+def free(self: Driver, address, nbytes):
+    self("cuMemAddressFree", address, nbytes)
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #0018a00e
 @patch
-def synchronize(self:Driver): torch.cuda.synchronize(self.device)
+def synchronize(self: Driver):
+    torch.cuda.synchronize(self.device)
+
 
 @patch
-def zero(self:Driver, address, nbytes):
+def zero(self: Driver, address, nbytes):
     with torch.cuda.device(self.device):
-        self('cuCtxSetCurrent', self.context)           # a new thread has none yet
-        self('cuMemsetD8Async', address, 0, nbytes, torch.cuda.current_stream().cuda_stream)
+        self("cuCtxSetCurrent", self.context)  # a new thread has none yet
+        self("cuMemsetD8Async", address, 0, nbytes, torch.cuda.current_stream().cuda_stream)
+
 
 @patch
-def tensor(self:Driver, pages): # has `address` and `nbytes`
+def tensor(self: Driver, pages):  # has `address` and `nbytes`
     "The reservation as a tensor of bytes, which keeps `pages` alive."
-    pages.__cuda_array_interface__ = dict(shape=(pages.nbytes,), typestr='|u1', data=(pages.address, False), version=3)
-    with torch.cuda.device(self.device): t = torch.as_tensor(pages, device=self.device)
-    if t.data_ptr() != pages.address: raise RuntimeError(f'PyTorch made a copy on {t.device} instead of a view on {self.device}')
+    pages.__cuda_array_interface__ = dict(shape=(pages.nbytes,), typestr="|u1", data=(pages.address, False), version=3)
+    with torch.cuda.device(self.device):
+        t = torch.as_tensor(pages, device=self.device)
+    if t.data_ptr() != pages.address:
+        raise RuntimeError(f"PyTorch made a copy on {t.device} instead of a view on {self.device}")
     return t
 
+
 @functools.cache
-def get_driver(index:int)->Driver: return Driver(index)
+def get_driver(index: int) -> Driver:
+    return Driver(index)
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #04465ff2
 class Pages:
     "Reserved device addresses, the first of them with memory behind; everything goes back with the last tensor over them."
-    def __init__(self, driver, nbytes:int, page:int): # both sizes are multiples of `driver.page`
-        self.driver, self.nbytes, self.page, self.mapped = driver, nbytes, page, []   # addresses of the pages
+
+    def __init__(self, driver, nbytes: int, page: int):  # both sizes are multiples of `driver.page`
+        self.driver, self.nbytes, self.page, self.mapped = driver, nbytes, page, []  # addresses of the pages
         self.address = driver.reserve(nbytes)
         weakref.finalize(self, _free, driver, self.address, nbytes, page, self.mapped).atexit = False
 
+
 def _unmap(driver, page, mapped, count):
     "Keep the first `count` pages; the others go once no kernel can use them any more."
-    if len(mapped) > count: driver.synchronize()
+    if len(mapped) > count:
+        driver.synchronize()
     while len(mapped) > count:
         driver.unmap(mapped[-1], page)
         mapped.pop()
 
+
 def _free(driver, address, nbytes, page, mapped):
-    if sys.is_finalizing(): return   # the end of the process frees all, and the driver may be gone already
+    if sys.is_finalizing():
+        return  # the end of the process frees all, and the driver may be gone already
     _unmap(driver, page, mapped, 0)
     driver.free(address, nbytes)
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #da5f0276
 @patch
-def shrink(self:Pages, count:int): # pages
+def shrink(self: Pages, count: int):  # pages
     "Keep at most the first `count` pages."
     _unmap(self.driver, self.page, self.mapped, count)
 
+
 @patch
-def grow(self:Pages, count:int): # pages
+def grow(self: Pages, count: int):  # pages
     "Have at least `count` pages, the new ones of zeros; if the memory does not suffice, have as many as before."
     old = len(self.mapped)
-    if count <= old: return
+    if count <= old:
+        return
     try:
-        while len(self.mapped) < count: self._map(self.address+len(self.mapped)*self.page)
-        for f in self.driver.access, self.driver.zero: f(self.address+old*self.page, (count-old)*self.page)
+        while len(self.mapped) < count:
+            self._map(self.address + len(self.mapped) * self.page)
+        for f in self.driver.access, self.driver.zero:
+            f(self.address + old * self.page, (count - old) * self.page)
     except BaseException:
         self.shrink(old)
         raise
 
+
 @patch
-def _map(self:Pages, address):
+def _map(self: Pages, address):
     handle = self.driver.create(self.page)
-    try: self.driver.map(address, self.page, handle)
-    finally: self.driver.release(handle)
+    try:
+        self.driver.map(address, self.page, handle)
+    finally:
+        self.driver.release(handle)
     self.mapped.append(address)
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #7ff555fe
 class CudaRegion:
     "As `Region`, on a GPU: pages are mapped before the rows reach them and unmapped once no kernel needs them."
-    backend = 'cuda'
-    def __init__(self, rows:int, tokens:int, width:int, dtype=torch.float32,
-                 page_tokens:int=0,      # tokens that memory is taken and given by; 0 is one page of the device
-                 populate:bool=True,     # keep one page more when rows shrink, in case they grow again
-                 device='cuda',
-                 driver=None):           # a `Driver`; by default that of `device`
+
+    backend = "cuda"
+
+    def __init__(
+        self,
+        rows: int,
+        tokens: int,
+        width: int,
+        dtype=torch.float32,
+        page_tokens: int = 0,  # tokens that memory is taken and given by; 0 is one page of the device
+        populate: bool = True,  # keep one page more when rows shrink, in case they grow again
+        device="cuda",
+        driver=None,
+    ):  # a `Driver`; by default that of `device`
         _check_sizes(rows, tokens, width, page_tokens)
         self.driver = driver or get_driver(_index(device))
         self.args = rows, tokens, width, dtype, page_tokens, populate, self.driver.device, self.driver
-        self.rows, self.tokens, self.slice_bytes, self.populate = rows, tokens, rows*width*dtype.itemsize, populate  # a slice is one token of all rows
-        self.page = max(1, math.ceil(min(page_tokens, tokens)*self.slice_bytes/self.driver.page))*self.driver.page
+        self.rows, self.tokens, self.slice_bytes, self.populate = (
+            rows,
+            tokens,
+            rows * width * dtype.itemsize,
+            populate,
+        )  # a slice is one token of all rows
+        self.page = max(1, math.ceil(min(page_tokens, tokens) * self.slice_bytes / self.driver.page)) * self.driver.page
         self.n, self.closed = 0, False
         self._open()
+
 
 def _index(device):
     "The number of a CUDA device."
     device = torch.device(device)
-    if device.type != 'cuda': raise ValueError(f'{device} is no CUDA device')
-    if not torch.cuda.is_available(): raise RuntimeError('PyTorch sees no CUDA device')
+    if device.type != "cuda":
+        raise ValueError(f"{device} is no CUDA device")
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no CUDA device")
     return torch.cuda.current_device() if device.index is None else device.index
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #18418e1c
 @patch
-def _open(self:CudaRegion):
+def _open(self: CudaRegion):
     "Reserve, and make the tensor (rows, tokens, width) that owns the reservation."
     rows, tokens, width, dtype, *_ = self.args
-    self.pages = Pages(self.driver, self._count(tokens)*self.page, self.page)
+    self.pages = Pages(self.driver, self._count(tokens) * self.page, self.page)
     self.address, self._alive = self.pages.address, weakref.ref(self.pages)
     self.pages.grow(1)
-    with torch.inference_mode(False):       # as on the CPU
-        self.data = self.driver.tensor(self.pages).view(dtype).as_strided((rows, tokens, width), (width, rows*width, 1))
+    with torch.inference_mode(False):  # as on the CPU
+        self.data = (
+            self.driver.tensor(self.pages).view(dtype).as_strided((rows, tokens, width), (width, rows * width, 1))
+        )
     self.pages.shrink(0)
 
-@patch
-def _count(self:CudaRegion, n): return -(-n*self.slice_bytes//self.page)   # pages that hold `n` tokens
 
 @patch
-def resize(self:CudaRegion, n:int): # tokens in each row from now on
+def _count(self: CudaRegion, n):
+    return -(-n * self.slice_bytes // self.page)  # pages that hold `n` tokens
+
+
+@patch
+def resize(self: CudaRegion, n: int):  # tokens in each row from now on
     "As `Region.resize`. Raises `torch.OutOfMemoryError`, and changes nothing, if the device has no memory left."
-    if self.closed: raise RuntimeError('this KV memory is closed')
-    if not 0 <= n <= self.tokens: raise ValueError(f'{n} tokens do not fit rows reserved for 0 to {self.tokens}; reserve more (max_seq_len)')
+    if self.closed:
+        raise RuntimeError("this KV memory is closed")
+    if not 0 <= n <= self.tokens:
+        raise ValueError(f"{n} tokens do not fit rows reserved for 0 to {self.tokens}; reserve more (max_seq_len)")
     need = self._count(n)
     self.pages.grow(need)
-    self.pages.shrink(need+bool(self.populate and n))
+    self.pages.shrink(need + bool(self.populate and n))
     self.n = n
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #736582c9
 @patch
-def trim(self:CudaRegion, lengths): # tokens in each row from now on, no more than there were
+def trim(self: CudaRegion, lengths):  # tokens in each row from now on, no more than there were
     "As `Region.trim`; what is given back depends on the longest row alone."
-    if self.closed: raise RuntimeError('this KV memory is closed')
-    if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths): raise ValueError(f'trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}')
+    if self.closed:
+        raise RuntimeError("this KV memory is closed")
+    if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths):
+        raise ValueError(f"trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}")
     self.n = max(lengths)
     self.pages.shrink(self._count(self.n))
 
+
 @patch
-def settle(self:CudaRegion): pass   # nothing happens in the background
+def settle(self: CudaRegion):
+    pass  # nothing happens in the background
 
 # %% ../../nbs/04_kv_cache/00b_cuda.ipynb #fbe6c6e0
 @patch
-def resident(self:CudaRegion)->int: # bytes
+def resident(self: CudaRegion) -> int:  # bytes
     "Physical bytes: the pages that are mapped."
     p = self._alive()
-    return len(p.mapped)*p.page if p else 0
+    return len(p.mapped) * p.page if p else 0
+
 
 @patch(as_prop=True)
-def reserved(self:CudaRegion)->int: return 0 if self.closed else self.pages.nbytes
+def reserved(self: CudaRegion) -> int:
+    return 0 if self.closed else self.pages.nbytes
+
 
 @patch
-def close(self:CudaRegion):
+def close(self: CudaRegion):
     "Give everything back. A second call does nothing."
     self.data = self.pages = None
     self.closed, self.n = True, 0
+
 
 CudaRegion.__deepcopy__, CudaRegion.__reduce_ex__ = Region.__deepcopy__, Region.__reduce_ex__

@@ -9,14 +9,20 @@ __all__ = ['UNITS', 'POLICIES', 'PARTS', 'compact', 'EvictingSlab', 'slot_mask',
            'quality']
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #7a5a87a6
-import copy, functools, math, re, statistics
+import copy
+import functools
+import math
+import re
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..core import kl, load
@@ -25,298 +31,416 @@ from .memory import DoublingRegion
 from .slab import SimpleVAttention, SlabCache, SlabLayer
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #4f2ad333
-def compact(rows:torch.Tensor, # (R, n, D), changed in place
-            keep:torch.Tensor, # (R, n), True for what stays
-           ):
+def compact(
+    rows: torch.Tensor,  # (R, n, D), changed in place
+    keep: torch.Tensor,  # (R, n), True for what stays
+):
     "Move what stays to the front of each row. What lies behind it is left as it is."
     for row, k in zip(rows, keep):
         idx = k.nonzero().flatten()
-        row[:len(idx)] = row.index_select(0, idx)
+        row[: len(idx)] = row.index_select(0, idx)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #af5dca08
 class EvictingSlab(SimpleVAttention):
     "A slab whose rows can lose tokens, each row its own."
+
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
         self.seen, self.p, self.ragged = 0, None, False
-        self.lengths = torch.zeros(self.batch, self.num_heads, dtype=torch.long, device=self.k.data.device) # (B, H)
-        self.sizes = [0]*self.batch       # the longest row of each sequence
-    def _set_regions(self, new): self.k, self.v, self.p = (*new, None)[:3]
+        self.lengths = torch.zeros(self.batch, self.num_heads, dtype=torch.long, device=self.k.data.device)  # (B, H)
+        self.sizes = [0] * self.batch  # the longest row of each sequence
+
+    def _set_regions(self, new):
+        self.k, self.v, self.p = (*new, None)[:3]
+
     regions = property(lambda self: (self.k, self.v) if self.p is None else (self.k, self.v, self.p), _set_regions)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #2a83d98e
 @patch(as_prop=True)
-def positions(self:EvictingSlab)->torch.Tensor: # (B, H, n), increasing in each row as far as it is filled
-    if self.p is None: return torch.arange(self.n, device=self.lengths.device).expand(*self.lengths.shape, -1)
-    return self._table(self.p)[:, :, :self.n, 0].long()
+def positions(self: EvictingSlab) -> torch.Tensor:  # (B, H, n), increasing in each row as far as it is filled
+    if self.p is None:
+        return torch.arange(self.n, device=self.lengths.device).expand(*self.lengths.shape, -1)
+    return self._table(self.p)[:, :, : self.n, 0].long()
+
 
 @patch(as_prop=True)
-def filled(self:EvictingSlab)->torch.Tensor: # (B, H, n)
+def filled(self: EvictingSlab) -> torch.Tensor:  # (B, H, n)
     return torch.arange(self.n, device=self.lengths.device) < self.lengths[..., None]
 
+
 @patch
-def _lengths(self:EvictingSlab, lengths):
+def _lengths(self: EvictingSlab, lengths):
     "Note the new length of each row."
     self.lengths, self.sizes = lengths, lengths.amax(-1).tolist()
     self.n, self.ragged = max(self.sizes), len(lengths.unique()) > 1
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #0b5173d1
 @patch
-def keep(self:EvictingSlab,
-         mask:torch.Tensor, # (B, H, n), True for what stays
-         along=()):         # tensors (B, H, n) that follow, changed in place
+def keep(
+    self: EvictingSlab,
+    mask: torch.Tensor,  # (B, H, n), True for what stays
+    along=(),
+):  # tensors (B, H, n) that follow, changed in place
     "Drop all other tokens and give their pages back. If there are none, nothing changes."
     mask = mask & self.filled
-    if torch.equal(lengths := mask.sum(-1), self.lengths): return
-    if self.p is None: self._write_positions()
-    for t in (*(self._table(r)[:, :, :self.n] for r in self.regions), *(a[..., None] for a in along)): compact(t.flatten(0, 1), mask.flatten(0, 1))
-    for r in self.regions: r.trim(lengths.flatten().tolist())
+    if torch.equal(lengths := mask.sum(-1), self.lengths):
+        return
+    if self.p is None:
+        self._write_positions()
+    for t in (*(self._table(r)[:, :, : self.n] for r in self.regions), *(a[..., None] for a in along)):
+        compact(t.flatten(0, 1), mask.flatten(0, 1))
+    for r in self.regions:
+        r.trim(lengths.flatten().tolist())
     self._lengths(lengths)
 
+
 @patch
-def _write_positions(self:EvictingSlab):
-    p = DoublingRegion(self.batch*self.num_heads, self.k.tokens, 1, torch.int32, device=self.lengths.device)
-    p.resize(self.n); p.data[:, :self.n, 0] = torch.arange(self.n, dtype=torch.int32)
+def _write_positions(self: EvictingSlab):
+    p = DoublingRegion(self.batch * self.num_heads, self.k.tokens, 1, torch.int32, device=self.lengths.device)
+    p.resize(self.n)
+    p.data[:, : self.n, 0] = torch.arange(self.n, dtype=torch.int32)
     self.p = p
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #c3ff1184
 @patch
-def _write(self:EvictingSlab, region, new, m):
+def _write(self: EvictingSlab, region, new, m):
     "As in the plain slab, at the end of each row."
-    if not self.ragged: return SimpleVAttention._write(self, region, new, m)
+    if not self.ragged:
+        return SimpleVAttention._write(self, region, new, m)
     region.resize(m)
-    at = self.lengths[..., None]+torch.arange(new.shape[2], device=self.lengths.device)             # (B, H, q)
+    at = self.lengths[..., None] + torch.arange(new.shape[2], device=self.lengths.device)  # (B, H, q)
     b, h = (torch.arange(n, device=at.device) for n in self.lengths.shape)
     self._table(region)[b[:, None, None], h[:, None], at] = new
 
+
 @patch
-def append(self:EvictingSlab, k:torch.Tensor, v:torch.Tensor)->tuple:
+def append(self: EvictingSlab, k: torch.Tensor, v: torch.Tensor) -> tuple:
     "As `SimpleVAttention.append`, noting positions once something has been dropped."
     q = k.shape[2]
     res = SimpleVAttention.append(self, k, v)
-    if self.p is not None: self._write(self.p, torch.arange(self.seen, self.seen+q, dtype=torch.int32, device=k.device)[:, None].expand(*k.shape[:3], 1), self.n)
-    self.lengths, self.sizes, self.seen = self.lengths+q, [s+q for s in self.sizes], self.seen+q
+    if self.p is not None:
+        self._write(
+            self.p,
+            torch.arange(self.seen, self.seen + q, dtype=torch.int32, device=k.device)[:, None].expand(*k.shape[:3], 1),
+            self.n,
+        )
+    self.lengths, self.sizes, self.seen = self.lengths + q, [s + q for s in self.sizes], self.seen + q
     return res
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #a16aeb03
 @patch
-def select(self:EvictingSlab, idx:torch.Tensor):
+def select(self: EvictingSlab, idx: torch.Tensor):
     "As `SimpleVAttention.select`."
     lengths = self.lengths[idx.to(self.lengths.device)]
     SimpleVAttention.select(self, idx)
     self._lengths(lengths)
     if self.ragged:
-        for r in self.regions: r.trim(lengths.flatten().tolist())
+        for r in self.regions:
+            r.trim(lengths.flatten().tolist())
+
 
 @patch
-def truncate(self:EvictingSlab, n:int): # tokens to keep, counted in tokens seen
+def truncate(self: EvictingSlab, n: int):  # tokens to keep, counted in tokens seen
     "Forget the tokens at positions from `n` on. Raises where some of them are gone already."
-    if not 0 <= n <= self.seen: raise ValueError(f'cannot keep {n} of {self.seen} tokens')
+    if not 0 <= n <= self.seen:
+        raise ValueError(f"cannot keep {n} of {self.seen} tokens")
     gone = ((self.positions >= n) & self.filled).sum(-1)
-    if n and (gone != self.seen-n).any(): raise ValueError(f'cannot take back the last {self.seen-n} tokens: some of them have been evicted')
-    lengths = self.lengths-gone
-    for r in self.regions: r.trim(lengths.flatten().tolist())
+    if n and (gone != self.seen - n).any():
+        raise ValueError(f"cannot take back the last {self.seen - n} tokens: some of them have been evicted")
+    lengths = self.lengths - gone
+    for r in self.regions:
+        r.trim(lengths.flatten().tolist())
     self._lengths(lengths)
     self.seen, self.p = n, self.p if n else None
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #ca76f91b
 @patch(as_prop=True)
-def live(self:EvictingSlab)->int:
-    tokens = int(self.lengths.sum()) if self.ragged else self.n*self.lengths.numel()
-    return tokens*self.token_bytes//self.lengths.numel()
+def live(self: EvictingSlab) -> int:
+    tokens = int(self.lengths.sum()) if self.ragged else self.n * self.lengths.numel()
+    return tokens * self.token_bytes // self.lengths.numel()
+
 
 @patch
-def __deepcopy__(self:EvictingSlab, memo):
+def __deepcopy__(self: EvictingSlab, memo):
     new = memo[id(self)] = type(self).__new__(type(self))
-    for k, v in self.__dict__.items(): setattr(new, k, copy.deepcopy(v, memo))
+    for k, v in self.__dict__.items():
+        setattr(new, k, copy.deepcopy(v, memo))
     if self.ragged:
-        for r in new.regions: r.trim(self.lengths.flatten().tolist())
+        for r in new.regions:
+            r.trim(self.lengths.flatten().tolist())
     return new
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #0d1a144f
-def slot_mask(slab:EvictingSlab,
-              mask:torch.Tensor|None, # (B or 1, 1, q, seen) by position; None is causal
-              q:int                   # queries, the last `q` positions
-             )->torch.Tensor|None:    # (B, H, q, n) by slot; None if every slot may be seen
+def slot_mask(
+    slab: EvictingSlab,
+    mask: torch.Tensor | None,  # (B or 1, 1, q, seen) by position; None is causal
+    q: int,  # queries, the last `q` positions
+) -> torch.Tensor | None:  # (B, H, q, n) by slot; None if every slot may be seen
     "Which slots the last `q` queries may look at."
-    if mask is None and q == 1 and not slab.ragged: return None
-    pos, free = slab.positions[:, :, None], slab.filled[:, :, None]                          # (B, H, 1, n)
-    if mask is None: return free & (pos <= torch.arange(slab.seen-q, slab.seen, device=pos.device)[:, None])
+    if mask is None and q == 1 and not slab.ragged:
+        return None
+    pos, free = slab.positions[:, :, None], slab.filled[:, :, None]  # (B, H, 1, n)
+    if mask is None:
+        return free & (pos <= torch.arange(slab.seen - q, slab.seen, device=pos.device)[:, None])
     size = *pos.shape[:2], q, -1
-    return free & mask.expand(size).gather(3, pos.clamp(0, slab.seen-1).expand(size))
+    return free & mask.expand(size).gather(3, pos.clamp(0, slab.seen - 1).expand(size))
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #f6b8a1d4
 def _check_mask(mask, slab, q):
     "Refuse a mask that cannot be looked up by position."
-    if mask is None: return
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] not in (1, slab.batch) or mask.shape[1:] != (1, q, slab.seen):
-        raise ValueError(f'a KV cache with a budget takes masks of bool (batch, 1, {q}, {slab.seen}), not {mask.dtype} {tuple(mask.shape)}; pass the two-dimensional attention_mask')
+    if mask is None:
+        return
+    if (
+        mask.dtype != torch.bool
+        or mask.dim() != 4
+        or mask.shape[0] not in (1, slab.batch)
+        or mask.shape[1:] != (1, q, slab.seen)
+    ):
+        raise ValueError(
+            f"a KV cache with a budget takes masks of bool (batch, 1, {q}, {slab.seen}), not {mask.dtype} {tuple(mask.shape)}; pass the two-dimensional attention_mask"
+        )
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #37d81b16
-UNITS = {u: m for u, m in zip(('B', 'KB', 'MB', 'GB', 'KiB', 'MiB', 'GiB'), (1, 10**3, 10**6, 10**9, 2**10, 2**20, 2**30))}
+UNITS = {
+    u: m for u, m in zip(("B", "KB", "MB", "GB", "KiB", "MiB", "GiB"), (1, 10**3, 10**6, 10**9, 2**10, 2**20, 2**30))
+}
 _FORMS = "a number of tokens, '25%', '64MiB' or 'mass=0.95'"
+
 
 @dataclass(frozen=True)
 class Budget:
     "How much may stay."
-    kind:str     # `tokens`, `share`, `bytes` or `mass`
-    amount:float
-    def __str__(self): return dict(tokens=f'{self.amount} tokens', share=f'{100*self.amount:g}%', bytes=f'{self.amount:,} bytes', mass=f'mass={self.amount:g}')[self.kind]
+
+    kind: str  # `tokens`, `share`, `bytes` or `mass`
+    amount: float
+
+    def __str__(self):
+        return dict(
+            tokens=f"{self.amount} tokens",
+            share=f"{100 * self.amount:g}%",
+            bytes=f"{self.amount:,} bytes",
+            mass=f"mass={self.amount:g}",
+        )[self.kind]
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #644ccb74
-def parse_budget(x # whole number of tokens, `'25%'`, `'64MiB'`, `'mass=0.95'`
-                )->Budget:
+def parse_budget(
+    x,  # whole number of tokens, `'25%'`, `'64MiB'`, `'mass=0.95'`
+) -> Budget:
     "The budget that `x` means; `ValueError` if it means none."
-    if type(x) is int: kind, amount = 'tokens', x
-    elif isinstance(x, str) and (m := re.fullmatch(r'(mass=)?(-?\d+(?:\.\d+)?) ?(%|[KMG]i?B|B)?', x.strip())):
+    if type(x) is int:
+        kind, amount = "tokens", x
+    elif isinstance(x, str) and (m := re.fullmatch(r"(mass=)?(-?\d+(?:\.\d+)?) ?(%|[KMG]i?B|B)?", x.strip())):
         mass, number, unit = m.groups()
-        kind = 'mass' if mass else 'share' if unit == '%' else 'bytes' if unit else 'tokens'
-        if mass and unit or kind == 'tokens' and '.' in number: raise ValueError(f'budget must be {_FORMS}, not {x!r}')
-        amount = dict(mass=float(number), share=float(number)/100, bytes=int(float(number)*UNITS.get(unit, 1)), tokens=int(float(number)))[kind]
-    else: raise ValueError(f'budget must be {_FORMS}, not {x!r}')
-    if amount <= 0: raise ValueError(f'budget must be more than nothing, not {x!r}; None keeps everything')
-    if kind == 'mass' and amount > 1: raise ValueError(f'retained attention mass is at most 1, not {x!r}')
+        kind = "mass" if mass else "share" if unit == "%" else "bytes" if unit else "tokens"
+        if mass and unit or kind == "tokens" and "." in number:
+            raise ValueError(f"budget must be {_FORMS}, not {x!r}")
+        amount = dict(
+            mass=float(number),
+            share=float(number) / 100,
+            bytes=int(float(number) * UNITS.get(unit, 1)),
+            tokens=int(float(number)),
+        )[kind]
+    else:
+        raise ValueError(f"budget must be {_FORMS}, not {x!r}")
+    if amount <= 0:
+        raise ValueError(f"budget must be more than nothing, not {x!r}; None keeps everything")
+    if kind == "mass" and amount > 1:
+        raise ValueError(f"retained attention mass is at most 1, not {x!r}")
     return Budget(kind, amount)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #fff6e3b0
-def apportion(weights:np.ndarray, # (L,)
-              total:int,          # pages to divide
-              caps:np.ndarray     # (L,) most pages each can use
-             )->np.ndarray:       # (L,) whole numbers; their sum is `total`, or that of `caps` if it is less
+def apportion(
+    weights: np.ndarray,  # (L,)
+    total: int,  # pages to divide
+    caps: np.ndarray,  # (L,) most pages each can use
+) -> np.ndarray:  # (L,) whole numbers; their sum is `total`, or that of `caps` if it is less
     "Divide `total` in proportion to `weights` by Webster's method; ties go to the first."
     caps = np.maximum(caps, 0)
     layer = np.repeat(np.arange(len(caps)), caps)
-    page = np.arange(len(layer))-np.repeat(caps.cumsum()-caps, caps)
-    best = np.argsort(-np.maximum(weights, 1e-300)[layer]/(2*page+1), kind='stable')[:max(total, 0)]
+    page = np.arange(len(layer)) - np.repeat(caps.cumsum() - caps, caps)
+    best = np.argsort(-np.maximum(weights, 1e-300)[layer] / (2 * page + 1), kind="stable")[: max(total, 0)]
     return np.bincount(layer[best], minlength=len(caps))
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #d4fa2ba2
-def seen_attention(q:torch.Tensor,       # (B, g, w, D) queries of one key head
-                   k:torch.Tensor,       # (B, n, D) its keys
-                   allowed:torch.Tensor, # (B, w, n)
-                   scaling:float
-                  )->torch.Tensor:       # (B, g, w, n), float32; zeros for a query that may see nothing
+def seen_attention(
+    q: torch.Tensor,  # (B, g, w, D) queries of one key head
+    k: torch.Tensor,  # (B, n, D) its keys
+    allowed: torch.Tensor,  # (B, w, n)
+    scaling: float,
+) -> torch.Tensor:  # (B, g, w, n), float32; zeros for a query that may see nothing
     "Attention weights of one key head."
-    s = (q.float()*scaling).flatten(1, 2) @ k.float().transpose(-1, -2)
-    return s.view(*q.shape[:3], -1).masked_fill(~allowed[:, None], -torch.inf).softmax(-1).nan_to_num(0.)
+    s = (q.float() * scaling).flatten(1, 2) @ k.float().transpose(-1, -2)
+    return s.view(*q.shape[:3], -1).masked_fill(~allowed[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #da553c81
 @dataclass
 class Observed:
     "What a policy knows about one layer when it must choose. Tokens in the window are kept anyway: their `mean` and `var` are zero."
-    mean:torch.Tensor      # (B, H, n) attention the slot gets, mean over the window's queries and the group's heads
-    var:torch.Tensor       # (B, H, n) its variance over the queries, mean over the group's heads
-    entropy:torch.Tensor   # (B,) spatial dispersion
-    shift:torch.Tensor     # (B,) temporal dispersion
-    mass:torch.Tensor      # (B, H, n) as `mean`, window included: sums to 1
-    order:torch.Tensor     # (B, H, n) 0 for the first visible token of the sequence; -1 for padding and unfilled slots
-    total:torch.Tensor     # (B,) visible tokens seen
-    received:torch.Tensor|None # (B, H, n) attention from all queries so far; only if the policy has `history`
-    layer:int
-    layers:int
+
+    mean: torch.Tensor  # (B, H, n) attention the slot gets, mean over the window's queries and the group's heads
+    var: torch.Tensor  # (B, H, n) its variance over the queries, mean over the group's heads
+    entropy: torch.Tensor  # (B,) spatial dispersion
+    shift: torch.Tensor  # (B,) temporal dispersion
+    mass: torch.Tensor  # (B, H, n) as `mean`, window included: sums to 1
+    order: torch.Tensor  # (B, H, n) 0 for the first visible token of the sequence; -1 for padding and unfilled slots
+    total: torch.Tensor  # (B,) visible tokens seen
+    received: torch.Tensor | None  # (B, H, n) attention from all queries so far; only if the policy has `history`
+    layer: int
+    layers: int
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #c8345841
-def _moments(A, # (B, g, w, n)
-             valid): # (B, w)
+def _moments(
+    A,  # (B, g, w, n)
+    valid,
+):  # (B, w)
     "Mean and unbiased variance over the valid queries."
-    w, n = valid[:, None, :, None].float(), valid.sum(-1)[:, None, None].float()    # (B, 1, w, 1), (B, 1, 1)
-    mean = (A*w).sum(2)/n.clamp(min=1)
-    return mean, ((A-mean[:, :, None]).square()*w).sum(2)/(n-1).clamp(min=1)        # (B, g, n) each
+    w, n = valid[:, None, :, None].float(), valid.sum(-1)[:, None, None].float()  # (B, 1, w, 1), (B, 1, 1)
+    mean = (A * w).sum(2) / n.clamp(min=1)
+    return mean, ((A - mean[:, :, None]).square() * w).sum(2) / (n - 1).clamp(min=1)  # (B, g, n) each
 
-def dispersion(A, var, past): # (B, g, w, n), (B, g, n), (B, n)
+
+def dispersion(A, var, past):  # (B, g, w, n), (B, g, n), (B, n)
     "Entropy and temporal variance of attention to `past` slots, each (B,)."
-    return torch.special.entr(A*past[:, None, None]).sum((1, 2, 3)), (var*past[:, None]).sum((1, 2))
+    return torch.special.entr(A * past[:, None, None]).sum((1, 2, 3)), (var * past[:, None]).sum((1, 2))
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #23270b98
 @dataclass(frozen=True)
 class Policy:
     "Which tokens stay, and where."
-    name:str
-    score:Callable                   # `Observed` -> (B, H, n); larger stays
-    preference:Callable|None = None  # `Observed` -> (B,), the weight of this layer; equal layers by default
-    history:bool = False             # needs the attention of *all* queries, which is costly
 
-def pool(x, kernel=5): # (B, H, n)
+    name: str
+    score: Callable  # `Observed` -> (B, H, n); larger stays
+    preference: Callable | None = None  # `Observed` -> (B,), the weight of this layer; equal layers by default
+    history: bool = False  # needs the attention of *all* queries, which is costly
+
+
+def pool(x, kernel=5):  # (B, H, n)
     "Mean over neighbouring slots: a token is worth more beside a valuable one."
-    return F.avg_pool1d(x, kernel, 1, kernel//2)
+    return F.avg_pool1d(x, kernel, 1, kernel // 2)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #fe5c2ef8
-def cake_policy(gamma:float=200., # weight of the variance
-                tau1:float=3.,    # temperature of the spatial dispersion
-                tau2:float=3.,    # temperature of the temporal dispersion
-                name:str='cake')->Policy:
+def cake_policy(
+    gamma: float = 200.0,  # weight of the variance
+    tau1: float = 3.0,  # temperature of the spatial dispersion
+    tau2: float = 3.0,  # temperature of the temporal dispersion
+    name: str = "cake",
+) -> Policy:
     "CAKE (Qin et al., ICLR 2025)."
-    return Policy(name, lambda o: pool(o.mean+gamma*o.var), lambda o: o.entropy.double()**(1/tau1)*o.shift.double()**(1/tau2))
+    return Policy(
+        name,
+        lambda o: pool(o.mean + gamma * o.var),
+        lambda o: o.entropy.double() ** (1 / tau1) * o.shift.double() ** (1 / tau2),
+    )
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #7833fe93
-def pyramid(o:Observed, beta=20):
+def pyramid(o: Observed, beta=20):
     "Weights that fall from nearly 2 to 1/beta."
-    step = o.layer/max(o.layers-1, 1)
-    return torch.full((len(o.total),), 2-1/beta-step*(2-2/beta) if o.layers > 1 else 1.)
+    step = o.layer / max(o.layers - 1, 1)
+    return torch.full((len(o.total),), 2 - 1 / beta - step * (2 - 2 / beta) if o.layers > 1 else 1.0)
 
-def random_score(o:Observed):
+
+def random_score(o: Observed):
     "Numbers that depend on the layer and the length alone."
-    gen = torch.Generator().manual_seed(1_000_003*o.layer+int(o.total.sum()))
+    gen = torch.Generator().manual_seed(1_000_003 * o.layer + int(o.total.sum()))
     return torch.rand(o.mean.shape, generator=gen).to(o.mean.device)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #bcb373d3
-POLICIES = {p.name: p for p in (cake_policy(), Policy('snapkv', lambda o: pool(o.mean)), Policy('pyramidkv', lambda o: pool(o.mean), pyramid),
-                                Policy('h2o', lambda o: o.received, history=True), Policy('streaming_llm', lambda o: o.order.float()), Policy('random', random_score))}
+POLICIES = {
+    p.name: p
+    for p in (
+        cake_policy(),
+        Policy("snapkv", lambda o: pool(o.mean)),
+        Policy("pyramidkv", lambda o: pool(o.mean), pyramid),
+        Policy("h2o", lambda o: o.received, history=True),
+        Policy("streaming_llm", lambda o: o.order.float()),
+        Policy("random", random_score),
+    )
+}
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #a9159ccf
 @dataclass(frozen=True)
 class Eviction:
     "How a KV cache forgets."
-    budget:int|str         # see `parse_budget`
-    policy:str = 'cake'    # a name in `POLICIES`
-    window:int = 32        # latest tokens, always kept; their queries judge the others
-    first:int = 4          # first tokens, always kept
-    slack:int|None = None  # tokens a row may grow past what it is cut to while decoding; None is an eighth of that, at most 64
-    unit:int = 0           # tokens that budgets are rounded to; 0 is a page of the slab
-    cascade:bool = True    # cut earlier layers while later ones are still to come
+
+    budget: int | str  # see `parse_budget`
+    policy: str = "cake"  # a name in `POLICIES`
+    window: int = 32  # latest tokens, always kept; their queries judge the others
+    first: int = 4  # first tokens, always kept
+    slack: int | None = (
+        None  # tokens a row may grow past what it is cut to while decoding; None is an eighth of that, at most 64
+    )
+    unit: int = 0  # tokens that budgets are rounded to; 0 is a page of the slab
+    cascade: bool = True  # cut earlier layers while later ones are still to come
+
     @functools.cached_property
-    def parsed(self): return parse_budget(self.budget)
+    def parsed(self):
+        return parse_budget(self.budget)
+
     def __post_init__(self):
         b = self.parsed
-        if self.policy not in POLICIES: raise ValueError(f'unknown policy {self.policy!r}; known: {", ".join(POLICIES)}')
+        if self.policy not in POLICIES:
+            raise ValueError(f"unknown policy {self.policy!r}; known: {', '.join(POLICIES)}")
         for k, low in dict(window=1, first=0, slack=0, unit=0).items():
-            if k == 'slack' and self.slack is None: continue
-            if type(v := getattr(self, k)) is not int or v < low: raise ValueError(f'{k} must be a whole number of at least {low}, not {v!r}')
-        if b.kind == 'tokens' and b.amount < self.first+self.window:
-            raise ValueError(f'budget of {b.amount} tokens is less than the {self.first} first and {self.window} latest ones that are always kept; raise it or lower window')
+            if k == "slack" and self.slack is None:
+                continue
+            if type(v := getattr(self, k)) is not int or v < low:
+                raise ValueError(f"{k} must be a whole number of at least {low}, not {v!r}")
+        if b.kind == "tokens" and b.amount < self.first + self.window:
+            raise ValueError(
+                f"budget of {b.amount} tokens is less than the {self.first} first and {self.window} latest ones that are always kept; raise it or lower window"
+            )
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #e1ccbd1d
 @patch
-def spare(self:Eviction, limit:int)->int: return min(64, limit//8) if self.slack is None else self.slack
+def spare(self: Eviction, limit: int) -> int:
+    return min(64, limit // 8) if self.slack is None else self.slack
+
 
 @patch
-def row_limit(self:Eviction,
-              total:int,        # visible tokens of the sequence
-              token_bytes:int,  # bytes of one token in all layers and rows
-              unit:int          # tokens of a page
-             )->tuple:          # tokens a row is cut to, a multiple of `unit`, and tokens it may grow to before the next cut; means over the layers
+def row_limit(
+    self: Eviction,
+    total: int,  # visible tokens of the sequence
+    token_bytes: int,  # bytes of one token in all layers and rows
+    unit: int,  # tokens of a page
+) -> (
+    tuple
+):  # tokens a row is cut to, a multiple of `unit`, and tokens it may grow to before the next cut; means over the layers
     "What a row may hold."
-    b, up = self.parsed, lambda n: -(-n//unit)*unit
-    least = up(self.first+self.window)
-    if b.kind == 'bytes':                              # a ceiling: rounded down, and there is no growing past it
-        most = b.amount//token_bytes//unit*unit
-        if most < least: raise ValueError(f'budget of {b.amount:,} bytes holds {most} tokens (pages of {unit}) in each row of this model, but {self.first+self.window} are always kept, which take {least*token_bytes:,}; raise it or lower window')
-        return max(most-up(self.spare(most)), least), most
-    n = up(max(dict(tokens=lambda: b.amount, share=lambda: math.ceil(b.amount*total), mass=lambda: total)[b.kind](), least))
-    return n, n+self.spare(n)
+    b, up = self.parsed, lambda n: -(-n // unit) * unit
+    least = up(self.first + self.window)
+    if b.kind == "bytes":  # a ceiling: rounded down, and there is no growing past it
+        most = b.amount // token_bytes // unit * unit
+        if most < least:
+            raise ValueError(
+                f"budget of {b.amount:,} bytes holds {most} tokens (pages of {unit}) in each row of this model, but {self.first + self.window} are always kept, which take {least * token_bytes:,}; raise it or lower window"
+            )
+        return max(most - up(self.spare(most)), least), most
+    n = up(
+        max(
+            dict(tokens=lambda: b.amount, share=lambda: math.ceil(b.amount * total), mass=lambda: total)[b.kind](),
+            least,
+        )
+    )
+    return n, n + self.spare(n)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #02153993
 class EvictingLayer(SlabLayer):
     "A `SlabLayer` under a budget."
+
     slab_type = EvictingSlab
-    def __init__(self, evictor, index:int, *args, **kw):
+
+    def __init__(self, evictor, index: int, *args, **kw):
         super().__init__(*args, **kw)
         self.evictor, self.index, self.queries, self.at, self.received = evictor, index, None, None, None
-    def get_seq_length(self): return self.slab.seen if self.slab else 0
+
+    def get_seq_length(self):
+        return self.slab.seen if self.slab else 0
+
     def update(self, key_states, value_states, *args, **kwargs):
         kv = super().update(key_states, value_states)
         self.evictor.account(self)
         return tuple(owned(t, self) for t in kv)
+
     def reset(self):
         super().reset()
         self.queries = self.at = self.received = None
@@ -325,248 +449,351 @@ class EvictingLayer(SlabLayer):
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #9ea800f1
 @patch
-def attend(self:EvictingLayer, module, query, mask, scaling=None, dropout=0., **kw)->tuple: # (B, q, Hq, Dv), None
+def attend(self: EvictingLayer, module, query, mask, scaling=None, dropout=0.0, **kw) -> tuple:  # (B, q, Hq, Dv), None
     "What `llmopt_packed` does with this layer's keys: attention over what is left, then eviction if it is due."
     s, q = self.slab, query.shape[2]
     _check_mask(mask, s, q)
-    if s.p is None: res = packed_forward(module, query, s.keys, s.values, mask, scaling, dropout, **kw)
-    else: res = packed_attention(query, s.keys, s.values, slot_mask(s, mask, q), scaling, dropout).transpose(1, 2).contiguous(), None
-    self.evictor.after(self, query, None if mask is None else mask[:, 0, -1].expand(s.batch, -1), scaling or query.shape[-1]**-.5)
+    if s.p is None:
+        res = packed_forward(module, query, s.keys, s.values, mask, scaling, dropout, **kw)
+    else:
+        res = (
+            packed_attention(query, s.keys, s.values, slot_mask(s, mask, q), scaling, dropout)
+            .transpose(1, 2)
+            .contiguous(),
+            None,
+        )
+    self.evictor.after(
+        self, query, None if mask is None else mask[:, 0, -1].expand(s.batch, -1), scaling or query.shape[-1] ** -0.5
+    )
     return res
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #15543850
 @patch
-def remember(self:EvictingLayer, query): # (B, Hq, q, D)
+def remember(self: EvictingLayer, query):  # (B, Hq, q, D)
     "Put the last queries aside."
     w, seen, n = self.evictor.cfg.window, self.slab.seen, min(query.shape[2], self.evictor.cfg.window)
     if self.queries is None:
-        with torch.inference_mode(False): self.queries, self.at = query.new_zeros(*query.shape[:2], w, query.shape[-1]), torch.full((w,), -1, device=query.device)
-    if n == 1: place, at = slice((seen-1)%w, (seen-1)%w+1), seen-1
-    else: at = torch.arange(seen-n, seen, device=query.device); place = at%w
+        with torch.inference_mode(False):
+            self.queries, self.at = (
+                query.new_zeros(*query.shape[:2], w, query.shape[-1]),
+                torch.full((w,), -1, device=query.device),
+            )
+    if n == 1:
+        place, at = slice((seen - 1) % w, (seen - 1) % w + 1), seen - 1
+    else:
+        at = torch.arange(seen - n, seen, device=query.device)
+        place = at % w
     self.queries[:, :, place], self.at[place] = query[:, :, -n:], at
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #2858c638
 @patch
-def _weights(self:EvictingLayer, query, at, visible, scaling):
+def _weights(self: EvictingLayer, query, at, visible, scaling):
     "For each key head, `A` (B, g, w, n) of queries at positions `at` (w,), and which queries are real (B, w)."
     s, B = self.slab, self.slab.batch
     see = torch.ones(B, s.seen, dtype=torch.bool, device=at.device) if visible is None else visible
-    valid, pos = see[:, at.clamp(min=0)] & (at >= 0), s.positions.clamp(0, s.seen-1)
-    q = query.unflatten(1, (s.num_heads, -1))                                               # (B, H, g, w, D)
+    valid, pos = see[:, at.clamp(min=0)] & (at >= 0), s.positions.clamp(0, s.seen - 1)
+    q = query.unflatten(1, (s.num_heads, -1))  # (B, H, g, w, D)
     for h in range(s.num_heads):
-        allowed = (see.gather(1, pos[:, h]) & s.filled[:, h])[:, None] & (pos[:, h, None] <= at[:, None]) & valid[..., None]
+        allowed = (
+            (see.gather(1, pos[:, h]) & s.filled[:, h])[:, None] & (pos[:, h, None] <= at[:, None]) & valid[..., None]
+        )
         yield seen_attention(q[:, h], s.keys[:, h], allowed, scaling), valid
 
+
 @patch
-def receive(self:EvictingLayer, query, visible, scaling, block=128):
+def receive(self: EvictingLayer, query, visible, scaling, block=128):
     "Add the attention of each of these queries to `received`."
     s, q = self.slab, query.shape[2]
     old = query.new_zeros(*s.lengths.shape, 0, dtype=torch.float32) if self.received is None else self.received
-    self.received = F.pad(old, (0, s.n-old.shape[-1]))
+    self.received = F.pad(old, (0, s.n - old.shape[-1]))
     for i in range(0, q, block):
-        at = torch.arange(s.seen-q+i, s.seen-q+min(i+block, q), device=query.device)
-        for h, (A, _) in enumerate(self._weights(query[:, :, i:i+block], at, visible, scaling)): self.received[:, h] += A.sum(2).mean(1)
+        at = torch.arange(s.seen - q + i, s.seen - q + min(i + block, q), device=query.device)
+        for h, (A, _) in enumerate(self._weights(query[:, :, i : i + block], at, visible, scaling)):
+            self.received[:, h] += A.sum(2).mean(1)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #81ee94f2
 @patch
-def order(self:EvictingLayer, visible)->tuple: # (B, H, n), (B,)
+def order(self: EvictingLayer, visible) -> tuple:  # (B, H, n), (B,)
     "Which visible token of its sequence each slot holds (-1: none), and how many there are."
     s = self.slab
-    if visible is None: return s.positions.masked_fill(~s.filled, -1), torch.full((s.batch,), s.seen, device=s.lengths.device)
-    rank = (visible.cumsum(-1)-1).masked_fill(~visible, -1)                                  # (B, seen)
-    at = s.positions.clamp(0, s.seen-1)
+    if visible is None:
+        return s.positions.masked_fill(~s.filled, -1), torch.full((s.batch,), s.seen, device=s.lengths.device)
+    rank = (visible.cumsum(-1) - 1).masked_fill(~visible, -1)  # (B, seen)
+    at = s.positions.clamp(0, s.seen - 1)
     return rank[:, None].expand(*at.shape[:2], -1).gather(2, at).masked_fill(~s.filled, -1), visible.sum(-1)
 
+
 @patch
-def observe(self:EvictingLayer, visible, scaling)->Observed:
+def observe(self: EvictingLayer, visible, scaling) -> Observed:
     "What the last queries saw in this layer."
     order, total = self.order(visible)
-    past, rows = (order >= 0) & (order < total[:, None, None]-self.evictor.cfg.window), []
+    past, rows = (order >= 0) & (order < total[:, None, None] - self.evictor.cfg.window), []
     for h, (A, valid) in enumerate(self._weights(self.queries, self.at, visible, scaling)):
         mean, var = _moments(A, valid)
         rows.append((mean.mean(1), var.mean(1), *dispersion(A, var, past[:, h])))
     mass, var, entropy, shift = zip(*rows)
     mass = torch.stack(mass, 1)
-    return Observed(mass*past, torch.stack(var, 1)*past, sum(entropy), sum(shift), mass, order, total, self.received, self.index, len(self.evictor.layers))
+    return Observed(
+        mass * past,
+        torch.stack(var, 1) * past,
+        sum(entropy),
+        sum(shift),
+        mass,
+        order,
+        total,
+        self.received,
+        self.index,
+        len(self.evictor.layers),
+    )
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #0cc6da37
 @patch
-def rank(self:EvictingLayer, o:Observed, score)->torch.Tensor: # (B, H, n): 0 is kept longest
+def rank(self: EvictingLayer, o: Observed, score) -> torch.Tensor:  # (B, H, n): 0 is kept longest
     "Rank of each slot in its row."
     cfg, total = self.evictor.cfg, o.total[:, None, None]
-    safe = (o.order >= 0) & ((o.order < cfg.first) | (o.order >= total-cfg.window))
+    safe = (o.order >= 0) & ((o.order < cfg.first) | (o.order >= total - cfg.window))
     score = score.float().masked_fill(safe, torch.inf).masked_fill(o.order < 0, -torch.inf)
     best = score.sort(dim=-1, descending=True, stable=True).indices
     return torch.empty_like(best).scatter_(2, best, torch.arange(best.shape[-1], device=best.device).expand_as(best))
 
+
 @patch
-def cut(self:EvictingLayer, sizes): # (B, 1) or (B, H) tokens
+def cut(self: EvictingLayer, sizes):  # (B, 1) or (B, H) tokens
     "Keep the `sizes` best slots of each row; note the attention that goes."
     keep = (self.ranks < sizes[..., None]) & self.slab.filled
-    self.lost += (self.mass*(~keep & self.slab.filled)).sum(-1)
+    self.lost += (self.mass * (~keep & self.slab.filled)).sum(-1)
     self.slab.keep(keep, [self.ranks, self.mass] + ([self.received] if self.received is not None else []))
     n = self.slab.n
     self.ranks, self.mass = self.ranks[..., :n], self.mass[..., :n]
-    if self.received is not None: self.received = self.received[..., :n]*self.slab.filled
+    if self.received is not None:
+        self.received = self.received[..., :n] * self.slab.filled
     self.evictor.account(self)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #9b3de97d
-def sizes_for_mass(mass:torch.Tensor,   # (B, H, n)
-                   ranks:torch.Tensor,  # (B, H, n)
-                   share:float, unit:int)->torch.Tensor: # (B, H) tokens, multiples of `unit`
+def sizes_for_mass(
+    mass: torch.Tensor,  # (B, H, n)
+    ranks: torch.Tensor,  # (B, H, n)
+    share: float,
+    unit: int,
+) -> torch.Tensor:  # (B, H) tokens, multiples of `unit`
     "The fewest best-ranked slots that hold `share` of the mass."
     held = torch.zeros_like(mass).scatter_(2, ranks, mass).cumsum(-1)
-    need = (held < share*held[..., -1:]).sum(-1)+1
-    return -(-need//unit)*unit
+    need = (held < share * held[..., -1:]).sum(-1) + 1
+    return -(-need // unit) * unit
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #ea0b5cb7
 @patch
-def crop(self:EvictingLayer, tokens_to_remove:int): # 0 or negative
+def crop(self: EvictingLayer, tokens_to_remove: int):  # 0 or negative
     "Take back the last tokens; `ValueError` where they have been evicted."
-    if tokens_to_remove > 0: raise ValueError(f'crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}')
-    if not self.slab or not tokens_to_remove: return
-    self.slab.truncate(max(self.slab.seen+tokens_to_remove, 0))
-    if self.at is not None: self.at[self.at >= self.slab.seen] = -1
-    if self.received is not None: self.received = self.received[..., :self.slab.n]*self.slab.filled
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+    if not self.slab or not tokens_to_remove:
+        return
+    self.slab.truncate(max(self.slab.seen + tokens_to_remove, 0))
+    if self.at is not None:
+        self.at[self.at >= self.slab.seen] = -1
+    if self.received is not None:
+        self.received = self.received[..., : self.slab.n] * self.slab.filled
     self.evictor.account(self)
 
+
 @patch
-def _select(self:EvictingLayer, idx):
-    if not self.slab: return
+def _select(self: EvictingLayer, idx):
+    if not self.slab:
+        return
     self.slab.select(idx)
-    for name in ('queries', 'received'):
-        if getattr(self, name) is not None: setattr(self, name, getattr(self, name)[idx])
+    for name in ("queries", "received"):
+        if getattr(self, name) is not None:
+            setattr(self, name, getattr(self, name)[idx])
     self.evictor.account(self)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #66f89b94
 @patch
-def reorder_cache(self:EvictingLayer, beam_idx:torch.Tensor): self._select(beam_idx)
+def reorder_cache(self: EvictingLayer, beam_idx: torch.Tensor):
+    self._select(beam_idx)
+
 
 @patch
-def batch_select_indices(self:EvictingLayer, indices:torch.Tensor): self._select(indices)
+def batch_select_indices(self: EvictingLayer, indices: torch.Tensor):
+    self._select(indices)
+
 
 @patch
-def batch_repeat_interleave(self:EvictingLayer, repeats:int):
-    if not self.slab: return
-    self._room(self.slab.batch*repeats)
+def batch_repeat_interleave(self: EvictingLayer, repeats: int):
+    if not self.slab:
+        return
+    self._room(self.slab.batch * repeats)
     self._select(torch.arange(self.slab.batch).repeat_interleave(repeats))
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #4e011857
 class Evictor:
     "Keeps the layers of a cache within a budget."
-    def __init__(self, cfg:Eviction):
+
+    def __init__(self, cfg: Eviction):
         self.cfg, self.policy, self.budget = cfg, POLICIES[cfg.policy], cfg.parsed
         self.layers, self.records, self.held, self.live, self.peak = [], [], {}, 0, 0
         self.rounds, self.last, self.active, self.paused = 0, 0, False, False
+
     def __deepcopy__(self, memo):
         new = memo[id(self)] = type(self)(self.cfg)
         for k, v in self.__dict__.items():
-            if k not in ('cfg', 'policy', 'budget'): setattr(new, k, copy.deepcopy(v, memo))
+            if k not in ("cfg", "policy", "budget"):
+                setattr(new, k, copy.deepcopy(v, memo))
         return new
+
     def account(self, layer):
         "Note the bytes of `layer` now."
         now = layer.slab.live if layer.slab else 0
-        self.live += now-self.held.get(layer.index, 0)
+        self.live += now - self.held.get(layer.index, 0)
         self.held[layer.index], self.peak = now, max(self.peak, self.live)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #5a8e1cf0
 @patch
-def limits(self:Evictor, visible)->list: # for each sequence, see `row_limit`
+def limits(self: Evictor, visible) -> list:  # for each sequence, see `row_limit`
     "What a row of each sequence is cut to, and may grow to."
     s = self.layers[0].slab
-    totals = [s.seen]*s.batch if visible is None else visible.sum(-1).tolist()
-    row = len(self.layers)*s.batch*s.num_heads*(sum(r.args[2]*r.args[3].itemsize for r in (s.k, s.v))+4)   # with four bytes for a position
+    totals = [s.seen] * s.batch if visible is None else visible.sum(-1).tolist()
+    row = (
+        len(self.layers) * s.batch * s.num_heads * (sum(r.args[2] * r.args[3].itemsize for r in (s.k, s.v)) + 4)
+    )  # with four bytes for a position
     return [self.cfg.row_limit(t, row, self.unit) for t in totals]
 
+
 @patch(as_prop=True)
-def unit(self:Evictor):
+def unit(self: Evictor):
     k = self.layers[0].slab.k
-    return self.cfg.unit or max(1, getattr(k, 'group', 1)//(k.args[2]*k.args[3].itemsize))
+    return self.cfg.unit or max(1, getattr(k, "group", 1) // (k.args[2] * k.args[3].itemsize))
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #ced3ec0f
 @patch
-def due(self:Evictor, q, visible)->bool:
+def due(self: Evictor, q, visible) -> bool:
     "Is it time?"
-    first, strict = self.layers[0].slab, self.budget.kind == 'bytes'
-    if self.budget.kind == 'mass': return self.budget.amount < 1 and first.seen-self.last > (0 if q > FEW else self.cfg.spare(first.seen))
-    pads = [0]*first.batch if strict or visible is None or first.p is not None else (~visible).sum(-1).tolist()      # bytes are bytes
+    first, strict = self.layers[0].slab, self.budget.kind == "bytes"
+    if self.budget.kind == "mass":
+        return self.budget.amount < 1 and first.seen - self.last > (0 if q > FEW else self.cfg.spare(first.seen))
+    pads = (
+        [0] * first.batch if strict or visible is None or first.p is not None else (~visible).sum(-1).tolist()
+    )  # bytes are bytes
     for b, (limit, most) in enumerate(self.limits(visible)):
-        held = sum(l.slab.sizes[b]+q*(l is not self.layers[0]) if l.slab else first.sizes[b] for l in self.layers)
-        if held-pads[b]*len(self.layers) > (most if strict or q <= FEW else limit)*len(self.layers): return True
+        held = sum(l.slab.sizes[b] + q * (l is not self.layers[0]) if l.slab else first.sizes[b] for l in self.layers)
+        if held - pads[b] * len(self.layers) > (most if strict or q <= FEW else limit) * len(self.layers):
+            return True
     return False
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #5874db83
 @patch
-def after(self:Evictor, layer:EvictingLayer, query, visible, scaling):
+def after(self: Evictor, layer: EvictingLayer, query, visible, scaling):
     "What happens behind the attention of `layer`."
     layer.remember(query)
-    if self.policy.history: layer.receive(query, visible, scaling)
+    if self.policy.history:
+        layer.receive(query, visible, scaling)
     if layer.index == 0:
         self.active = not self.paused and self.due(query.shape[2], visible)
         self.stages, self.limit = [], self.limits(visible) if self.active else None
-    if self.active: self.stage(layer, visible, scaling)
+    if self.active:
+        self.stage(layer, visible, scaling)
+
 
 @patch
-def stage(self:Evictor, layer, visible, scaling):
+def stage(self: Evictor, layer, visible, scaling):
     "Judge `layer`, and cut all layers judged so far to their shares."
     o, last = layer.observe(visible, scaling), layer is self.layers[-1]
-    layer.ranks, layer.mass, layer.lost, layer.before = layer.rank(o, self.policy.score(o)), o.mass, torch.zeros_like(o.mass[..., 0]), layer.slab.lengths
+    layer.ranks, layer.mass, layer.lost, layer.before = (
+        layer.rank(o, self.policy.score(o)),
+        o.mass,
+        torch.zeros_like(o.mass[..., 0]),
+        layer.slab.lengths,
+    )
     want = self.policy.preference(o) if self.policy.preference else torch.ones(len(o.total))
-    real = (o.order >= 0).sum(-1).amax(-1)                                                     # (B,) tokens to choose from
-    self.stages.append((want.double().cpu().numpy(), real.cpu().numpy(), np.minimum(o.total.cpu().numpy(), self.cfg.first+self.cfg.window)))
-    if self.budget.kind == 'mass': layer.cut(self._by_mass(layer))
+    real = (o.order >= 0).sum(-1).amax(-1)  # (B,) tokens to choose from
+    self.stages.append(
+        (
+            want.double().cpu().numpy(),
+            real.cpu().numpy(),
+            np.minimum(o.total.cpu().numpy(), self.cfg.first + self.cfg.window),
+        )
+    )
+    if self.budget.kind == "mass":
+        layer.cut(self._by_mass(layer))
     elif self.cfg.cascade or last:
-        for l, sizes in zip(self.layers, self.shares()): l.cut(torch.as_tensor(sizes, device=layer.lost.device)[:, None])
-    if last: self.finish()
+        for l, sizes in zip(self.layers, self.shares()):
+            l.cut(torch.as_tensor(sizes, device=layer.lost.device)[:, None])
+    if last:
+        self.finish()
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #d64c1c74
 @patch
-def shares(self:Evictor)->np.ndarray: # (layers so far, B) tokens
+def shares(self: Evictor) -> np.ndarray:  # (layers so far, B) tokens
     "Tokens that each layer may hold, for each sequence."
-    want, real, safe = (np.stack(x) for x in zip(*self.stages))                                # (l, B) each
+    want, real, safe = (np.stack(x) for x in zip(*self.stages))  # (l, B) each
     res = np.empty(real.shape, dtype=np.int64)
     for b in range(real.shape[1]):
-        floor, pages = -(-safe[0, b]//self.unit), -(-real[:, b]//self.unit)
-        extra = (self.limit[b][0]//self.unit-floor)*len(self.layers)
-        res[:, b] = (floor+apportion(want[:, b], extra, pages-floor))*self.unit
-    return np.full_like(res, 2**62) if self.budget.kind != 'bytes' and (res >= real).all() else np.minimum(res, real)
+        floor, pages = -(-safe[0, b] // self.unit), -(-real[:, b] // self.unit)
+        extra = (self.limit[b][0] // self.unit - floor) * len(self.layers)
+        res[:, b] = (floor + apportion(want[:, b], extra, pages - floor)) * self.unit
+    return np.full_like(res, 2**62) if self.budget.kind != "bytes" and (res >= real).all() else np.minimum(res, real)
+
 
 @patch
-def _by_mass(self:Evictor, layer):
+def _by_mass(self: Evictor, layer):
     need = sizes_for_mass(layer.mass, layer.ranks, self.budget.amount, self.unit)
     least = torch.as_tensor(self.stages[-1][2], device=need.device)[:, None]
     return torch.maximum(need, least)
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #262544ad
 @patch
-def finish(self:Evictor):
+def finish(self: Evictor):
     "Write the records of a round, and drop what only it needed."
-    self.rounds, self.last = self.rounds+1, self.layers[0].slab.seen
+    self.rounds, self.last = self.rounds + 1, self.layers[0].slab.seen
     for l in self.layers:
         before, after = (x.double().mean().item() for x in (l.before, l.slab.lengths))
-        if before != after: self.records.append(dict(round=self.rounds, layer=l.index, seen=l.slab.seen, before=before, after=after, lost=l.lost.mean().item(), lost_max=l.lost.max().item()))
+        if before != after:
+            self.records.append(
+                dict(
+                    round=self.rounds,
+                    layer=l.index,
+                    seen=l.slab.seen,
+                    before=before,
+                    after=after,
+                    lost=l.lost.mean().item(),
+                    lost_max=l.lost.max().item(),
+                )
+            )
         l.ranks = l.mass = l.lost = l.before = None
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #a0b7ef1c
 class EvictingCache(SlabCache):
     "A `past_key_values` that stays within a budget. Run the model with packed attention (`llmopt.kv_cache.attention.packed`)."
-    def __init__(self,
-                 config,           # of the model
-                 eviction:Eviction,
-                 **kw):            # see `SlabCache`
+
+    def __init__(
+        self,
+        config,  # of the model
+        eviction: Eviction,
+        **kw,
+    ):  # see `SlabCache`
         super().__init__(config, **kw)
-        if not self.slab_layers: raise ValueError('this model has no full-attention layers to evict from; use it without a budget')
-        if any(self.is_dummy): raise ValueError('some layers of this model have no keys of their own, so it is not clear who reads what; use it without a budget')
+        if not self.slab_layers:
+            raise ValueError("this model has no full-attention layers to evict from; use it without a budget")
+        if any(self.is_dummy):
+            raise ValueError(
+                "some layers of this model have no keys of their own, so it is not clear who reads what; use it without a budget"
+            )
         self.evictor, n = Evictor(eviction), 0
         for i, l in enumerate(self.layers):
-            if isinstance(l, SlabLayer): self.layers[i] = EvictingLayer(self.evictor, n, l.max_seq_len, l.max_batch_size, **l.kw); n += 1
+            if isinstance(l, SlabLayer):
+                self.layers[i] = EvictingLayer(self.evictor, n, l.max_seq_len, l.max_batch_size, **l.kw)
+                n += 1
         self.evictor.layers = self.slab_layers
 
-@patch(as_prop=True)
-def evictions(self:EvictingCache)->list: return self.evictor.records   # dicts: round, layer, seen, before, after, lost, lost_max
 
 @patch(as_prop=True)
-def peak(self:EvictingCache)->int: return self.evictor.peak # most live bytes of all slabs at one time
+def evictions(self: EvictingCache) -> list:
+    return self.evictor.records  # dicts: round, layer, seen, before, after, lost, lost_max
+
+
+@patch(as_prop=True)
+def peak(self: EvictingCache) -> int:
+    return self.evictor.peak  # most live bytes of all slabs at one time
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #99314f3a
 @torch.no_grad()
@@ -575,43 +802,86 @@ def led(model, ids, split, cache):
     rows = []
     with packed(model):
         model(ids[:, :split], past_key_values=cache, logits_to_keep=1)
-        for i in range(split, ids.shape[1]-1): rows.append(model(ids[:, i:i+1], past_key_values=cache).logits[0, -1])
+        for i in range(split, ids.shape[1] - 1):
+            rows.append(model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1])
     return torch.stack(rows).log_softmax(-1)
+
 
 def compare(full, got, target):
     "How far `got` is from `full`, and what both say about the `target` tokens."
-    nll = lambda lp: -lp.gather(1, target[:, None]).mean().item()
-    return dict(kl=kl(full, got).mean().item(), top1=(full.argmax(-1) == got.argmax(-1)).float().mean().item(), nll=nll(got), nll_full=nll(full))
 
-def judge(model, ids, split, budgets, policies)->list: # rows
+    def nll(lp):
+        return -lp.gather(1, target[:, None]).mean().item()
+
+    return dict(
+        kl=kl(full, got).mean().item(),
+        top1=(full.argmax(-1) == got.argmax(-1)).float().mean().item(),
+        nll=nll(got),
+        nll_full=nll(full),
+    )
+
+
+def judge(model, ids, split, budgets, policies) -> list:  # rows
     "One text under each budget and policy, against the full cache."
     full, rows = led(model, ids, split, SlabCache(model.config)), []
     for budget, policy in product(budgets, policies):
         cache = EvictingCache(model.config, Eviction(budget, policy, unit=1))
-        got = compare(full, led(model, ids, split, cache), ids[0, split+1:])
-        live, lost = cache.kv_bytes().live, [r['lost'] for r in cache.evictions]
-        rows.append(dict(tokens=split, budget=budget, policy=policy, live=live, peak=cache.peak, lost=round(statistics.mean(lost), 4) if lost else 0.) | {k: round(v, 5) for k, v in got.items()})
+        got = compare(full, led(model, ids, split, cache), ids[0, split + 1 :])
+        live, lost = cache.kv_bytes().live, [r["lost"] for r in cache.evictions]
+        rows.append(
+            dict(
+                tokens=split,
+                budget=budget,
+                policy=policy,
+                live=live,
+                peak=cache.peak,
+                lost=round(statistics.mean(lost), 4) if lost else 0.0,
+            )
+            | {k: round(v, 5) for k, v in got.items()}
+        )
     return rows
 
 # %% ../../nbs/04_kv_cache/02a_eviction.ipynb #bfeb5066
-_half = lambda name, t: Policy(name, POLICIES['snapkv'].score, cake_policy(tau1=t, tau2=t).preference)
-PARTS = {p.name: p for p in (Policy('scores alone', POLICIES['cake'].score), _half('shares alone', 1.), *(cake_policy(tau1=t, tau2=t, name=f'temperatures {t:g}') for t in (1., 2., 3., 5.)))}
+def _half(name, t):
+    return Policy(name, POLICIES["snapkv"].score, cake_policy(tau1=t, tau2=t).preference)
+
+
+PARTS = {
+    p.name: p
+    for p in (
+        Policy("scores alone", POLICIES["cake"].score),
+        _half("shares alone", 1.0),
+        *(cake_policy(tau1=t, tau2=t, name=f"temperatures {t:g}") for t in (1.0, 2.0, 3.0, 5.0)),
+    )
+}
+
 
 def _start(name):
     "What a process needs to judge texts."
     global _model
-    torch.set_num_threads(1); POLICIES.update(PARTS)
-    _model = load(name, 'cpu').model
+    torch.set_num_threads(1)
+    POLICIES.update(PARTS)
+    _model = load(name, "cpu").model
 
-def _work(task, text, ids, *args): return [dict(task=task, text=text, **r) for r in judge(_model, torch.tensor(ids), *args)]
 
-def quality(name,            # of a model, or its folder
-            texts:dict,      # task -> pairs of token ids (1, n) and where what follows begins
-            budgets=('10%', '25%', '50%'),
-            policies=(*POLICIES,), # names in `POLICIES` and `PARTS`
-            workers:int=1    # processes of one thread
-           )->list:          # one row for each text, budget and policy
+def _work(task, text, ids, *args):
+    return [dict(task=task, text=text, **r) for r in judge(_model, torch.tensor(ids), *args)]
+
+
+def quality(
+    name,  # of a model, or its folder
+    texts: dict,  # task -> pairs of token ids (1, n) and where what follows begins
+    budgets=("10%", "25%", "50%"),
+    policies=(*POLICIES,),  # names in `POLICIES` and `PARTS`
+    workers: int = 1,  # processes of one thread
+) -> list:  # one row for each text, budget and policy
     "Loss under each budget by each policy."
-    import llmopt.kv_cache.eviction as here        # where a new process finds the functions, also if a notebook asks
-    jobs = [(task, i, ids.tolist(), split, budgets, policies) for task, pairs in texts.items() for i, (ids, split) in enumerate(pairs)]
-    with ProcessPoolExecutor(workers, get_context('spawn'), here._start, (name,)) as pool: return [r for rows in pool.map(here._work, *zip(*jobs)) for r in rows]
+    import llmopt.kv_cache.eviction as here  # where a new process finds the functions, also if a notebook asks
+
+    jobs = [
+        (task, i, ids.tolist(), split, budgets, policies)
+        for task, pairs in texts.items()
+        for i, (ids, split) in enumerate(pairs)
+    ]
+    with ProcessPoolExecutor(workers, get_context("spawn"), here._start, (name,)) as pool:
+        return [r for rows in pool.map(here._work, *zip(*jobs)) for r in rows]

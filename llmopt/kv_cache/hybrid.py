@@ -10,13 +10,15 @@ import weakref
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-import psutil, torch, torch.nn.functional as F
+import psutil
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .attention import packed
-from .eviction import Eviction, EvictingCache
+from .eviction import EvictingCache, Eviction
 from .memory import tensor_resident
 from .slab import SimpleVAttention, SlabCache, slabs_resident
 
@@ -24,108 +26,179 @@ from .slab import SimpleVAttention, SlabCache, slabs_resident
 @dataclass(frozen=True)
 class KVCache:
     "How the KV cache is kept. Exact unless there is a budget."
-    max_seq_len:int|None = None  # addresses to reserve for each sequence; None is all positions of the model
-    page_tokens:int = 0          # tokens that memory is taken by; 0 is one page of the system
-    populate:bool = True         # take the next pages in the background
-    attention:str = 'packed'     # `packed` reads each key once (equal within rounding), `stock` is the model's own (equal to the bit)
-    budget:int|str|None = None   # what may stay: tokens, `25%`, `64MiB`, `mass=0.95`; None keeps every token
-    policy:str|None = None       # who stays, see `llmopt.kv_cache.eviction.POLICIES`; None is `cake` where there is a budget
+
+    max_seq_len: int | None = None  # addresses to reserve for each sequence; None is all positions of the model
+    page_tokens: int = 0  # tokens that memory is taken by; 0 is one page of the system
+    populate: bool = True  # take the next pages in the background
+    attention: str = (
+        "packed"  # `packed` reads each key once (equal within rounding), `stock` is the model's own (equal to the bit)
+    )
+    budget: int | str | None = None  # what may stay: tokens, `25%`, `64MiB`, `mass=0.95`; None keeps every token
+    policy: str | None = (
+        None  # who stays, see `llmopt.kv_cache.eviction.POLICIES`; None is `cake` where there is a budget
+    )
+
     def __post_init__(self):
-        if self.max_seq_len is not None and (type(self.max_seq_len) is not int or self.max_seq_len < 1): raise ValueError(f'max_seq_len must be a positive whole number or None, not {self.max_seq_len!r}')
-        if type(self.page_tokens) is not int or self.page_tokens < 0: raise ValueError(f'page_tokens must be a whole number of at least 0, not {self.page_tokens!r}')
-        if type(self.populate) is not bool: raise ValueError(f'populate must be True or False, not {self.populate!r}')
-        if self.attention not in ('packed', 'stock'): raise ValueError(f"attention must be 'packed' or 'stock', not {self.attention!r}")
-        if self.budget is None and self.policy is not None: raise ValueError(f"policy must come with a budget: policy={self.policy!r} alone evicts nothing; add budget='25%'")
-        if self.budget is not None and self.attention == 'stock': raise ValueError("attention must be 'packed' with a budget: stock attention cannot read what an eviction leaves")
-        if self.budget is not None: self.eviction
+        if self.max_seq_len is not None and (type(self.max_seq_len) is not int or self.max_seq_len < 1):
+            raise ValueError(f"max_seq_len must be a positive whole number or None, not {self.max_seq_len!r}")
+        if type(self.page_tokens) is not int or self.page_tokens < 0:
+            raise ValueError(f"page_tokens must be a whole number of at least 0, not {self.page_tokens!r}")
+        if type(self.populate) is not bool:
+            raise ValueError(f"populate must be True or False, not {self.populate!r}")
+        if self.attention not in ("packed", "stock"):
+            raise ValueError(f"attention must be 'packed' or 'stock', not {self.attention!r}")
+        if self.budget is None and self.policy is not None:
+            raise ValueError(
+                f"policy must come with a budget: policy={self.policy!r} alone evicts nothing; add budget='25%'"
+            )
+        if self.budget is not None and self.attention == "stock":
+            raise ValueError(
+                "attention must be 'packed' with a budget: stock attention cannot read what an eviction leaves"
+            )
+        if self.budget is not None:
+            self.eviction
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #63d7c3d8
 @patch(as_prop=True)
-def eviction(self:KVCache)->Eviction|None: return None if self.budget is None else Eviction(self.budget, self.policy or 'cake')
+def eviction(self: KVCache) -> Eviction | None:
+    return None if self.budget is None else Eviction(self.budget, self.policy or "cake")
+
 
 def _check_hooks(model):
     "Refuse a budget where the model's attention cannot be replaced by ours."
     try:
-        with packed(model): pass
-    except ValueError as e: raise ValueError(f"{str(e).split('; use')[0]}, and so it cannot have a budget; use budget=None with attention='stock'") from None
+        with packed(model):
+            pass
+    except ValueError as e:
+        raise ValueError(
+            f"{str(e).split('; use')[0]}, and so it cannot have a budget; use budget=None with attention='stock'"
+        ) from None
 
-def _model(m): return m if isinstance(m, PreTrainedModel) else m.model
+
+def _model(m):
+    return m if isinstance(m, PreTrainedModel) else m.model
+
 
 @patch
-def make_cache(self:KVCache,
-               model, # a transformers model, or an `LM`
-               max_batch_size:int|None=None
-              )->SlabCache: # for `past_key_values`
+def make_cache(
+    self: KVCache,
+    model,  # a transformers model, or an `LM`
+    max_batch_size: int | None = None,
+) -> SlabCache:  # for `past_key_values`
     "A fresh cache for `model`."
-    kw = dict(max_seq_len=self.max_seq_len, max_batch_size=max_batch_size, page_tokens=self.page_tokens, populate=self.populate)
-    return SlabCache(_model(model).config, **kw) if self.budget is None else EvictingCache(_model(model).config, self.eviction, **kw)
+    kw = dict(
+        max_seq_len=self.max_seq_len,
+        max_batch_size=max_batch_size,
+        page_tokens=self.page_tokens,
+        populate=self.populate,
+    )
+    return (
+        SlabCache(_model(model).config, **kw)
+        if self.budget is None
+        else EvictingCache(_model(model).config, self.eviction, **kw)
+    )
+
 
 @patch
-def attach(self:KVCache, model): # a transformers model, or an `LM`
+def attach(self: KVCache, model):  # a transformers model, or an `LM`
     "Context manager: `model` runs with the attention of this configuration inside the block."
-    if self.attention == 'stock': return nullcontext(_model(model))
-    if self.budget is not None: _check_hooks(_model(model))
+    if self.attention == "stock":
+        return nullcontext(_model(model))
+    if self.budget is not None:
+        _check_hooks(_model(model))
     return packed(_model(model))
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #e66e0cfb
 class HybridKVCacheOptimizer:
     "Makes KV caches of one shape and measures what they take."
-    def __init__(self,
-                 num_layers:int,
-                 num_heads:int,      # key-value heads
-                 head_size:int,
-                 max_batch_size:int,
-                 max_seq_len:int,    # most tokens in a sequence: addresses to reserve
-                 device='cpu',
-                 config:KVCache|None=None,   # `max_seq_len` in it is replaced
-                 budget:int|str|None=None,   # instead of the one in `config`, see `KVCache`
-                 policy:str|None=None,
-                 store=None):                # a `PrefixStore`, for `prefill`
-        for k, v in dict(num_layers=num_layers, num_heads=num_heads, head_size=head_size, max_batch_size=max_batch_size, max_seq_len=max_seq_len).items():
-            if type(v) is not int or v < 1: raise ValueError(f'{k} must be a whole number of at least 1, not {v!r}')
-        self.num_layers, self.num_heads, self.head_size, self.max_batch_size = num_layers, num_heads, head_size, max_batch_size
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,  # key-value heads
+        head_size: int,
+        max_batch_size: int,
+        max_seq_len: int,  # most tokens in a sequence: addresses to reserve
+        device="cpu",
+        config: KVCache | None = None,  # `max_seq_len` in it is replaced
+        budget: int | str | None = None,  # instead of the one in `config`, see `KVCache`
+        policy: str | None = None,
+        store=None,
+    ):  # a `PrefixStore`, for `prefill`
+        for k, v in dict(
+            num_layers=num_layers,
+            num_heads=num_heads,
+            head_size=head_size,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+        ).items():
+            if type(v) is not int or v < 1:
+                raise ValueError(f"{k} must be a whole number of at least 1, not {v!r}")
+        self.num_layers, self.num_heads, self.head_size, self.max_batch_size = (
+            num_layers,
+            num_heads,
+            head_size,
+            max_batch_size,
+        )
         self.device, self.caches, self.store = torch.device(device), weakref.WeakSet(), store
         own = dict(budget=budget, policy=policy) if budget is not None or policy is not None else {}
-        self.config = KVCache(**{**asdict(config or KVCache()), **own, 'max_seq_len': max_seq_len})
+        self.config = KVCache(**{**asdict(config or KVCache()), **own, "max_seq_len": max_seq_len})
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #d4b1d4cc
-def cache_shape(model # a transformers model
-               )->dict: # `num_layers`, `num_heads` (key-value heads) and `head_size`
+def cache_shape(
+    model,  # a transformers model
+) -> dict:  # `num_layers`, `num_heads` (key-value heads) and `head_size`
     "The shape of the cache of `model`, from its configuration."
     c = model.config.get_text_config(decoder=True)
-    return dict(num_layers=c.num_hidden_layers, num_heads=getattr(c, 'num_key_value_heads', None) or c.num_attention_heads,
-                head_size=getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads)
+    return dict(
+        num_layers=c.num_hidden_layers,
+        num_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+        head_size=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+    )
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #fddca229
 @patch
-def make_cache(self:HybridKVCacheOptimizer, model)->SlabCache: # a transformers model, or an `LM`
+def make_cache(self: HybridKVCacheOptimizer, model) -> SlabCache:  # a transformers model, or an `LM`
     "A fresh cache for `model`; `ValueError` if the model's cache has another shape or device."
     model = _model(model)
-    bad = [f'{k}={getattr(self, k)} but the model has {v}' for k, v in cache_shape(model).items() if v != getattr(self, k)]
-    if model.device.type != self.device.type: bad.append(f'device={self.device} but the model is on {model.device}')
-    if bad: raise ValueError(f"this optimizer does not fit {type(model).__name__}: {'; '.join(bad)}")
+    bad = [
+        f"{k}={getattr(self, k)} but the model has {v}" for k, v in cache_shape(model).items() if v != getattr(self, k)
+    ]
+    if model.device.type != self.device.type:
+        bad.append(f"device={self.device} but the model is on {model.device}")
+    if bad:
+        raise ValueError(f"this optimizer does not fit {type(model).__name__}: {'; '.join(bad)}")
     cache = self.config.make_cache(model, self.max_batch_size)
     self.caches.add(cache)
     return cache
 
+
 @patch
-def attach(self:HybridKVCacheOptimizer, model):
+def attach(self: HybridKVCacheOptimizer, model):
     "As `KVCache.attach`."
     return self.config.attach(model)
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #00b2d726
 @patch
-def get_memory_usage(self:HybridKVCacheOptimizer)->dict: # bytes; `fragmentation` is a share
+def get_memory_usage(self: HybridKVCacheOptimizer) -> dict:  # bytes; `fragmentation` is a share
     "Measured bytes of the caches that are alive."
     cs = list(self.caches)
     bs = [c.kv_bytes() for c in cs]
     live, res = sum(b.live for b in bs), [b.resident for b in bs]
     res = None if None in res else sum(res)
-    lost = [r['lost'] for c in cs for r in getattr(c, 'evictions', [])]
-    return dict(caches=len(cs), live=live, resident=res, reserved=sum(b.reserved for b in bs), peak_live=sum(c.peak for c in cs),
-                fragmentation=1-live/res if res else None, backend=sorted({r.backend for c in cs for s in c.slabs for r in s.regions}),
-                evictions=sum(c.evictor.rounds for c in cs if hasattr(c, 'evictor')), lost=sum(lost)/len(lost) if lost else 0.,
-                hit_rate=self.store.stats()['hit_rate'] if self.store else None)
+    lost = [r["lost"] for c in cs for r in getattr(c, "evictions", [])]
+    return dict(
+        caches=len(cs),
+        live=live,
+        resident=res,
+        reserved=sum(b.reserved for b in bs),
+        peak_live=sum(c.peak for c in cs),
+        fragmentation=1 - live / res if res else None,
+        backend=sorted({r.backend for c in cs for s in c.slabs for r in s.regions}),
+        evictions=sum(c.evictor.rounds for c in cs if hasattr(c, "evictor")),
+        lost=sum(lost) / len(lost) if lost else 0.0,
+        hit_rate=self.store.stats()["hit_rate"] if self.store else None,
+    )
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #dbf88974
 def _stock_bytes(layer, k, v):
@@ -133,50 +206,73 @@ def _stock_bytes(layer, k, v):
     layer.update(k, v)
     return sum(tensor_resident(t) for t in (layer.keys, layer.values))
 
+
 def _peers(slab, max_seq_len):
     "Resident bytes of the three stock layers with the tokens of `slab`, and zeros for those it has dropped."
-    seen, device = getattr(slab, 'seen', slab.n), slab.keys.device
-    free = psutil.virtual_memory().available if device.type == 'cpu' else torch.cuda.mem_get_info(device)[0]
-    k, v = (F.pad(t, (0, 0, 0, seen-slab.n)) if seen > slab.n else t for t in (slab.keys, slab.values))
-    full = slab.token_bytes*max_seq_len
-    return dict(dynamic=_stock_bytes(DynamicLayer(), k, v), static_exact=_stock_bytes(StaticLayer(max_cache_len=seen), k, v),
-                static_longest=_stock_bytes(StaticLayer(max_cache_len=max_seq_len), k, v) if full < free/2 else None)
+    seen, device = getattr(slab, "seen", slab.n), slab.keys.device
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    k, v = (F.pad(t, (0, 0, 0, seen - slab.n)) if seen > slab.n else t for t in (slab.keys, slab.values))
+    full = slab.token_bytes * max_seq_len
+    return dict(
+        dynamic=_stock_bytes(DynamicLayer(), k, v),
+        static_exact=_stock_bytes(StaticLayer(max_cache_len=seen), k, v),
+        static_longest=_stock_bytes(StaticLayer(max_cache_len=max_seq_len), k, v) if full < free / 2 else None,
+    )
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #7c1498ff
 def _compare(ours, rows):
     "Bytes of ours and of each peer, and the share saved."
     res = dict(slab=ours)
-    for name in ('dynamic', 'static_exact', 'static_longest'):
+    for name in ("dynamic", "static_exact", "static_longest"):
         bs = [r[name] for r in rows]
         total = None if None in bs else sum(bs)
-        res |= {name: total, f'saved_vs_{name}': 1-ours/total if total and ours is not None else None}
+        res |= {name: total, f"saved_vs_{name}": 1 - ours / total if total and ours is not None else None}
     return res
 
+
 @patch
-def get_memory_savings(self:HybridKVCacheOptimizer)->dict: # resident bytes of ours and of each stock cache, and the share saved against it
+def get_memory_savings(
+    self: HybridKVCacheOptimizer,
+) -> dict:  # resident bytes of ours and of each stock cache, and the share saved against it
     "Build the stock caches with the same tokens, measure them, compare. None is what cannot be measured here."
     slabs = [s for c in self.caches for s in c.slabs if s.n]
-    with torch.no_grad(): rows = [_peers(s, self.config.max_seq_len) for s in slabs]
+    with torch.no_grad():
+        rows = [_peers(s, self.config.max_seq_len) for s in slabs]
     return _compare(slabs_resident(slabs), rows)
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #07ac324e
 @patch
-def get_memory_usage(self:SimpleVAttention)->dict: # bytes; `fragmentation` is a share
+def get_memory_usage(self: SimpleVAttention) -> dict:  # bytes; `fragmentation` is a share
     "Measured bytes of this slab."
     res = self.resident()
-    return dict(live=self.live, resident=res, reserved=self.reserved, peak_live=max(self.live, self.peak*self.token_bytes), fragmentation=1-self.live/res if res else None, backend=self.k.backend)
+    return dict(
+        live=self.live,
+        resident=res,
+        reserved=self.reserved,
+        peak_live=max(self.live, self.peak * self.token_bytes),
+        fragmentation=1 - self.live / res if res else None,
+        backend=self.k.backend,
+    )
+
 
 @patch
 @torch.no_grad()
-def get_memory_savings(self:SimpleVAttention)->dict: # as `HybridKVCacheOptimizer.get_memory_savings`
+def get_memory_savings(self: SimpleVAttention) -> dict:  # as `HybridKVCacheOptimizer.get_memory_savings`
     "Build the stock layers with the same tokens, measure them, compare."
     return _compare(self.resident(), [_peers(self, self.k.tokens)] if self.n else [])
 
 # %% ../../nbs/04_kv_cache/03_hybrid.ipynb #5a1e0c02
 @patch
-def prefill(self:HybridKVCacheOptimizer, model, input_ids # token ids of one prompt
-           )->tuple: # cache, and the store's `Report`
+def prefill(
+    self: HybridKVCacheOptimizer,
+    model,
+    input_ids,  # token ids of one prompt
+) -> tuple:  # cache, and the store's `Report`
     "A cache for `model` that holds all whole chunks of the prompt; `generate` goes on from there, inside `attach`."
-    if self.store is None: raise ValueError('this optimizer has no store; give it one: HybridKVCacheOptimizer(..., store=PrefixStore(folder))')
+    if self.store is None:
+        raise ValueError(
+            "this optimizer has no store; give it one: HybridKVCacheOptimizer(..., store=PrefixStore(folder))"
+        )
     cache = self.make_cache(model)
-    with self.attach(model): return cache, self.store.prefill(_model(model), cache, input_ids)
+    with self.attach(model):
+        return cache, self.store.prefill(_model(model), cache, input_ids)

@@ -6,7 +6,14 @@
 __all__ = ['PAGE', 'anonymous_bytes', 'tensor_resident', 'backend', 'Region', 'DoublingRegion', 'make_region']
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #55ceab32
-import ctypes, functools, math, mmap, sys, threading, warnings, weakref
+import ctypes
+import functools
+import math
+import mmap
+import sys
+import threading
+import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,140 +21,177 @@ from fastcore.basics import patch
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #d07fab76
 PAGE = mmap.PAGESIZE
-_NORESERVE, _DONTNEED, _NOHUGEPAGE, _POPULATE_WRITE = getattr(mmap, 'MAP_NORESERVE', 0x4000), 4, 15, 23
+_NORESERVE, _DONTNEED, _NOHUGEPAGE, _POPULATE_WRITE = getattr(mmap, "MAP_NORESERVE", 0x4000), 4, 15, 23
+
 
 @functools.cache
 def _libc():
     "The C library, with the types of the calls we make."
     c = ctypes.CDLL(None, use_errno=True)
-    c.mmap.restype, c.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int]*3, ctypes.c_long]
-    for f, last in (c.munmap, []), (c.madvise, [ctypes.c_int]), (c.mprotect, [ctypes.c_int]): f.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *last]
+    c.mmap.restype, c.mmap.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+    )
+    for f, last in (c.munmap, []), (c.madvise, [ctypes.c_int]), (c.mprotect, [ctypes.c_int]):
+        f.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *last]
     return c
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #833bc0e6
 def _reserve(nbytes):
     "Address of `nbytes` reserved bytes between two guard pages; no physical memory is taken."
     c = _libc()
-    a = c.mmap(None, nbytes+2*PAGE, 0, mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS|_NORESERVE, -1, 0)
-    if a in (None, ctypes.c_void_p(-1).value): raise MemoryError(f'the system refuses to reserve {nbytes:,} bytes of addresses; ask for a shorter max_seq_len')
-    if c.mprotect(a+PAGE, nbytes, mmap.PROT_READ|mmap.PROT_WRITE):
-        c.munmap(a, nbytes+2*PAGE)
-        raise MemoryError(f'the system refuses {nbytes:,} bytes (vm.overcommit_memory=2?); ask for a shorter max_seq_len')
-    c.madvise(a+PAGE, nbytes, _NOHUGEPAGE)   # pages of 4 KiB, whatever the system's default
-    return a+PAGE
+    a = c.mmap(None, nbytes + 2 * PAGE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE, -1, 0)
+    if a in (None, ctypes.c_void_p(-1).value):
+        raise MemoryError(f"the system refuses to reserve {nbytes:,} bytes of addresses; ask for a shorter max_seq_len")
+    if c.mprotect(a + PAGE, nbytes, mmap.PROT_READ | mmap.PROT_WRITE):
+        c.munmap(a, nbytes + 2 * PAGE)
+        raise MemoryError(
+            f"the system refuses {nbytes:,} bytes (vm.overcommit_memory=2?); ask for a shorter max_seq_len"
+        )
+    c.madvise(a + PAGE, nbytes, _NOHUGEPAGE)  # pages of 4 KiB, whatever the system's default
+    return a + PAGE
 
-def _unmap(a, nbytes): _libc().munmap(a-PAGE, nbytes+2*PAGE)
+
+def _unmap(a, nbytes):
+    _libc().munmap(a - PAGE, nbytes + 2 * PAGE)
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #53ad5aff
-def anonymous_bytes(starts # addresses where mappings begin
-                   )->int: # bytes
+def anonymous_bytes(
+    starts,  # addresses where mappings begin
+) -> int:  # bytes
     "Physical bytes of the mappings that begin at `starts`, from `/proc/self/smaps`."
-    starts, inside, total = {f'{a:x}' for a in starts}, False, 0
-    with open('/proc/self/smaps') as f:
+    starts, inside, total = {f"{a:x}" for a in starts}, False, 0
+    with open("/proc/self/smaps") as f:
         for line in f:
-            if line.startswith('Anonymous:'): total += int(line.split()[1])*1024*inside
-            elif '-' in line[:17]: inside = line.split('-', 1)[0].lstrip('0') in starts
+            if line.startswith("Anonymous:"):
+                total += int(line.split()[1]) * 1024 * inside
+            elif "-" in line[:17]:
+                inside = line.split("-", 1)[0].lstrip("0") in starts
     return total
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #d9138798
-def tensor_resident(t:torch.Tensor # whose storage is asked about
-                   )->int|None:    # bytes; None where the platform does not tell
+def tensor_resident(
+    t: torch.Tensor,  # whose storage is asked about
+) -> int | None:  # bytes; None where the platform does not tell
     "Physical bytes under the storage of `t`, as the operating system counts pages."
     s = t.untyped_storage()
-    if t.device.type != 'cpu': return s.nbytes()      # device memory is physical
-    if not sys.platform.startswith('linux'): return None
-    if not s.nbytes(): return 0
-    first, last = s.data_ptr()//PAGE, -(-(s.data_ptr()+s.nbytes())//PAGE)
-    with open('/proc/self/pagemap', 'rb') as f:
-        f.seek(first*8)
-        there = torch.frombuffer(bytearray(f.read((last-first)*8)), dtype=torch.int64) < 0   # bit 63: present
-    return min(int(there.sum())*PAGE, s.nbytes())
+    if t.device.type != "cpu":
+        return s.nbytes()  # device memory is physical
+    if not sys.platform.startswith("linux"):
+        return None
+    if not s.nbytes():
+        return 0
+    first, last = s.data_ptr() // PAGE, -(-(s.data_ptr() + s.nbytes()) // PAGE)
+    with open("/proc/self/pagemap", "rb") as f:
+        f.seek(first * 8)
+        there = torch.frombuffer(bytearray(f.read((last - first) * 8)), dtype=torch.int64) < 0  # bit 63: present
+    return min(int(there.sum()) * PAGE, s.nbytes())
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #a8cd9935
 @functools.cache
-def backend(device='cpu')->str: # `mmap+populate`, `mmap`, `cuda` or `doubling`
+def backend(device="cpu") -> str:  # `mmap+populate`, `mmap`, `cuda` or `doubling`
     "How memory can grow on `device`, found out once by trying."
-    try: return {'cpu': _try_mmap, 'cuda': _try_cuda}.get(torch.device(device).type, _try_other)(device)
+    try:
+        return {"cpu": _try_mmap, "cuda": _try_cuda}.get(torch.device(device).type, _try_other)(device)
     except (OSError, AttributeError, TypeError, MemoryError, ImportError, RuntimeError) as e:
-        warnings.warn(f'no demand-paged memory on {device} ({type(e).__name__}: {e}); KV memory grows by doubling')
-        return 'doubling'
+        warnings.warn(f"no demand-paged memory on {device} ({type(e).__name__}: {e}); KV memory grows by doubling")
+        return "doubling"
+
 
 def _try_mmap(device):
     a = _reserve(PAGE)
     try:
-        if _libc().madvise(a, PAGE, _DONTNEED): raise OSError(ctypes.get_errno(), 'madvise')
-        return 'mmap' if _libc().madvise(a, PAGE, _POPULATE_WRITE) else 'mmap+populate'
-    finally: _unmap(a, PAGE)
+        if _libc().madvise(a, PAGE, _DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise")
+        return "mmap" if _libc().madvise(a, PAGE, _POPULATE_WRITE) else "mmap+populate"
+    finally:
+        _unmap(a, PAGE)
+
 
 def _try_cuda(device):
     from llmopt.kv_cache.cuda import CudaRegion
-    CudaRegion(1, 1, 1, device=device).close()
-    return 'cuda'
 
-def _try_other(device): raise OSError('it has none of the calls')
+    CudaRegion(1, 1, 1, device=device).close()
+    return "cuda"
+
+
+def _try_other(device):
+    raise OSError("it has none of the calls")
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #116249c5
 class Region:
     "Rows of tokens in reserved memory; pages follow the length."
-    def __init__(self,
-                 rows:int,                  # sequences times heads
-                 tokens:int,                # most tokens a row can hold
-                 width:int,                 # numbers a token
-                 dtype=torch.float32,
-                 page_tokens:int=0,         # tokens that memory is taken and given by; 0 is one page of the system
-                 populate:bool=True):       # take the next pages in the background
+
+    def __init__(
+        self,
+        rows: int,  # sequences times heads
+        tokens: int,  # most tokens a row can hold
+        width: int,  # numbers a token
+        dtype=torch.float32,
+        page_tokens: int = 0,  # tokens that memory is taken and given by; 0 is one page of the system
+        populate: bool = True,
+    ):  # take the next pages in the background
         _check_sizes(rows, tokens, width, page_tokens)
         self.args = rows, tokens, width, dtype, page_tokens, populate
-        self.rows, self.tokens, self.token_bytes = rows, tokens, width*dtype.itemsize
-        self.group = max(1, math.ceil(page_tokens*self.token_bytes/PAGE))*PAGE
-        self.row_bytes = math.ceil(tokens*self.token_bytes/PAGE)*PAGE
-        self.populate, self.backend = populate and backend() == 'mmap+populate', backend()
+        self.rows, self.tokens, self.token_bytes = rows, tokens, width * dtype.itemsize
+        self.group = max(1, math.ceil(page_tokens * self.token_bytes / PAGE)) * PAGE
+        self.row_bytes = math.ceil(tokens * self.token_bytes / PAGE) * PAGE
+        self.populate, self.backend = populate and backend() == "mmap+populate", backend()
         self.n, self.top, self.closed, self.job, self.lock = 0, 0, False, None, threading.Lock()
         self.address, self.data = _mapped(rows, self.row_bytes, tokens, width, dtype)
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #5a771187
 def _check_sizes(rows, tokens, width, page_tokens=0):
     "Refuse sizes that make no region."
-    for k, v, low in ('rows', rows, 1), ('tokens', tokens, 1), ('width', width, 1), ('page_tokens', page_tokens, 0):
-        if not isinstance(v, int) or v < low: raise ValueError(f'{k} must be a whole number of at least {low}, not {v!r}')
+    for k, v, low in ("rows", rows, 1), ("tokens", tokens, 1), ("width", width, 1), ("page_tokens", page_tokens, 0):
+        if not isinstance(v, int) or v < low:
+            raise ValueError(f"{k} must be a whole number of at least {low}, not {v!r}")
+
 
 def _mapped(rows, row_bytes, tokens, width, dtype):
     "A reservation, and a tensor (rows, tokens, width) over it that owns it."
-    nbytes = rows*row_bytes
+    nbytes = rows * row_bytes
     a = _reserve(nbytes)
-    buf = (ctypes.c_char*nbytes).from_address(a)
+    buf = (ctypes.c_char * nbytes).from_address(a)
     weakref.finalize(buf, _unmap, a, nbytes).atexit = False
-    with torch.inference_mode(False):       # a tensor born in inference mode could not be written outside of it
+    with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside of it
         flat = torch.frombuffer(buf, dtype=dtype)
-        return a, flat.as_strided((rows, tokens, width), (row_bytes//dtype.itemsize, width, 1))
+        return a, flat.as_strided((rows, tokens, width), (row_bytes // dtype.itemsize, width, 1))
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #97ead4a2
 @patch
-def _end(self:Region, n): return min(-(-n*self.token_bytes//self.group)*self.group, self.row_bytes)
+def _end(self: Region, n):
+    return min(-(-n * self.token_bytes // self.group) * self.group, self.row_bytes)
+
 
 @patch
-def _advise(self:Region, start, stop, advice, rows=None):
+def _advise(self: Region, start, stop, advice, rows=None):
     "`madvise` for the bytes from `start` to `stop` of each row, or of `rows`."
-    if stop <= start: return
+    if stop <= start:
+        return
     for r in range(self.rows) if rows is None else rows:
-        if _libc().madvise(self.address+r*self.row_bytes+start, stop-start, advice):
-            raise OSError(ctypes.get_errno(), 'madvise failed')
+        if _libc().madvise(self.address + r * self.row_bytes + start, stop - start, advice):
+            raise OSError(ctypes.get_errno(), "madvise failed")
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #0218c1fb
 @patch
-def resize(self:Region, n:int): # tokens in each row from now on
+def resize(self: Region, n: int):  # tokens in each row from now on
     "Let every row have `n` tokens. Raises for a negative `n`, more than was reserved, or a closed region."
-    if self.closed: raise RuntimeError('this KV memory is closed')
-    if not 0 <= n <= self.tokens: raise ValueError(f'{n} tokens do not fit rows reserved for 0 to {self.tokens}; reserve more (max_seq_len)')
+    if self.closed:
+        raise RuntimeError("this KV memory is closed")
+    if not 0 <= n <= self.tokens:
+        raise ValueError(f"{n} tokens do not fit rows reserved for 0 to {self.tokens}; reserve more (max_seq_len)")
     self.n, end, ahead = n, self._end(n), self.group if self.populate and n else 0
-    if end+ahead < self.top: self._release(end+ahead)
-    elif end > self.top-ahead:
-        self.top = min(end+ahead, self.row_bytes)
-        if ahead and (self.job is None or self.job.done()): self.job = _worker().submit(_prefault, weakref.ref(self))
+    if end + ahead < self.top:
+        self._release(end + ahead)
+    elif end > self.top - ahead:
+        self.top = min(end + ahead, self.row_bytes)
+        if ahead and (self.job is None or self.job.done()):
+            self.job = _worker().submit(_prefault, weakref.ref(self))
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #ba417876
 @patch
-def _release(self:Region, end):
+def _release(self: Region, end):
     "Give back the pages beyond `end` bytes of each row."
     with self.lock:
         self._advise(end, self.top, _DONTNEED)
@@ -155,120 +199,173 @@ def _release(self:Region, end):
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #28b8cfde
 @patch
-def trim(self:Region, lengths): # tokens in each row from now on, no more than there were
+def trim(self: Region, lengths):  # tokens in each row from now on, no more than there were
     "Let row `r` have `lengths[r]` tokens and give back all pages beyond. Raises where a row would grow."
-    if self.closed: raise RuntimeError('this KV memory is closed')
-    if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths): raise ValueError(f'trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}')
+    if self.closed:
+        raise RuntimeError("this KV memory is closed")
+    if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths):
+        raise ValueError(f"trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}")
     ends = [self._end(m) for m in lengths]
     with self.lock:
-        for r, end in enumerate(ends): self._advise(end, self.top, _DONTNEED, [r])
+        for r, end in enumerate(ends):
+            self._advise(end, self.top, _DONTNEED, [r])
         self.n, self.top, self.populate = max(lengths), max(ends), self.populate and len(set(lengths)) == 1
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #d4283705
 @functools.cache
-def _worker(): return ThreadPoolExecutor(1, 'llmopt-pages')
+def _worker():
+    return ThreadPoolExecutor(1, "llmopt-pages")
+
 
 def _prefault(ref):
     "Take the page group after the last one in use."
     r = ref()
-    if r is None: return
+    if r is None:
+        return
     with r.lock:
-        if r.closed: return
+        if r.closed:
+            return
         end = r._end(r.n)
-        r._advise(end, min(end+r.group, r.top), _POPULATE_WRITE)
+        r._advise(end, min(end + r.group, r.top), _POPULATE_WRITE)
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #6bca6f7b
 @patch
-def settle(self:Region):
+def settle(self: Region):
     "Wait until the background has taken its pages (for measurements)."
-    if self.job: self.job.exception()
+    if self.job:
+        self.job.exception()
+
 
 @patch
-def resident(self:Region)->int: # bytes
+def resident(self: Region) -> int:  # bytes
     "Physical bytes, as the system counts them once the background is done."
     self.settle()
     return 0 if self.closed else anonymous_bytes([self.address])
 
+
 @patch(as_prop=True)
-def reserved(self:Region)->int: return 0 if self.closed else self.rows*self.row_bytes
+def reserved(self: Region) -> int:
+    return 0 if self.closed else self.rows * self.row_bytes
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #6719aa74
 @patch
-def close(self:Region):
+def close(self: Region):
     "Give everything back. A second call does nothing."
-    if self.closed: return
+    if self.closed:
+        return
     with self.lock:
-        if self.top: _libc().madvise(self.address, self.rows*self.row_bytes, _DONTNEED)
+        if self.top:
+            _libc().madvise(self.address, self.rows * self.row_bytes, _DONTNEED)
         self.closed, self.data, self.n, self.top = True, None, 0, 0
 
-@patch
-def __deepcopy__(self:Region, memo):
-    new = type(self)(*self.args)
-    new.resize(self.n); new.data[:, :self.n] = self.data[:, :self.n]
-    return new
 
 @patch
-def __reduce_ex__(self:Region, protocol): raise TypeError('KV memory cannot be pickled; copy the tensors you need')
+def __deepcopy__(self: Region, memo):
+    new = type(self)(*self.args)
+    new.resize(self.n)
+    new.data[:, : self.n] = self.data[:, : self.n]
+    return new
+
+
+@patch
+def __reduce_ex__(self: Region, protocol):
+    raise TypeError("KV memory cannot be pickled; copy the tensors you need")
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #f3dc453a
 class DoublingRegion:
     "Rows of tokens in a `torch.zeros` that is replaced when full; for platforms and devices without demand paging."
-    def __init__(self, rows:int, tokens:int, width:int, dtype=torch.float32, page_tokens:int=0, populate:bool=True, device='cpu'):
+
+    def __init__(
+        self,
+        rows: int,
+        tokens: int,
+        width: int,
+        dtype=torch.float32,
+        page_tokens: int = 0,
+        populate: bool = True,
+        device="cpu",
+    ):
         _check_sizes(rows, tokens, width, page_tokens)
         self.args = rows, tokens, width, dtype, page_tokens, populate, device
-        self.rows, self.tokens, self.width, self.n, self.closed, self.backend, self.step = rows, tokens, width, 0, False, 'doubling', max(page_tokens, 16)
+        self.rows, self.tokens, self.width, self.n, self.closed, self.backend, self.step = (
+            rows,
+            tokens,
+            width,
+            0,
+            False,
+            "doubling",
+            max(page_tokens, 16),
+        )
         self._allocate(0)
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #e118f069
 @patch
-def _allocate(self:DoublingRegion, cap):
+def _allocate(self: DoublingRegion, cap):
     "Move to a buffer of `cap` tokens a row."
     rows, _, width, dtype, *_, device = self.args
     with torch.inference_mode(False), torch.no_grad():
         new = torch.zeros(rows, min(cap, self.tokens), width, dtype=dtype, device=device)
-        if self.n: new[:, :self.n] = self.data[:, :self.n]
+        if self.n:
+            new[:, : self.n] = self.data[:, : self.n]
     self.data = new
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #e2561634
 @patch
-def resize(self:DoublingRegion, n:int):
+def resize(self: DoublingRegion, n: int):
     "As `Region.resize`."
-    if self.closed: raise RuntimeError('this KV memory is closed')
-    if not 0 <= n <= self.tokens: raise ValueError(f'{n} tokens do not fit rows reserved for 0 to {self.tokens}; reserve more (max_seq_len)')
+    if self.closed:
+        raise RuntimeError("this KV memory is closed")
+    if not 0 <= n <= self.tokens:
+        raise ValueError(f"{n} tokens do not fit rows reserved for 0 to {self.tokens}; reserve more (max_seq_len)")
     cap = self.data.shape[1]
-    if n > cap: self._allocate(max(n, 2*cap, self.step))
-    elif n < cap//4:
+    if n > cap:
+        self._allocate(max(n, 2 * cap, self.step))
+    elif n < cap // 4:
         self.n = min(n, self.n)
-        self._allocate(max(2*n, self.step) if n else 0)
+        self._allocate(max(2 * n, self.step) if n else 0)
     self.n = n
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #51bf36bd
 @patch
-def trim(self:DoublingRegion, lengths):
+def trim(self: DoublingRegion, lengths):
     "As `Region.trim`; what is given back depends on the longest row alone."
-    if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths): raise ValueError(f'trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}')
+    if len(lengths) != self.rows or not all(0 <= m <= self.n for m in lengths):
+        raise ValueError(f"trim takes {self.rows} lengths from 0 to {self.n}, not {lengths}")
     self.resize(max(lengths))
 
-@patch
-def settle(self:DoublingRegion): pass
 
 @patch
-def resident(self:DoublingRegion)->int|None: return 0 if self.closed else tensor_resident(self.data)
+def settle(self: DoublingRegion):
+    pass
+
+
+@patch
+def resident(self: DoublingRegion) -> int | None:
+    return 0 if self.closed else tensor_resident(self.data)
+
 
 @patch(as_prop=True)
-def reserved(self:DoublingRegion)->int: return 0 if self.closed else self.data.untyped_storage().nbytes()
+def reserved(self: DoublingRegion) -> int:
+    return 0 if self.closed else self.data.untyped_storage().nbytes()
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #bf0883ea
 @patch
-def close(self:DoublingRegion): self.data, self.n, self.closed = None, 0, True
+def close(self: DoublingRegion):
+    self.data, self.n, self.closed = None, 0, True
+
 
 DoublingRegion.__deepcopy__ = Region.__deepcopy__
 
 # %% ../../nbs/04_kv_cache/00_memory.ipynb #18916472
-def make_region(rows:int, tokens:int, width:int, dtype=torch.float32, page_tokens:int=0, populate:bool=True, device='cpu'):
+def make_region(
+    rows: int, tokens: int, width: int, dtype=torch.float32, page_tokens: int = 0, populate: bool = True, device="cpu"
+):
     "A `Region`, or on a GPU a `CudaRegion`, where the platform and the device have demand paging, else a `DoublingRegion`."
     how, args = backend(str(device)), (rows, tokens, width, dtype, page_tokens, populate)
-    if how == 'doubling': return DoublingRegion(*args, device)
-    if how != 'cuda': return Region(*args)
+    if how == "doubling":
+        return DoublingRegion(*args, device)
+    if how != "cuda":
+        return Region(*args)
     from llmopt.kv_cache.cuda import CudaRegion
+
     return CudaRegion(*args, device)

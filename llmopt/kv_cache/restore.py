@@ -8,251 +8,375 @@ __all__ = ['FORMAT', 'FREE', 'LOADING', 'LOADED', 'MINE', 'SUMS', 'chain', 'hash
            'meeting_point', 'Claims', 'Report', 'Fill', 'throttled', 'benchmark_restore']
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #f684a31d
-import hashlib, json, math, os, statistics, tempfile, threading, time, warnings, weakref
+import hashlib
+import json
+import math
+import os
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors, torch, transformers
+import safetensors
 import safetensors.torch as st
+import torch
+import transformers
 from fastcore.basics import patch
 from transformers import DynamicCache
 
+from ..core import interleaved, threads
 from .eviction import EvictingCache, EvictingSlab
 from .slab import SimpleVAttention, SlabCache
-from ..core import interleaved, threads
 from .speed import bench_model
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #c5e4296a
 @patch
-def hold(self:SimpleVAttention, n:int): # tokens
+def hold(self: SimpleVAttention, n: int):  # tokens
     "Keep slots for `n` tokens writable, whatever the length; 0 ends that, and unused slots give their pages back."
     self.held = n
-    for r in self.regions: r.resize(max(n, self.n))
+    for r in self.regions:
+        r.resize(max(n, self.n))
+
 
 @patch
-def place(self:SimpleVAttention, k:torch.Tensor, v:torch.Tensor, # (batch, heads, q, width)
-          at:int):                                               # slot of the first token
+def place(
+    self: SimpleVAttention,
+    k: torch.Tensor,
+    v: torch.Tensor,  # (batch, heads, q, width)
+    at: int,
+):  # slot of the first token
     "Write tokens into held slots behind the end. Raises where shape, type or slots do not fit."
-    m = at+k.shape[2]
-    if not self.n <= at <= m <= self.held: raise ValueError(f'slots {at} to {m} are not among the held ones, {self.n} to {self.held}')
+    m = at + k.shape[2]
+    if not self.n <= at <= m <= self.held:
+        raise ValueError(f"slots {at} to {m} are not among the held ones, {self.n} to {self.held}")
     for r, new in (self.k, k), (self.v, v):
         self._check(new, r)
         self._table(r)[:, :, at:m] = new
 
+
 @patch
-def advance(self:SimpleVAttention, n:int): # tokens in place from now on
+def advance(self: SimpleVAttention, n: int):  # tokens in place from now on
     "Count tokens that `place` has written. Raises for a shorter length, or more than is held."
-    if not self.n <= n <= self.held: raise ValueError(f'cannot advance from {self.n} to {n} of {self.held} held slots')
+    if not self.n <= n <= self.held:
+        raise ValueError(f"cannot advance from {self.n} to {n} of {self.held} held slots")
     self.n, self.peak = n, max(self.peak, n)
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #0e8baf5d
-def chain(root:bytes,        # what the first chunk follows: the model
-          ids:torch.Tensor,  # (n,) token ids
-          chunk:int          # tokens in a chunk
-         )->list:            # names of the whole chunks
+def chain(
+    root: bytes,  # what the first chunk follows: the model
+    ids: torch.Tensor,  # (n,) token ids
+    chunk: int,  # tokens in a chunk
+) -> list:  # names of the whole chunks
     "Name each whole chunk of `ids` by its tokens and all that came before."
     names, h = [], root
-    for i in range(0, len(ids)//chunk*chunk, chunk):
-        h = hashlib.sha256(h+ids[i:i+chunk].cpu().numpy().astype('<i8').tobytes()).digest()
+    for i in range(0, len(ids) // chunk * chunk, chunk):
+        h = hashlib.sha256(h + ids[i : i + chunk].cpu().numpy().astype("<i8").tobytes()).digest()
         names.append(h.hex())
     return names
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #d2a2edad
-FORMAT = 'llmopt prefix store 1'
+FORMAT = "llmopt prefix store 1"
 
-def _bytes(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
-def hash_weights(model)->str: # hexadecimal
+def _bytes(t):
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def hash_weights(model) -> str:  # hexadecimal
     "SHA-256 of all parameters and buffers with their names."
     h = hashlib.sha256()
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        h.update(f'{name} {t.dtype} {tuple(t.shape)};'.encode()); h.update(_bytes(t))
+        h.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
+        h.update(_bytes(t))
     return h.hexdigest()
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #a9bf4f55
 @torch.no_grad()
-def kv_shapes(model)->tuple: # of each layer (key heads, key width, value width); dtype
+def kv_shapes(model) -> tuple:  # of each layer (key heads, key width, value width); dtype
     "What the layers of `model` cache for a token."
     cache = DynamicCache(config=model.config)
-    model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    return tuple((l.keys.shape[1], l.keys.shape[3], l.values.shape[3]) for l in cache.layers), cache.layers[0].keys.dtype
+    model.base_model(
+        input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True
+    )
+    return tuple((l.keys.shape[1], l.keys.shape[3], l.values.shape[3]) for l in cache.layers), cache.layers[
+        0
+    ].keys.dtype
+
 
 class Facts(NamedTuple):
     "What is found out about a model once."
-    versions:tuple; weights:str; shapes:tuple; dtype:torch.dtype
+
+    versions: tuple
+    weights: str
+    shapes: tuple
+    dtype: torch.dtype
+
 
 _facts = weakref.WeakKeyDictionary()
 
-def facts(model)->Facts:
+
+def facts(model) -> Facts:
     "Hash and shapes of `model`, found out again when its weights were changed in place."
     vs = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*model.parameters(), *model.buffers()))
-    if model not in _facts or _facts[model].versions != vs: _facts[model] = Facts(vs, hash_weights(model), *kv_shapes(model))
+    if model not in _facts or _facts[model].versions != vs:
+        _facts[model] = Facts(vs, hash_weights(model), *kv_shapes(model))
     return _facts[model]
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #5cfc2381
-def chain_root(model, chunk:int, salt:str='')->bytes:
+def chain_root(model, chunk: int, salt: str = "") -> bytes:
     "What the first chunk of `model` follows."
     if not salt and any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        raise ValueError('this model has hooks, which may change its keys unseen; remove them, or say in `salt` what they do')
+        raise ValueError(
+            "this model has hooks, which may change its keys unseen; remove them, or say in `salt` what they do"
+        )
     f, config = facts(model), model.config.to_dict()
-    for k in ('_name_or_path', 'transformers_version'): config.pop(k, None)
-    what = [FORMAT, salt, chunk, f.weights, str(f.dtype), str(model), config, model.config._attn_implementation, model.device.type,
-            torch.__version__, transformers.__version__]
+    for k in ("_name_or_path", "transformers_version"):
+        config.pop(k, None)
+    what = [
+        FORMAT,
+        salt,
+        chunk,
+        f.weights,
+        str(f.dtype),
+        str(model),
+        config,
+        model.config._attn_implementation,
+        model.device.type,
+        torch.__version__,
+        transformers.__version__,
+    ]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).digest()
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #34f223d0
 class DamagedChunk(Exception):
     "The content of a chunk file is not what was written under its name."
 
+
 def _digest(name, ts):
     "SHA-256 of a chunk's name and tensors, as a tensor."
     h = hashlib.sha256(name.encode())
-    for k in sorted(ts): h.update(f'{k} {ts[k].dtype} {tuple(ts[k].shape)};'.encode()); h.update(_bytes(ts[k]))
+    for k in sorted(ts):
+        h.update(f"{k} {ts[k].dtype} {tuple(ts[k].shape)};".encode())
+        h.update(_bytes(ts[k]))
     return torch.frombuffer(bytearray(h.digest()), dtype=torch.uint8)
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #8a169557
-def pack_chunk(name:str, # of the chunk
-               kv:list   # for each layer its keys and values, (1, heads, tokens, width)
-              )->bytes:  # a safetensors file
+def pack_chunk(
+    name: str,  # of the chunk
+    kv: list,  # for each layer its keys and values, (1, heads, tokens, width)
+) -> bytes:  # a safetensors file
     "The file of a chunk."
-    ts = {f'{side}{i}': t.contiguous().cpu() for i, pair in enumerate(kv) for side, t in zip('kv', pair)}
+    ts = {f"{side}{i}": t.contiguous().cpu() for i, pair in enumerate(kv) for side, t in zip("kv", pair)}
     return st.save(ts | dict(sha256=_digest(name, ts)))
 
-def unpack_chunk(name:str, data:bytes)->list: # for each layer its keys and values
+
+def unpack_chunk(name: str, data: bytes) -> list:  # for each layer its keys and values
     "What `pack_chunk` packed; raises `DamagedChunk` if it is not that."
-    try: ts = st.load(bytes(data))
-    except (safetensors.SafetensorError, KeyError, ValueError) as e: raise DamagedChunk(f'chunk {name[:12]} is no safetensors file: {e}') from None
-    want = ts.pop('sha256', torch.empty(0))
-    if not torch.equal(want, _digest(name, ts)): raise DamagedChunk(f'chunk {name[:12]} is not what was written under this name')
-    return [(ts[f'k{i}'], ts[f'v{i}']) for i in range(len(ts)//2)]
+    try:
+        ts = st.load(bytes(data))
+    except (safetensors.SafetensorError, KeyError, ValueError) as e:
+        raise DamagedChunk(f"chunk {name[:12]} is no safetensors file: {e}") from None
+    want = ts.pop("sha256", torch.empty(0))
+    if not torch.equal(want, _digest(name, ts)):
+        raise DamagedChunk(f"chunk {name[:12]} is not what was written under this name")
+    return [(ts[f"k{i}"], ts[f"v{i}"]) for i in range(len(ts) // 2)]
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #777ba344
-def read_file(path:Path)->bytes: return path.read_bytes()
+def read_file(path: Path) -> bytes:
+    return path.read_bytes()
+
 
 class PrefixStore:
     "Keys and values of prefixes in a folder, for any number of models and processes."
-    def __init__(self,
-                 folder,                   # made if it is not there
-                 max_bytes:int=4*2**30,    # what was not used for longest is deleted beyond that
-                 chunk:int=128,            # tokens in a chunk
-                 salt:str='',              # part of every name: separates users, or what changes a model from outside
-                 read=read_file):          # how a file becomes bytes; for tests and throttling
+
+    def __init__(
+        self,
+        folder,  # made if it is not there
+        max_bytes: int = 4 * 2**30,  # what was not used for longest is deleted beyond that
+        chunk: int = 128,  # tokens in a chunk
+        salt: str = "",  # part of every name: separates users, or what changes a model from outside
+        read=read_file,
+    ):  # how a file becomes bytes; for tests and throttling
         for k, v in dict(max_bytes=max_bytes, chunk=chunk).items():
-            if type(v) is not int or v < 1: raise ValueError(f'{k} must be a whole number of at least 1, not {v!r}')
+            if type(v) is not int or v < 1:
+                raise ValueError(f"{k} must be a whole number of at least 1, not {v!r}")
         self.folder, self.max_bytes, self.chunk, self.salt, self.read = Path(folder), max_bytes, chunk, salt, read
-        self.bytes, self.writable, self.costs, self.counts, self.lock, self.loaders = None, True, {}, Counter(), threading.Lock(), []
-        try: self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as e: self._stop_writing(e)
+        self.bytes, self.writable, self.costs, self.counts, self.lock, self.loaders = (
+            None,
+            True,
+            {},
+            Counter(),
+            threading.Lock(),
+            [],
+        )
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as e:
+            self._stop_writing(e)
+
 
 @patch
-def path(self:PrefixStore, name:str)->Path: return self.folder/f'{name}.safetensors'
+def path(self: PrefixStore, name: str) -> Path:
+    return self.folder / f"{name}.safetensors"
+
 
 @patch
-def _stop_writing(self:PrefixStore, e):
+def _stop_writing(self: PrefixStore, e):
     "Say once that nothing can be written any more."
-    if self.writable: warnings.warn(f"the prefix store '{self.folder}' cannot be written ({type(e).__name__}: {e}); going on without storing", stacklevel=3)
+    if self.writable:
+        warnings.warn(
+            f"the prefix store '{self.folder}' cannot be written ({type(e).__name__}: {e}); going on without storing",
+            stacklevel=3,
+        )
     self.writable = False
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #cd8309d3
 @patch
-def _files(self:PrefixStore):
+def _files(self: PrefixStore):
     "Chunk files as (time of last use, bytes, path), oldest first."
     res = []
-    for p in self.folder.glob('*.safetensors'):
-        try: s = p.stat()
-        except OSError: continue                                   # another process deleted it
+    for p in self.folder.glob("*.safetensors"):
+        try:
+            s = p.stat()
+        except OSError:
+            continue  # another process deleted it
         res.append((s.st_mtime_ns, s.st_size, p))
     return sorted(res)
 
-@patch
-def _sweep(self:PrefixStore, age=3600):
-    "Delete temporary files that are `age` seconds old: their writers have died. Younger ones may be at work."
-    for p in self.folder.glob('*.safetensors.tmp'):
-        try:
-            if time.time()-p.stat().st_mtime > age: p.unlink()
-        except OSError: pass                                       # its writer has renamed it, or another process deleted it
 
 @patch
-def _trim(self:PrefixStore, limit, since):
+def _sweep(self: PrefixStore, age=3600):
+    "Delete temporary files that are `age` seconds old: their writers have died. Younger ones may be at work."
+    for p in self.folder.glob("*.safetensors.tmp"):
+        try:
+            if time.time() - p.stat().st_mtime > age:
+                p.unlink()
+        except OSError:
+            pass  # its writer has renamed it, or another process deleted it
+
+
+@patch
+def _trim(self: PrefixStore, limit, since):
     "Delete what was last used before `since` (ns), oldest first, until `limit` bytes remain."
-    self._sweep(); files = self._files()
+    self._sweep()
+    files = self._files()
     self.bytes = sum(size for _, size, _ in files)
     for used, size, p in files:
-        if self.bytes <= limit or used >= since: break
+        if self.bytes <= limit or used >= since:
+            break
         p.unlink(missing_ok=True)
-        self.bytes -= size; self.counts['evicted'] += 1
+        self.bytes -= size
+        self.counts["evicted"] += 1
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #bd15b9a4
 @patch
-def _write(self:PrefixStore, name, data, used, since)->int: # bytes written
+def _write(self: PrefixStore, name, data, used, since) -> int:  # bytes written
     "Store a chunk if there is room and the disk lets us."
-    if not self.writable: return 0
+    if not self.writable:
+        return 0
     tmp = None
     try:
-        if self.bytes is None or self.bytes+len(data) > self.max_bytes: self._trim(self.max_bytes-len(data), since)
-        if self.bytes+len(data) > self.max_bytes: return 0
-        fd, tmp = tempfile.mkstemp('.safetensors.tmp', dir=self.folder)
-        with open(fd, 'wb') as f: f.write(data)
-        os.utime(tmp, ns=(used, used)); os.replace(tmp, self.path(name)); tmp = None
-    except OSError as e: self._stop_writing(e); return 0
+        if self.bytes is None or self.bytes + len(data) > self.max_bytes:
+            self._trim(self.max_bytes - len(data), since)
+        if self.bytes + len(data) > self.max_bytes:
+            return 0
+        fd, tmp = tempfile.mkstemp(".safetensors.tmp", dir=self.folder)
+        with open(fd, "wb") as f:
+            f.write(data)
+        os.utime(tmp, ns=(used, used))
+        os.replace(tmp, self.path(name))
+        tmp = None
+    except OSError as e:
+        self._stop_writing(e)
+        return 0
     finally:
-        if tmp: Path(tmp).unlink(missing_ok=True)
+        if tmp:
+            Path(tmp).unlink(missing_ok=True)
     self.bytes += len(data)
     return len(data)
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #7a721954
 class Costs:
     "Seconds to compute chunk `i`, by a line through what was seen, and to load one."
-    def __init__(self): self.sums, self.load = [0.]*5, None
-    def computed(self, i:int, s:float):
+
+    def __init__(self):
+        self.sums, self.load = [0.0] * 5, None
+
+    def computed(self, i: int, s: float):
         "Chunk `i` took `s` seconds to compute."
-        self.sums = [.95*o+x for o, x in zip(self.sums, (1, i, i*i, s, i*s))]
-    def loaded(self, s:float):
+        self.sums = [0.95 * o + x for o, x in zip(self.sums, (1, i, i * i, s, i * s))]
+
+    def loaded(self, s: float):
         "A chunk took `s` seconds to load."
-        self.load = s if self.load is None else .7*self.load+.3*s
-    def compute(self, i:int)->float|None: # seconds; None if nothing was computed yet
+        self.load = s if self.load is None else 0.7 * self.load + 0.3 * s
+
+    def compute(self, i: int) -> float | None:  # seconds; None if nothing was computed yet
         "What chunk `i` will take to compute (least squares)."
         n, x, xx, y, xy = self.sums
-        if not n: return None
-        spread = n*xx-x*x
-        b = max((n*xy-x*y)/spread, 0.) if spread > 1e-6 else 0.
-        return max((y-b*x)/n+b*i, 0.)
+        if not n:
+            return None
+        spread = n * xx - x * x
+        b = max((n * xy - x * y) / spread, 0.0) if spread > 1e-6 else 0.0
+        return max((y - b * x) / n + b * i, 0.0)
 
-def meeting_point(compute:list,  # seconds to compute each chunk
-                  load:float,    # seconds to load one
-                  there:list     # can it be loaded?
-                 )->tuple:       # chunks to compute before the first that is loaded, and seconds for all
+
+def meeting_point(
+    compute: list,  # seconds to compute each chunk
+    load: float,  # seconds to load one
+    there: list,  # can it be loaded?
+) -> tuple:  # chunks to compute before the first that is loaded, and seconds for all
     "Where the two fronts should meet. Chunks that are not stored are computed in any case."
+
     def total(x):
         rest = [c for c, h in zip(compute[x:], there[x:]) if not h]
-        return max(sum(compute[:x]), load*sum(there[x:]))+sum(rest)
-    x = min(range(len(there)+1), key=lambda x: (total(x), -x))
+        return max(sum(compute[:x]), load * sum(there[x:])) + sum(rest)
+
+    x = min(range(len(there) + 1), key=lambda x: (total(x), -x))
     return x, total(x)
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #d9e390f9
-FREE, LOADING, LOADED, MINE = 'free', 'loading', 'loaded', 'mine'
+FREE, LOADING, LOADED, MINE = "free", "loading", "loaded", "mine"
+
 
 class Claims:
     "A table of chunks: free, being loaded, loaded, or the computing front's own."
-    def __init__(self, there:list):
-        self.state, self.changed, self.began, self.damaged, self.wasted = [FREE if h else MINE for h in there], threading.Condition(), 0., set(), 0
-    def take_last(self)->int|None:
+
+    def __init__(self, there: list):
+        self.state, self.changed, self.began, self.damaged, self.wasted = (
+            [FREE if h else MINE for h in there],
+            threading.Condition(),
+            0.0,
+            set(),
+            0,
+        )
+
+    def take_last(self) -> int | None:
         "The loader takes the last free chunk; None if there is none."
         with self.changed:
             i = max((i for i, s in enumerate(self.state) if s == FREE), default=None)
-            if i is not None: self.state[i], self.began = LOADING, time.perf_counter()
+            if i is not None:
+                self.state[i], self.began = LOADING, time.perf_counter()
             return i
-    def deliver(self, i:int, put=None):
+
+    def deliver(self, i: int, put=None):
         "The loader has chunk `i`, and calls `put` to write it, unless the front took it away; without `put` it could not be loaded."
         with self.changed:
-            if self.state[i] != LOADING: return
-            if put: put()
-            else: self.damaged.add(i)
+            if self.state[i] != LOADING:
+                return
+            if put:
+                put()
+            else:
+                self.damaged.add(i)
             self.state[i] = LOADED if put else MINE
             self.changed.notify()
+
     def close(self):
         "The loader is gone: what it has not delivered is to be computed."
         with self.changed:
@@ -261,64 +385,78 @@ class Claims:
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #9e5753c8
 @patch
-def wait_left(self:Claims, i:int, load:float)->float: # seconds
+def wait_left(self: Claims, i: int, load: float) -> float:  # seconds
     "How long until the loader, at `load` seconds a chunk, will have delivered chunk `i`. If it is late, as long again as it is late."
-    under_way = abs(load-(time.perf_counter()-self.began)) if LOADING in self.state else 0.
-    return under_way+load*self.state[i:].count(FREE)
+    under_way = abs(load - (time.perf_counter() - self.began)) if LOADING in self.state else 0.0
+    return under_way + load * self.state[i:].count(FREE)
+
 
 @patch
-def mine(self:Claims,
-         i:int,               # chunk
-         compute:float|None,  # seconds it takes to compute; None if not known, infinite to wait in any case
-         load:float|None      # seconds a chunk takes to load
-        )->bool:
+def mine(
+    self: Claims,
+    i: int,  # chunk
+    compute: float | None,  # seconds it takes to compute; None if not known, infinite to wait in any case
+    load: float | None,  # seconds a chunk takes to load
+) -> bool:
     "Wait until chunk `i` is loaded (False), or is better computed (True)."
     with self.changed:
         while self.state[i] in (FREE, LOADING):
-            if compute == math.inf: self.changed.wait()
+            if compute == math.inf:
+                self.changed.wait()
             elif None in (compute, load) or self.wait_left(i, load) >= compute:
                 self.wasted += self.state[i] == LOADING
                 self.state[i] = MINE
-            else: self.changed.wait(max(compute/4, 1e-3))         # and look again whether it is late
+            else:
+                self.changed.wait(max(compute / 4, 1e-3))  # and look again whether it is late
         return self.state[i] == MINE
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #fd46be0e
 @dataclass
 class Report:
     "One prefill: chunks, seconds, and bytes; predicted and actual."
-    tokens:int = 0                    # in the cache now
-    chunks:int = 0                    # whole chunks of the prompt
-    hits:int = 0                      # of them stored
-    loaded:int = 0                    # of them used
-    computed:int = 0
-    damaged:int = 0                   # stored, but not usable: computed and stored anew
-    wasted:int = 0                    # being loaded when they were better computed
-    predicted_meet:int|None = None    # chunks to compute before the first one loaded; None while costs are unknown
-    predicted_s:float|None = None
-    meet:int = 0                      # chunks computed before the first one loaded
-    seconds:float = 0.                # all of it
-    compute_s:float = 0.; wait_s:float = 0.; load_s:float = 0.; write_s:float = 0.
-    bytes_read:int = 0; bytes_written:int = 0
-    loader_error:str|None = None      # why the loader stopped early
-    trace:list = field(default_factory=list, repr=False) # (front, chunk, begin, end) in seconds from the start
+
+    tokens: int = 0  # in the cache now
+    chunks: int = 0  # whole chunks of the prompt
+    hits: int = 0  # of them stored
+    loaded: int = 0  # of them used
+    computed: int = 0
+    damaged: int = 0  # stored, but not usable: computed and stored anew
+    wasted: int = 0  # being loaded when they were better computed
+    predicted_meet: int | None = None  # chunks to compute before the first one loaded; None while costs are unknown
+    predicted_s: float | None = None
+    meet: int = 0  # chunks computed before the first one loaded
+    seconds: float = 0.0  # all of it
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    load_s: float = 0.0
+    write_s: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    loader_error: str | None = None  # why the loader stopped early
+    trace: list = field(default_factory=list, repr=False)  # (front, chunk, begin, end) in seconds from the start
+
 
 @patch(as_prop=True)
-def mode(self:Report)->str: return 'both' if self.loaded and self.computed else 'load' if self.loaded else 'compute'
+def mode(self: Report) -> str:
+    return "both" if self.loaded and self.computed else "load" if self.loaded else "compute"
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #534b1209
 class Fill:
     "The restore of one prompt: chunks and their names, the table of claims, the slots."
+
     def __init__(self, store, model, cache, ids, meet=None):
         self.store, self.model, self.cache, self.ids, self.begin = store, model, cache, ids, time.perf_counter()
         self.root = chain_root(model, store.chunk, store.salt)
         self.names, self.used = chain(self.root, ids, store.chunk), time.time_ns()
         self.there = [store.path(n).exists() for n in self.names]
-        own = len(self.names)-_unloaded(cache, store.chunk)
+        own = len(self.names) - _unloaded(cache, store.chunk)
         self.claims = Claims([h and (meet or 0) <= i < own for i, h in enumerate(self.there)])
         self.costs, self.forced = store.costs.setdefault(self.root, Costs()), meet is not None
         self.report = Report(chunks=len(self.names), hits=sum(self.there))
         self.slabs = _slabs(cache, model)
-        for s in self.slabs: s.hold(len(self.names)*store.chunk)
+        for s in self.slabs:
+            s.hold(len(self.names) * store.chunk)
+
 
 def _slabs(cache, model):
     "The slabs of the empty `cache`, made before its first update."
@@ -331,222 +469,348 @@ def _slabs(cache, model):
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #96ae567d
 def _unloaded(cache, chunk):
     "How many of the last chunks are computed in any case."
-    return math.ceil(cache.evictor.cfg.window/chunk) if isinstance(cache, EvictingCache) else 0
+    return math.ceil(cache.evictor.cfg.window / chunk) if isinstance(cache, EvictingCache) else 0
+
 
 @contextmanager
 def _paused(cache):
     "Nothing is evicted inside the block."
-    evictor = getattr(cache, 'evictor', None)
-    if evictor: evictor.paused = True
-    try: yield
+    evictor = getattr(cache, "evictor", None)
+    if evictor:
+        evictor.paused = True
+    try:
+        yield
     finally:
-        if evictor: evictor.paused = False
+        if evictor:
+            evictor.paused = False
+
 
 @patch
-def advance(self:EvictingSlab, n:int): # tokens in place from now on
+def advance(self: EvictingSlab, n: int):  # tokens in place from now on
     "As `SimpleVAttention.advance`; nothing has been dropped yet."
-    more = n-self.n
+    more = n - self.n
     SimpleVAttention.advance(self, n)
-    self.lengths, self.sizes, self.seen = self.lengths+more, [s+more for s in self.sizes], self.seen+more
+    self.lengths, self.sizes, self.seen = self.lengths + more, [s + more for s in self.sizes], self.seen + more
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #5c774e28
 @patch
-def load_from_the_back(self:Fill):
+def load_from_the_back(self: Fill):
     "The loader's thread: deliver free chunks, the last one first, until there are none."
     try:
-        while (i := self.claims.take_last()) is not None: self._load(i)
-    except BaseException as e: self.report.loader_error = f'{type(e).__name__}: {e}'
-    finally: self.claims.close()
+        while (i := self.claims.take_last()) is not None:
+            self._load(i)
+    except BaseException as e:
+        self.report.loader_error = f"{type(e).__name__}: {e}"
+    finally:
+        self.claims.close()
+
 
 @patch
-def _load(self:Fill, i):
+def _load(self: Fill, i):
     "Read, check and place chunk `i`."
     t = time.perf_counter()
     try:
         data = self.store.read(self.store.path(self.names[i]))
         kv = unpack_chunk(self.names[i], data)
-    except (OSError, DamagedChunk): return self.claims.deliver(i)
+    except (OSError, DamagedChunk):
+        return self.claims.deliver(i)
     self.claims.deliver(i, lambda: self._place(i, kv, len(data), t))
-    self.costs.loaded(time.perf_counter()-t)
+    self.costs.loaded(time.perf_counter() - t)
+
 
 @patch
-def _place(self:Fill, i, kv, nbytes, t):
+def _place(self: Fill, i, kv, nbytes, t):
     "Write chunk `i` into its slots."
-    for s, (k, v) in zip(self.slabs, kv): s.place(k.to(s.k.data.device), v.to(s.v.data.device), i*self.store.chunk)
-    self.report.loaded += 1; self.report.bytes_read += nbytes
-    self._note('load', i, t)
+    for s, (k, v) in zip(self.slabs, kv):
+        s.place(k.to(s.k.data.device), v.to(s.v.data.device), i * self.store.chunk)
+    self.report.loaded += 1
+    self.report.bytes_read += nbytes
+    self._note("load", i, t)
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #61803032
 @patch
-def _note(self:Fill, front, i, t):
+def _note(self: Fill, front, i, t):
     "Add what began at `t` to the trace; return its seconds."
     now = time.perf_counter()
-    self.report.trace.append((front, i, t-self.begin, now-self.begin))
-    return now-t
+    self.report.trace.append((front, i, t - self.begin, now - self.begin))
+    return now - t
+
 
 @patch
-def _start_loader(self:Fill):
+def _start_loader(self: Fill):
     "Start the loader if there is something to load, unless earlier ones still hang."
     self.store.loaders = [t for t in self.store.loaders if t.is_alive()]
-    if FREE not in self.claims.state: return
-    if len(self.store.loaders) > 3: self.claims.close(); self.report.loader_error = 'four earlier reads have not come back'; return
-    loader = threading.Thread(target=self.load_from_the_back, name='llmopt-loader', daemon=True)
-    self.store.loaders.append(loader); loader.start()
+    if FREE not in self.claims.state:
+        return
+    if len(self.store.loaders) > 3:
+        self.claims.close()
+        self.report.loader_error = "four earlier reads have not come back"
+        return
+    loader = threading.Thread(target=self.load_from_the_back, name="llmopt-loader", daemon=True)
+    self.store.loaders.append(loader)
+    loader.start()
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #6e702d60
 @patch
-def _compute(self:Fill, i):
+def _compute(self: Fill, i):
     "Compute chunk `i`, and store it if it is missing there."
     C, t = self.store.chunk, time.perf_counter()
-    self.model.base_model(input_ids=self.ids[None, i*C:(i+1)*C].to(self.model.device), past_key_values=self.cache, use_cache=True)
-    if self.model.device.type != 'cpu': torch.accelerator.synchronize()     # or the clock would be read too early
-    s = self._note('compute', i, t)
-    self.costs.computed(i, s); self.report.computed += 1; self.report.compute_s += s
-    if not self.there[i] or i in self.claims.damaged: self._store(i)
+    self.model.base_model(
+        input_ids=self.ids[None, i * C : (i + 1) * C].to(self.model.device), past_key_values=self.cache, use_cache=True
+    )
+    if self.model.device.type != "cpu":
+        torch.accelerator.synchronize()  # or the clock would be read too early
+    s = self._note("compute", i, t)
+    self.costs.computed(i, s)
+    self.report.computed += 1
+    self.report.compute_s += s
+    if not self.there[i] or i in self.claims.damaged:
+        self._store(i)
+
 
 @patch
-def _store(self:Fill, i):
+def _store(self: Fill, i):
     "Write chunk `i` to the store."
     C, t = self.store.chunk, time.perf_counter()
     if self.store.writable:
-        data = pack_chunk(self.names[i], [(s.keys[:, :, i*C:], s.values[:, :, i*C:]) for s in self.slabs])
-        self.report.bytes_written += self.store._write(self.names[i], data, self.used-1000*i, self.used-1000*len(self.names))
-    self.report.write_s += self._note('write', i, t)
+        data = pack_chunk(self.names[i], [(s.keys[:, :, i * C :], s.values[:, :, i * C :]) for s in self.slabs])
+        self.report.bytes_written += self.store._write(
+            self.names[i], data, self.used - 1000 * i, self.used - 1000 * len(self.names)
+        )
+    self.report.write_s += self._note("write", i, t)
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #f736318a
 @patch
-def _use(self:Fill, i):
+def _use(self: Fill, i):
     "Count the loaded chunk `i` into the cache."
-    for s in self.slabs: s.advance((i+1)*self.store.chunk)
+    for s in self.slabs:
+        s.advance((i + 1) * self.store.chunk)
+
 
 @patch
-def run(self:Fill)->Report:
+def run(self: Fill) -> Report:
     "Fill the cache from both ends."
-    self._predict(); self._touch(); self._start_loader()
+    self._predict()
+    self._touch()
+    self._start_loader()
     for i in range(len(self.names)):
         compute, t = math.inf if self.forced else self.costs.compute(i), time.perf_counter()
         own = self.claims.mine(i, compute, self.costs.load)
-        self.report.wait_s += time.perf_counter()-t
+        self.report.wait_s += time.perf_counter() - t
         self._compute(i) if own else self._use(i)
     return self._finish()
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #977b58bd
 @patch
-def _predict(self:Fill):
+def _predict(self: Fill):
     "Predict meeting point and time, if costs are known."
     cs, load = [self.costs.compute(i) for i in range(len(self.names))], self.costs.load
-    if None in cs or load is None and any(self.there): return
-    self.report.predicted_meet, self.report.predicted_s = meeting_point(cs, load or 0., self.there)
+    if None in cs or load is None and any(self.there):
+        return
+    self.report.predicted_meet, self.report.predicted_s = meeting_point(cs, load or 0.0, self.there)
+
 
 @patch
-def _touch(self:Fill):
+def _touch(self: Fill):
     "Tell that the stored chunks are in use."
     for i in range(len(self.names)):
-        try: self.there[i] and os.utime(self.store.path(self.names[i]), ns=(self.used-1000*i,)*2)
-        except OSError: pass        # deleted meanwhile, or a folder that is only read
+        try:
+            self.there[i] and os.utime(self.store.path(self.names[i]), ns=(self.used - 1000 * i,) * 2)
+        except OSError:
+            pass  # deleted meanwhile, or a folder that is only read
+
 
 @patch
-def _finish(self:Fill):
+def _finish(self: Fill):
     "End the loader's part and complete the report."
     r, c = self.report, self.claims
     c.close()
-    r.damaged, r.wasted, r.tokens = len(c.damaged), c.wasted, len(self.names)*self.store.chunk
-    r.meet = min((i for f, i, *_ in r.trace if f == 'load'), default=r.chunks)
-    r.load_s = sum(e-b for f, _, b, e in r.trace if f == 'load'); r.seconds = time.perf_counter()-self.begin
-    if r.loader_error: warnings.warn(f'the loader stopped ({r.loader_error}); the other chunks were computed', stacklevel=5)
+    r.damaged, r.wasted, r.tokens = len(c.damaged), c.wasted, len(self.names) * self.store.chunk
+    r.meet = min((i for f, i, *_ in r.trace if f == "load"), default=r.chunks)
+    r.load_s = sum(e - b for f, _, b, e in r.trace if f == "load")
+    r.seconds = time.perf_counter() - self.begin
+    if r.loader_error:
+        warnings.warn(f"the loader stopped ({r.loader_error}); the other chunks were computed", stacklevel=5)
     return r
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #74103701
 def _check(model, cache, input_ids):
     "The token ids (n,) of a prefill; raises `ValueError` for what cannot be restored exactly."
     ids = torch.as_tensor(input_ids)
-    if ids.ndim == 2 and len(ids) == 1: ids = ids[0]
-    if ids.ndim != 1 or not len(ids): raise ValueError(f'input_ids must be one sequence of at least one token, not of shape {tuple(ids.shape)}; repeat the cache afterwards (batch_repeat_interleave)')
-    if ids.is_floating_point() or ids.min() < 0 or ids.max() >= model.get_input_embeddings().num_embeddings: raise ValueError('input_ids are not all tokens of this model')
-    if not isinstance(cache, SlabCache) or len(cache.slab_layers) < len(cache.layers): raise ValueError('only a SlabCache of full-attention layers can be filled from both ends')
-    if isinstance(cache, EvictingCache) and cache.evictor.policy.history: raise ValueError(f"policy '{cache.evictor.policy.name}' judges by the queries of all tokens, and those of loaded chunks are not known; use another policy, or no store")
-    if cache.get_seq_length(): raise ValueError(f'the cache already holds {cache.get_seq_length()} tokens, which may not be the beginning of this prompt; give an empty one')
-    if len(ids) > cache.layers[0].max_seq_len: raise ValueError(f'{len(ids)} tokens do not fit a cache reserved for {cache.layers[0].max_seq_len}; reserve more (max_seq_len)')
-    if model.training: raise ValueError('the model is in training mode, where dropout changes keys; call model.eval()')
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError(
+            f"input_ids must be one sequence of at least one token, not of shape {tuple(ids.shape)}; repeat the cache afterwards (batch_repeat_interleave)"
+        )
+    if ids.is_floating_point() or ids.min() < 0 or ids.max() >= model.get_input_embeddings().num_embeddings:
+        raise ValueError("input_ids are not all tokens of this model")
+    if not isinstance(cache, SlabCache) or len(cache.slab_layers) < len(cache.layers):
+        raise ValueError("only a SlabCache of full-attention layers can be filled from both ends")
+    if isinstance(cache, EvictingCache) and cache.evictor.policy.history:
+        raise ValueError(
+            f"policy '{cache.evictor.policy.name}' judges by the queries of all tokens, and those of loaded chunks are not known; use another policy, or no store"
+        )
+    if cache.get_seq_length():
+        raise ValueError(
+            f"the cache already holds {cache.get_seq_length()} tokens, which may not be the beginning of this prompt; give an empty one"
+        )
+    if len(ids) > cache.layers[0].max_seq_len:
+        raise ValueError(
+            f"{len(ids)} tokens do not fit a cache reserved for {cache.layers[0].max_seq_len}; reserve more (max_seq_len)"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes keys; call model.eval()")
     return ids
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #d0d7d6b1
 @patch
 @torch.no_grad()
-def prefill(self:PrefixStore,
-            model,             # a transformers causal language model
-            cache:SlabCache,   # empty
-            input_ids,         # token ids of one prompt, (n,) or (1, n)
-            meet:int|None=None # compute just that many chunks and wait for the others, for tests and measurements
-           )->Report:
+def prefill(
+    self: PrefixStore,
+    model,  # a transformers causal language model
+    cache: SlabCache,  # empty
+    input_ids,  # token ids of one prompt, (n,) or (1, n)
+    meet: int | None = None,  # compute just that many chunks and wait for the others, for tests and measurements
+) -> Report:
     "Fill `cache` with the whole chunks of the prompt, loading and computing at once; `generate` goes on from there."
     ids = _check(model, cache, input_ids)[:-1]
-    ids, n = ids[:len(ids)//self.chunk*self.chunk], len(ids)//self.chunk
-    if meet is not None and not 0 <= meet <= n: raise ValueError(f'meet must be between 0 and the {n} chunks of this prompt, not {meet}')
+    ids, n = ids[: len(ids) // self.chunk * self.chunk], len(ids) // self.chunk
+    if meet is not None and not 0 <= meet <= n:
+        raise ValueError(f"meet must be between 0 and the {n} chunks of this prompt, not {meet}")
     fill = Fill(self, model, cache, ids, meet)
     try:
-        with _paused(cache): report = fill.run()
-    except BaseException: fill.claims.close(); cache.reset(); raise
-    for s in fill.slabs: s.hold(0)
-    for l in cache.slab_layers: l.peak = max(l.peak, l.slab.live)
-    if isinstance(cache, EvictingCache): [cache.evictor.account(l) for l in cache.slab_layers]
+        with _paused(cache):
+            report = fill.run()
+    except BaseException:
+        fill.claims.close()
+        cache.reset()
+        raise
+    for s in fill.slabs:
+        s.hold(0)
+    for l in cache.slab_layers:
+        l.peak = max(l.peak, l.slab.live)
+    if isinstance(cache, EvictingCache):
+        [cache.evictor.account(l) for l in cache.slab_layers]
     self._count(report)
     return report
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #9fbcc355
-SUMS = ('chunks', 'hits', 'loaded', 'computed', 'damaged', 'wasted', 'seconds', 'compute_s', 'wait_s', 'load_s', 'write_s', 'bytes_read', 'bytes_written')
+SUMS = (
+    "chunks",
+    "hits",
+    "loaded",
+    "computed",
+    "damaged",
+    "wasted",
+    "seconds",
+    "compute_s",
+    "wait_s",
+    "load_s",
+    "write_s",
+    "bytes_read",
+    "bytes_written",
+)
+
 
 @patch
-def _count(self:PrefixStore, report):
+def _count(self: PrefixStore, report):
     "Add `report` to the sums, and keep to the limit that other processes share."
     with self.lock:
-        self.counts.update({k: getattr(report, k) for k in SUMS}); self.counts['prefills'] += 1
-        if report.bytes_written: self._trim(self.max_bytes, time.time_ns())
+        self.counts.update({k: getattr(report, k) for k in SUMS})
+        self.counts["prefills"] += 1
+        if report.bytes_written:
+            self._trim(self.max_bytes, time.time_ns())
+
 
 @patch
-def stats(self:PrefixStore)->dict: # sums over prefills, in chunks, seconds and bytes; `hit_rate`; what lies in the folder now
+def stats(
+    self: PrefixStore,
+) -> dict:  # sums over prefills, in chunks, seconds and bytes; `hit_rate`; what lies in the folder now
     "What this store has done, and what it holds."
     files = self._files()
-    res = {k: self.counts[k] for k in ('prefills', *SUMS, 'evicted')}
-    return res | dict(hit_rate=res['hits']/res['chunks'] if res['chunks'] else None, files=len(files), bytes=sum(size for _, size, _ in files),
-                      max_bytes=self.max_bytes, writable=self.writable)
+    res = {k: self.counts[k] for k in ("prefills", *SUMS, "evicted")}
+    return res | dict(
+        hit_rate=res["hits"] / res["chunks"] if res["chunks"] else None,
+        files=len(files),
+        bytes=sum(size for _, size, _ in files),
+        max_bytes=self.max_bytes,
+        writable=self.writable,
+    )
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #0b692aeb
-def throttled(seconds:float,  # at least, for each read
-              read=read_file):
+def throttled(
+    seconds: float,  # at least, for each read
+    read=read_file,
+):
     "A way to read files that takes its time."
+
     def slow(path):
-        t = time.perf_counter(); data = read(path)
-        time.sleep(max(0., t+seconds-time.perf_counter()))
+        t = time.perf_counter()
+        data = read(path)
+        time.sleep(max(0.0, t + seconds - time.perf_counter()))
         return data
+
     return slow
+
 
 class _Bench:
     "A model, a prompt whose chunks are stored in `folder`, and prefills of it."
+
     def __init__(self, folder, tokens, chunk, dtype, shape):
-        self.model, self.tokens, self.n = bench_model(dtype=getattr(torch, dtype), positions=tokens+1, **shape), tokens, tokens//chunk
-        self.ids = torch.randint(1024, (1, tokens+1), generator=torch.Generator().manual_seed(0))
-        self.store = PrefixStore(folder, chunk=chunk); self.prefill()
+        self.model, self.tokens, self.n = (
+            bench_model(dtype=getattr(torch, dtype), positions=tokens + 1, **shape),
+            tokens,
+            tokens // chunk,
+        )
+        self.ids = torch.randint(1024, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+        self.store = PrefixStore(folder, chunk=chunk)
+        self.prefill()
+
     def prefill(self, meet=None):
-        cache = SlabCache(self.model.config, self.tokens+1)
-        try: return self.store.prefill(self.model, cache, self.ids, meet)
-        finally: cache.close()
+        cache = SlabCache(self.model.config, self.tokens + 1)
+        try:
+            return self.store.prefill(self.model, cache, self.ids, meet)
+        finally:
+            cache.close()
 
 # %% ../../nbs/04_kv_cache/02b_restore.ipynb #9510f7ca
 def _row(bench, speed, compute, rounds):
     "Times of the three ways when loading everything takes `compute/speed` seconds; `compute` is what computing everything takes."
-    bench.store.read, reports = throttled(compute/speed/bench.n), []
-    ways = dict(compute=lambda: bench.prefill(bench.n), load=lambda: bench.prefill(0), both=lambda: reports.append(bench.prefill()))
+    bench.store.read, reports = throttled(compute / speed / bench.n), []
+    ways = dict(
+        compute=lambda: bench.prefill(bench.n),
+        load=lambda: bench.prefill(0),
+        both=lambda: reports.append(bench.prefill()),
+    )
     ts = interleaved(ways, rounds)
-    ratio = lambda f: statistics.median(map(f, ts['compute'], ts['load'], ts['both']))      # of times in the same round
-    row = dict(speed=speed, chunks=bench.n, **{f'{k}_s': statistics.median(v) for k, v in ts.items()}, speedup_vs_compute=ratio(lambda c, l, b: c/b),
-               speedup_vs_load=ratio(lambda c, l, b: l/b), time_vs_better=ratio(lambda c, l, b: b/min(c, l)))
-    return row | {k: getattr(reports[-1], k) for k in ('meet', 'predicted_meet', 'predicted_s', 'seconds', 'wait_s', 'wasted', 'trace')}
 
-def benchmark_restore(tokens:int=2048, chunk:int=128, speeds=(.1, .2, .5, 1, 2, 5, 10), # of loading, as multiples of computing
-                      rounds:int=3, dtype:str='float32', n_threads:int=1,
-                      **shape                  # see `bench_model`
-                     )->list:                  # one dict for each speed: seconds, ratios, and the last report of both
+    def ratio(f):
+        return statistics.median(map(f, ts["compute"], ts["load"], ts["both"]))  # of times in the same round
+
+    row = dict(
+        speed=speed,
+        chunks=bench.n,
+        **{f"{k}_s": statistics.median(v) for k, v in ts.items()},
+        speedup_vs_compute=ratio(lambda c, l, b: c / b),
+        speedup_vs_load=ratio(lambda c, l, b: l / b),
+        time_vs_better=ratio(lambda c, l, b: b / min(c, l)),
+    )
+    return row | {
+        k: getattr(reports[-1], k)
+        for k in ("meet", "predicted_meet", "predicted_s", "seconds", "wait_s", "wasted", "trace")
+    }
+
+
+def benchmark_restore(
+    tokens: int = 2048,
+    chunk: int = 128,
+    speeds=(0.1, 0.2, 0.5, 1, 2, 5, 10),  # of loading, as multiples of computing
+    rounds: int = 3,
+    dtype: str = "float32",
+    n_threads: int = 1,
+    **shape,  # see `bench_model`
+) -> list:  # one dict for each speed: seconds, ratios, and the last report of both
     "Time computing, loading and both in turn, at several speeds of the loader."
     with tempfile.TemporaryDirectory() as folder, threads(n_threads):
         bench = _Bench(folder, tokens, chunk, dtype, shape)

@@ -6,13 +6,14 @@
 __all__ = ['SimpleVAttention', 'slabs_resident', 'SlabLayer', 'SlabCache', 'KVBytes', 'install', 'uninstall', 'installed']
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #81a06c42
-import functools, warnings
+import functools
+import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 from fastcore.basics import patch
-from transformers.cache_utils import Cache, CacheLayerMixin, DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from ..core import kv_bytes, max_positions
 from .memory import anonymous_bytes, make_region
@@ -20,264 +21,378 @@ from .memory import anonymous_bytes, make_region
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #9a1a52da
 class SimpleVAttention:
     "Keys and values of one layer in demand-paged memory."
-    def __init__(self,
-                 num_heads:int,           # key-value heads
-                 head_size:int,           # numbers in a key
-                 max_batch_size:int,      # sequences
-                 max_seq_len:int,         # most tokens in a sequence: addresses to reserve, not memory to take
-                 dtype=torch.float32,
-                 device='cpu',
-                 value_size:int|None=None,# numbers in a value, if it is not `head_size`
-                 page_tokens:int=0,       # see `Region`
-                 populate:bool=True):
+
+    def __init__(
+        self,
+        num_heads: int,  # key-value heads
+        head_size: int,  # numbers in a key
+        max_batch_size: int,  # sequences
+        max_seq_len: int,  # most tokens in a sequence: addresses to reserve, not memory to take
+        dtype=torch.float32,
+        device="cpu",
+        value_size: int | None = None,  # numbers in a value, if it is not `head_size`
+        page_tokens: int = 0,  # see `Region`
+        populate: bool = True,
+    ):
         self.num_heads, self.batch, self.n, self.peak, self.held = num_heads, max_batch_size, 0, 0, 0
-        args = (max_batch_size*num_heads, max_seq_len), (dtype, page_tokens, populate, device)
+        args = (max_batch_size * num_heads, max_seq_len), (dtype, page_tokens, populate, device)
         self.k, self.v = (make_region(*args[0], w, *args[1]) for w in (head_size, value_size or head_size))
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #1919cb68
 @patch(as_prop=True)
-def regions(self:SimpleVAttention): return self.k, self.v
+def regions(self: SimpleVAttention):
+    return self.k, self.v
+
 
 @patch(set_prop=True)
-def regions(self:SimpleVAttention, new): self.k, self.v = new
+def regions(self: SimpleVAttention, new):
+    self.k, self.v = new
+
 
 @patch
-def _table(self:SimpleVAttention, region):
+def _table(self: SimpleVAttention, region):
     "The whole region as (batch, heads, reserved tokens, width)."
-    if region.closed: raise RuntimeError('this KV memory is closed')
+    if region.closed:
+        raise RuntimeError("this KV memory is closed")
     return region.data.unflatten(0, (self.batch, self.num_heads))
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #9bc00432
 @patch(as_prop=True)
-def keys(self:SimpleVAttention)->torch.Tensor: return self._table(self.k)[:, :, :self.n]   # (B, H, n, D)
+def keys(self: SimpleVAttention) -> torch.Tensor:
+    return self._table(self.k)[:, :, : self.n]  # (B, H, n, D)
+
 
 @patch(as_prop=True)
-def values(self:SimpleVAttention)->torch.Tensor: return self._table(self.v)[:, :, :self.n]
+def values(self: SimpleVAttention) -> torch.Tensor:
+    return self._table(self.v)[:, :, : self.n]
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #b86a59ce
 @patch
-def _write(self:SimpleVAttention, region, new, m):
+def _write(self: SimpleVAttention, region, new, m):
     "Let `region` have `m` tokens, the last of them `new`."
-    region.resize(max(m, self.held))   # slots behind the end may be in use already (see restore)
-    self._table(region)[:, :, m-new.shape[2]:m] = new
+    region.resize(max(m, self.held))  # slots behind the end may be in use already (see restore)
+    self._table(region)[:, :, m - new.shape[2] : m] = new
+
 
 @patch
-def append(self:SimpleVAttention,
-           k:torch.Tensor,  # (batch, heads, q, width)
-           v:torch.Tensor,  # the same of values
-          )->tuple:         # all keys and all values, as views
+def append(
+    self: SimpleVAttention,
+    k: torch.Tensor,  # (batch, heads, q, width)
+    v: torch.Tensor,  # the same of values
+) -> tuple:  # all keys and all values, as views
     "Write `q` tokens at the end, in place. Raises where shape, type or room do not fit."
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad): raise RuntimeError('the slab cache is for inference: call the model under torch.no_grad()')
-    m = self.n+k.shape[2]
-    self._check(k, self.k); self._check(v, self.v)
-    for r, new in (self.k, k), (self.v, v): self._write(r, new, m)
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        raise RuntimeError("the slab cache is for inference: call the model under torch.no_grad()")
+    m = self.n + k.shape[2]
+    self._check(k, self.k)
+    self._check(v, self.v)
+    for r, new in (self.k, k), (self.v, v):
+        self._write(r, new, m)
     self.n, self.peak = m, max(self.peak, m)
     return self.keys, self.values
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #a6ec3e5c
 @patch
-def _check(self:SimpleVAttention, t, region):
+def _check(self: SimpleVAttention, t, region):
     "Refuse what would be broadcast or cast without a word."
-    if region.closed: raise RuntimeError('this KV memory is closed')
+    if region.closed:
+        raise RuntimeError("this KV memory is closed")
     want = (self.batch, self.num_heads, region.data.shape[-1])
     if (*t.shape[:2], t.shape[-1]) != want or t.dtype != region.data.dtype:
-        raise ValueError(f'slab of (batch, heads, width) {want} and {region.data.dtype} cannot take {tuple(t.shape)} of {t.dtype}')
+        raise ValueError(
+            f"slab of (batch, heads, width) {want} and {region.data.dtype} cannot take {tuple(t.shape)} of {t.dtype}"
+        )
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #e67add50
 @patch
-def truncate(self:SimpleVAttention, n:int): # tokens to keep
+def truncate(self: SimpleVAttention, n: int):  # tokens to keep
     "Keep the first `n` tokens."
-    if not 0 <= n <= self.n: raise ValueError(f'cannot keep {n} of {self.n} tokens')
-    for r in self.regions: r.resize(n)
+    if not 0 <= n <= self.n:
+        raise ValueError(f"cannot keep {n} of {self.n} tokens")
+    for r in self.regions:
+        r.resize(n)
     self.n = n
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #c0890ff7
 @patch
-def select(self:SimpleVAttention, idx:torch.Tensor): # old sequence for each new one
+def select(self: SimpleVAttention, idx: torch.Tensor):  # old sequence for each new one
     "Let sequence `i` be what sequence `idx[i]` was."
-    idx = torch.arange(self.batch, device=self.k.data.device)[idx.to(self.k.data.device)]  # also takes a mask or negative numbers
-    if len(idx) != self.batch: return self._rebuild(idx)
+    idx = torch.arange(self.batch, device=self.k.data.device)[
+        idx.to(self.k.data.device)
+    ]  # also takes a mask or negative numbers
+    if len(idx) != self.batch:
+        return self._rebuild(idx)
     new = (idx != torch.arange(self.batch, device=idx.device)).nonzero().flatten()
     for r in self.regions if len(new) else ():
-        t = self._table(r)[:, :, :self.n]
+        t = self._table(r)[:, :, : self.n]
         t[new] = t[idx[new]]
 
+
 @patch
-def _rebuild(self:SimpleVAttention, idx):
+def _rebuild(self: SimpleVAttention, idx):
     "`select` for another number of sequences: new regions, and the old ones given back."
     fresh = []
     for r in self.regions:
-        new = type(r)(len(idx)*self.num_heads, *r.args[1:])
-        new.resize(self.n); new.data[:, :self.n] = self._table(r)[:, :, :self.n].index_select(0, idx).flatten(0, 1)
-        r.close(); fresh.append(new)
+        new = type(r)(len(idx) * self.num_heads, *r.args[1:])
+        new.resize(self.n)
+        new.data[:, : self.n] = self._table(r)[:, :, : self.n].index_select(0, idx).flatten(0, 1)
+        r.close()
+        fresh.append(new)
     self.regions, self.batch = fresh, len(idx)
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #eac54197
 @patch
-def close(self:SimpleVAttention):
+def close(self: SimpleVAttention):
     "Give all memory back."
-    for r in self.regions: r.close()
+    for r in self.regions:
+        r.close()
     self.n = 0
 
+
 @patch(as_prop=True)
-def token_bytes(self:SimpleVAttention)->int: return self.batch*self.num_heads*sum(r.args[2]*r.args[3].itemsize for r in self.regions)
+def token_bytes(self: SimpleVAttention) -> int:
+    return self.batch * self.num_heads * sum(r.args[2] * r.args[3].itemsize for r in self.regions)
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #4f2415fe
 @patch(as_prop=True)
-def live(self:SimpleVAttention)->int: return self.n*self.token_bytes
+def live(self: SimpleVAttention) -> int:
+    return self.n * self.token_bytes
+
 
 @patch(as_prop=True)
-def reserved(self:SimpleVAttention)->int: return sum(r.reserved for r in self.regions)
+def reserved(self: SimpleVAttention) -> int:
+    return sum(r.reserved for r in self.regions)
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #21cc1aff
-def slabs_resident(slabs)->int|None: # bytes; None where the platform does not tell
+def slabs_resident(slabs) -> int | None:  # bytes; None where the platform does not tell
     "Physical bytes of `slabs`, as the operating system counts them."
     rs = [r for s in slabs for r in s.regions if not r.closed]
-    for r in rs: r.settle()
-    paged = [r.address for r in rs if r.backend.startswith('mmap')]
-    other = [r.resident() for r in rs if not r.backend.startswith('mmap')]
-    return None if None in other else (anonymous_bytes(paged) if paged else 0)+sum(other)
+    for r in rs:
+        r.settle()
+    paged = [r.address for r in rs if r.backend.startswith("mmap")]
+    other = [r.resident() for r in rs if not r.backend.startswith("mmap")]
+    return None if None in other else (anonymous_bytes(paged) if paged else 0) + sum(other)
+
 
 @patch
-def resident(self:SimpleVAttention)->int|None: return slabs_resident([self])
+def resident(self: SimpleVAttention) -> int | None:
+    return slabs_resident([self])
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #2503cf3d
 class SlabLayer(CacheLayerMixin):
     "A full-attention layer on a slab, made at the first update."
+
     is_sliding, is_croppable, is_compileable, slab_type = False, True, False, SimpleVAttention
-    def __init__(self, max_seq_len:int, max_batch_size:int|None=None, page_tokens:int=0, populate:bool=True):
-        self.max_seq_len, self.max_batch_size, self.kw = max_seq_len, max_batch_size, dict(page_tokens=page_tokens, populate=populate)
+
+    def __init__(
+        self, max_seq_len: int, max_batch_size: int | None = None, page_tokens: int = 0, populate: bool = True
+    ):
+        self.max_seq_len, self.max_batch_size, self.kw = (
+            max_seq_len,
+            max_batch_size,
+            dict(page_tokens=page_tokens, populate=populate),
+        )
         self.slab, self.closed, self.peak = None, False, 0
+
     is_initialized = property(lambda self: self.slab is not None)
     keys = property(lambda self: self.slab and self.slab.keys)
     values = property(lambda self: self.slab and self.slab.values)
+
     def lazy_initialization(self, key_states, value_states):
-        if self.closed: raise RuntimeError('this KV cache is closed; make a new one')
+        if self.closed:
+            raise RuntimeError("this KV cache is closed; make a new one")
         B, H, _, D = key_states.shape
         self._room(B)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.slab = self.slab_type(H, D, B, self.max_seq_len, self.dtype, self.device, value_states.shape[-1], **self.kw)
+        self.slab = self.slab_type(
+            H, D, B, self.max_seq_len, self.dtype, self.device, value_states.shape[-1], **self.kw
+        )
+
     def update(self, key_states, value_states, *args, **kwargs):
-        if self.slab is None: self.lazy_initialization(key_states, value_states)
+        if self.slab is None:
+            self.lazy_initialization(key_states, value_states)
         res = self.slab.append(key_states, value_states)
         self.peak = max(self.peak, self.slab.live)
         return res
-    def get_seq_length(self): return self.slab.n if self.slab else 0
-    def get_mask_sizes(self, query_length): return self.get_seq_length()+query_length, 0
-    def get_max_length(self): return self.max_seq_len
+
+    def get_seq_length(self):
+        return self.slab.n if self.slab else 0
+
+    def get_mask_sizes(self, query_length):
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self):
+        return self.max_seq_len
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #90a1a9e4
 @patch
-def crop(self:SlabLayer, tokens_to_remove:int): # 0 or negative
+def crop(self: SlabLayer, tokens_to_remove: int):  # 0 or negative
     "Remove that many tokens from the end."
-    if tokens_to_remove > 0: raise ValueError(f'crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}')
-    if self.slab and tokens_to_remove: self.slab.truncate(max(self.slab.n+tokens_to_remove, 0))
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+    if self.slab and tokens_to_remove:
+        self.slab.truncate(max(self.slab.n + tokens_to_remove, 0))
+
 
 @patch
-def reset(self:SlabLayer):
-    if self.slab: self.slab.close()
+def reset(self: SlabLayer):
+    if self.slab:
+        self.slab.close()
     self.slab = None
 
+
 @patch
-def close(self:SlabLayer):
+def close(self: SlabLayer):
     "Give everything back, for good."
-    self.reset(); self.closed = True
+    self.reset()
+    self.closed = True
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #5b1a978b
 @patch
-def _room(self:SlabLayer, batch):
+def _room(self: SlabLayer, batch):
     "Refuse more sequences than were planned for."
     if self.max_batch_size and batch > self.max_batch_size:
-        raise ValueError(f'{batch} sequences (beams and repeats included), but the cache was made for max_batch_size={self.max_batch_size}')
+        raise ValueError(
+            f"{batch} sequences (beams and repeats included), but the cache was made for max_batch_size={self.max_batch_size}"
+        )
+
 
 @patch
-def reorder_cache(self:SlabLayer, beam_idx:torch.Tensor):
-    if self.slab: self.slab.select(beam_idx)
+def reorder_cache(self: SlabLayer, beam_idx: torch.Tensor):
+    if self.slab:
+        self.slab.select(beam_idx)
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #ba98cc52
 @patch
-def batch_select_indices(self:SlabLayer, indices:torch.Tensor):
-    if self.slab: self.slab.select(indices)
+def batch_select_indices(self: SlabLayer, indices: torch.Tensor):
+    if self.slab:
+        self.slab.select(indices)
+
 
 @patch
-def batch_repeat_interleave(self:SlabLayer, repeats:int):
-    if not self.slab: return
-    self._room(self.slab.batch*repeats)
+def batch_repeat_interleave(self: SlabLayer, repeats: int):
+    if not self.slab:
+        return
+    self._room(self.slab.batch * repeats)
     self.slab.select(torch.arange(self.slab.batch).repeat_interleave(repeats))
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #d6b10435
 def _check_limits(**kw):
     "Refuse what is no number of tokens or sequences, now and not at the first token."
     for k, v in kw.items():
-        low = k != 'page_tokens'
-        if type(v) is not int or v < low: raise ValueError(f'{k} must be a whole number of at least {low:d}, not {v!r}')
+        low = k != "page_tokens"
+        if type(v) is not int or v < low:
+            raise ValueError(f"{k} must be a whole number of at least {low:d}, not {v!r}")
+
 
 class SlabCache(Cache):
     "A `past_key_values` whose full-attention layers lie in demand-paged slabs."
-    def __init__(self,
-                 config,                       # of the model
-                 max_seq_len:int|None=None,    # addresses to reserve for each sequence; the model's positions by default
-                 max_batch_size:int|None=None, # refuse larger batches; no limit by default
-                 page_tokens:int=0, populate:bool=True):
+
+    def __init__(
+        self,
+        config,  # of the model
+        max_seq_len: int | None = None,  # addresses to reserve for each sequence; the model's positions by default
+        max_batch_size: int | None = None,  # refuse larger batches; no limit by default
+        page_tokens: int = 0,
+        populate: bool = True,
+    ):
         config = config.get_text_config(decoder=True)
         n = max_positions(config, 131_072) if max_seq_len is None else max_seq_len
         _check_limits(max_seq_len=n, max_batch_size=max_batch_size or 1, page_tokens=page_tokens)
-        make = lambda kind, kw: SlabLayer(n, max_batch_size, page_tokens, populate) if kind == 'full_attention' else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
+
+        def make(kind, kw):
+            return (
+                SlabLayer(n, max_batch_size, page_tokens, populate)
+                if kind == "full_attention"
+                else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
+            )
+
         super().__init__(layers=[make(*a) for a in zip(*get_layer_types_and_kwargs(config))])
-        if not self.slab_layers: warnings.warn('this model has no full-attention layers: its cache is the stock one, without slabs')
+        if not self.slab_layers:
+            warnings.warn("this model has no full-attention layers: its cache is the stock one, without slabs")
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #684da322
 @patch(as_prop=True)
-def slab_layers(self:SlabCache)->list: return [l for l in self.layers if isinstance(l, SlabLayer)]
+def slab_layers(self: SlabCache) -> list:
+    return [l for l in self.layers if isinstance(l, SlabLayer)]
+
 
 @patch(as_prop=True)
-def slabs(self:SlabCache)->list: return [l.slab for l in self.slab_layers if l.slab]
+def slabs(self: SlabCache) -> list:
+    return [l.slab for l in self.slab_layers if l.slab]
+
 
 @patch(as_prop=True)
-def peak(self:SlabCache)->int: return sum(l.peak for l in self.slab_layers) # most live bytes so far; slabs only grow together
+def peak(self: SlabCache) -> int:
+    return sum(l.peak for l in self.slab_layers)  # most live bytes so far; slabs only grow together
+
 
 @patch
-def close(self:SlabCache):
+def close(self: SlabCache):
     "Give all memory back; the cache cannot be used any more. (Dropping the last reference does it, too.)"
-    for l in self.layers: getattr(l, 'close', l.reset)()
+    for l in self.layers:
+        getattr(l, "close", l.reset)()
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #eec744ce
 class KVBytes(SimpleNamespace):
     "`live` and `reserved` bytes, and `resident`, which is measured when it is first read."
+
     def __getattr__(self, name):
-        if name != 'resident': raise AttributeError(name)
+        if name != "resident":
+            raise AttributeError(name)
         self.resident = self._measure()
         return self.resident
-    def __repr__(self): return f'KVBytes(live={self.live:,}, reserved={self.reserved:,}, resident={self.resident})'
+
+    def __repr__(self):
+        return f"KVBytes(live={self.live:,}, reserved={self.reserved:,}, resident={self.resident})"
+
 
 @patch
-def kv_bytes(self:SlabCache)->KVBytes: # `live`, `reserved` and `resident` bytes
+def kv_bytes(self: SlabCache) -> KVBytes:  # `live`, `reserved` and `resident` bytes
     "Bytes of all layers; of the stock ones, `resident` are the bytes of their buffers."
-    stock, slabs = kv_bytes(SimpleNamespace(layers=[l for l in self.layers if not isinstance(l, SlabLayer)])), self.slabs
+    stock, slabs = (
+        kv_bytes(SimpleNamespace(layers=[l for l in self.layers if not isinstance(l, SlabLayer)])),
+        self.slabs,
+    )
+
     def measure():
         r = slabs_resident(slabs)
-        return None if r is None else r+stock.reserved
-    return KVBytes(live=stock.live+sum(s.live for s in slabs), reserved=stock.reserved+sum(s.reserved for s in slabs), _measure=measure)
+        return None if r is None else r + stock.reserved
+
+    return KVBytes(
+        live=stock.live + sum(s.live for s in slabs),
+        reserved=stock.reserved + sum(s.reserved for s in slabs),
+        _measure=measure,
+    )
 
 # %% ../../nbs/04_kv_cache/01_slab_cache.ipynb #1363e4ae
-_stock_layer = DYNAMIC_LAYER_TYPE_MAPPING['full_attention']
+_stock_layer = DYNAMIC_LAYER_TYPE_MAPPING["full_attention"]
 
-def install(max_seq_len:int=131_072, # addresses to reserve for each sequence
-            **kw):                   # `max_batch_size`, `page_tokens` and `populate`, see `SlabCache`
+
+def install(
+    max_seq_len: int = 131_072,  # addresses to reserve for each sequence
+    **kw,
+):  # `max_batch_size`, `page_tokens` and `populate`, see `SlabCache`
     "Let every `DynamicCache` that `generate` or a model makes have slabs, until `uninstall`."
-    _check_limits(max_seq_len=max_seq_len, **{k: v for k, v in kw.items() if k == 'page_tokens' or k == 'max_batch_size' and v is not None})
-    SlabLayer(max_seq_len, **kw)     # an unknown name is refused here, not in the middle of a model
-    DYNAMIC_LAYER_TYPE_MAPPING['full_attention'] = functools.partial(SlabLayer, max_seq_len, **kw)
+    _check_limits(
+        max_seq_len=max_seq_len,
+        **{k: v for k, v in kw.items() if k == "page_tokens" or k == "max_batch_size" and v is not None},
+    )
+    SlabLayer(max_seq_len, **kw)  # an unknown name is refused here, not in the middle of a model
+    DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] = functools.partial(SlabLayer, max_seq_len, **kw)
+
 
 def uninstall():
     "Caches are the stock ones again."
-    DYNAMIC_LAYER_TYPE_MAPPING['full_attention'] = _stock_layer
+    DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] = _stock_layer
+
 
 @contextmanager
-def installed(**kw): # see `install`
+def installed(**kw):  # see `install`
     "`install` inside the block; afterwards all is as it was before."
-    old = DYNAMIC_LAYER_TYPE_MAPPING['full_attention']
+    old = DYNAMIC_LAYER_TYPE_MAPPING["full_attention"]
     install(**kw)
-    try: yield
-    finally: DYNAMIC_LAYER_TYPE_MAPPING['full_attention'] = old
-
+    try:
+        yield
+    finally:
+        DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] = old

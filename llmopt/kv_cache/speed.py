@@ -7,28 +7,42 @@ __all__ = ['bench_model', 'packed_twin', 'step_bytes', 'benchmark_decode', 'benc
            'benchmark_eviction', 'benchmark_prefill']
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #dbe0d3b3
-import copy, math, statistics
+import copy
+import math
+import statistics
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from ..core import fill, interleaved, reader, spread, threads
 from .attention import PACKED
-from .eviction import Eviction, EvictingCache
+from .eviction import EvictingCache, Eviction
 from .memory import PAGE
 from .slab import SimpleVAttention, SlabCache
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #452260ec
 def bench_model(layers=6, hidden=1024, heads=16, kv_heads=8, head_size=64, positions=2**16, dtype=torch.float32):
     "A Llama with random weights."
-    cfg = LlamaConfig(vocab_size=1024, hidden_size=hidden, intermediate_size=int(2.75*hidden), num_hidden_layers=layers, num_attention_heads=heads,
-                      num_key_value_heads=kv_heads, head_dim=head_size, max_position_embeddings=positions)
+    cfg = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=int(2.75 * hidden),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_size,
+        max_position_embeddings=positions,
+    )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation='sdpa').eval()
+    return AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation="sdpa").eval()
+
 
 def packed_twin(model):
     "A second model on the same weights, with packed attention, so that nothing is switched between timed steps."
-    with torch.device('meta'): twin = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype, attn_implementation=PACKED)
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), dtype=model.dtype, attn_implementation=PACKED
+        )
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.model.rotary_emb = model.model.rotary_emb
     return twin.eval()
@@ -36,96 +50,200 @@ def packed_twin(model):
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #532d354f
 def step_bytes(model, cache_bytes):
     "Bytes that one decoding step must read."
-    emb = model.get_input_embeddings().weight.nbytes      # of which it reads one row
-    return sum(p.nbytes for p in model.parameters())-emb+cache_bytes
+    emb = model.get_input_embeddings().weight.nbytes  # of which it reads one row
+    return sum(p.nbytes for p in model.parameters()) - emb + cache_bytes
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #685f69dc
 @torch.inference_mode()
-def benchmark_decode(context:int=8192,        # tokens in the cache
-                     dtype:str='float32',
-                     rounds:int=9,            # timed steps of each cache
-                     n_threads:int=1,
-                     **shape                  # see `bench_model`
-                    )->dict:
+def benchmark_decode(
+    context: int = 8192,  # tokens in the cache
+    dtype: str = "float32",
+    rounds: int = 9,  # timed steps of each cache
+    n_threads: int = 1,
+    **shape,  # see `bench_model`
+) -> dict:
     "Time one-token steps of stock caches and slab in turn; milliseconds, ratios of the same round, and the byte bound."
     dt = getattr(torch, dtype)
     model = bench_model(dtype=dt, **shape)
     c, tok, models = model.config, torch.tensor([[7]]), dict(slab_packed=packed_twin(model))
-    caches = dict(dynamic_sdpa=DynamicCache(config=c), static_sdpa=StaticCache(config=c, max_cache_len=context+rounds+1),
-                  slab_packed=SlabCache(c, context+rounds+1))
-    for cache in caches.values(): fill(cache, c, context, dt)
-    kv, read = caches['slab_packed'].kv_bytes().live, reader()
-    def step(name): return models.get(name, model)(tok, past_key_values=caches[name]).logits
-    with threads(n_threads): times = interleaved({k: lambda k=k: step(k) for k in caches} | dict(read=read), rounds)
-    return _report(times, step_bytes(model, kv), kv, dict(context=context, dtype=dtype, rounds=rounds, n_threads=n_threads, **shape))
+    caches = dict(
+        dynamic_sdpa=DynamicCache(config=c),
+        static_sdpa=StaticCache(config=c, max_cache_len=context + rounds + 1),
+        slab_packed=SlabCache(c, context + rounds + 1),
+    )
+    for cache in caches.values():
+        fill(cache, c, context, dt)
+    kv, read = caches["slab_packed"].kv_bytes().live, reader()
+
+    def step(name):
+        return models.get(name, model)(tok, past_key_values=caches[name]).logits
+
+    with threads(n_threads):
+        times = interleaved({k: lambda k=k: step(k) for k in caches} | dict(read=read), rounds)
+    return _report(
+        times,
+        step_bytes(model, kv),
+        kv,
+        dict(context=context, dtype=dtype, rounds=rounds, n_threads=n_threads, **shape),
+    )
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #e61eaf91
 def _report(times, nbytes, kv, config):
     "Medians, ratios of the same round, and the share of the bound that was reached."
-    read = 2**28/statistics.median(times.pop('read'))
-    bound = 1000*nbytes/read
-    ratio = lambda a, b: statistics.median(x/y for x, y in zip(times[a], times[b]))
-    arms = {k: {**spread(ts), 'share_of_bound': bound/spread(ts)['median_ms']} for k, ts in times.items()}
-    return dict(config=config, arms=arms, slab_vs_dynamic=ratio('dynamic_sdpa', 'slab_packed'), slab_time_vs_static=ratio('slab_packed', 'static_sdpa'),
-                bytes_per_step=nbytes, kv_bytes=kv, read_gb_per_s=read/1e9, bound_ms=bound)
+    read = 2**28 / statistics.median(times.pop("read"))
+    bound = 1000 * nbytes / read
+
+    def ratio(a, b):
+        return statistics.median(x / y for x, y in zip(times[a], times[b]))
+
+    arms = {k: {**spread(ts), "share_of_bound": bound / spread(ts)["median_ms"]} for k, ts in times.items()}
+    return dict(
+        config=config,
+        arms=arms,
+        slab_vs_dynamic=ratio("dynamic_sdpa", "slab_packed"),
+        slab_time_vs_static=ratio("slab_packed", "static_sdpa"),
+        bytes_per_step=nbytes,
+        kv_bytes=kv,
+        read_gb_per_s=read / 1e9,
+        bound_ms=bound,
+    )
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #ac5f84e0
 @torch.inference_mode()
-def benchmark_append(contexts=(1024, 4096, 16384, 32768), dtype:str='float32', rounds:int=50, kv_heads:int=8, head_size:int=64)->dict: # `cat` and `slab`: context -> times
+def benchmark_append(
+    contexts=(1024, 4096, 16384, 32768),
+    dtype: str = "float32",
+    rounds: int = 50,
+    kv_heads: int = 8,
+    head_size: int = 64,
+) -> dict:  # `cat` and `slab`: context -> times
     "Time the append of one token to one layer."
     dt = getattr(torch, dtype)
-    new, old = torch.randn(1, kv_heads, 1, head_size).to(dt), {n: torch.randn(1, kv_heads, n, head_size).to(dt) for n in contexts}
-    slabs = {n: SimpleVAttention(kv_heads, head_size, 1, n+rounds+1, dt) for n in contexts}
-    for n, s in slabs.items(): s.append(old[n], old[n])
-    arms = dict(slab={n: lambda s=s: s.append(new, new) for n, s in slabs.items()},
-                cat={n: lambda t=t: [torch.cat([t, new], 2) for _ in 'kv'] for n, t in old.items()})
-    with threads(1): return {k: {n: spread(ts) for n, ts in interleaved(fs, rounds).items()} for k, fs in arms.items()}
+    new, old = (
+        torch.randn(1, kv_heads, 1, head_size).to(dt),
+        {n: torch.randn(1, kv_heads, n, head_size).to(dt) for n in contexts},
+    )
+    slabs = {n: SimpleVAttention(kv_heads, head_size, 1, n + rounds + 1, dt) for n in contexts}
+    for n, s in slabs.items():
+        s.append(old[n], old[n])
+    arms = dict(
+        slab={n: lambda s=s: s.append(new, new) for n, s in slabs.items()},
+        cat={n: lambda t=t: [torch.cat([t, new], 2) for _ in "kv"] for n, t in old.items()},
+    )
+    with threads(1):
+        return {k: {n: spread(ts) for n, ts in interleaved(fs, rounds).items()} for k, fs in arms.items()}
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #41791b28
 def cut_at_random(cache, n, seed=0):
     "Keep `n` random tokens in every row; the share of the predicted bytes that the system really got back, None if it does not tell."
     gen, before = torch.Generator().manual_seed(seed), cache.kv_bytes().resident
-    pages = lambda: sum(s.batch*s.num_heads*math.ceil(s.n*r.args[2]*r.args[3].itemsize/PAGE)*PAGE for s in cache.slabs for r in (s.k, s.v))
+
+    def pages():
+        return sum(
+            s.batch * s.num_heads * math.ceil(s.n * r.args[2] * r.args[3].itemsize / PAGE) * PAGE
+            for s in cache.slabs
+            for r in (s.k, s.v)
+        )
+
     free = pages()
-    for s in cache.slabs: s.keep(torch.rand(s.batch, s.num_heads, s.n, generator=gen).argsort(-1) < n)
+    for s in cache.slabs:
+        s.keep(torch.rand(s.batch, s.num_heads, s.n, generator=gen).argsort(-1) < n)
     free -= pages()
-    return None if before is None else (before-cache.kv_bytes().resident)/free
+    return None if before is None else (before - cache.kv_bytes().resident) / free
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #7945d2bb
 @torch.inference_mode()
-def benchmark_eviction(context:int=8192, # tokens seen
-                       part:int=8,       # one in so many is kept
-                       dtype:str='float32', rounds:int=9, n_threads:int=1,
-                       **shape           # see `bench_model`
-                      )->list: # rows
+def benchmark_eviction(
+    context: int = 8192,  # tokens seen
+    part: int = 8,  # one in so many is kept
+    dtype: str = "float32",
+    rounds: int = 9,
+    n_threads: int = 1,
+    **shape,  # see `bench_model`
+) -> list:  # rows
     "Time one-token steps of `DynamicCache`, of a cache cut to a part, and of one that also evicts at every step, in turn."
-    dt, n = getattr(torch, dtype), context//part
+    dt, n = getattr(torch, dtype), context // part
     model = bench_model(dtype=dt, **shape)
     c, twin, tok = model.config, packed_twin(model), torch.tensor([[7]])
-    new = lambda **kw: EvictingCache(c, Eviction(**kw), max_seq_len=context+rounds+1)
-    caches = dict(dynamic_sdpa=DynamicCache(config=c), evicted=new(budget=context), evicted_each_step=new(budget=n, slack=0, unit=1))
-    for k, cache in caches.items(): fill(cache, c, n if k == 'evicted_each_step' else context, dt)
-    returned = cut_at_random(caches['evicted'], n)
-    step = lambda k: (model if k == 'dynamic_sdpa' else twin)(tok, past_key_values=caches[k]).logits
-    with threads(n_threads): times = interleaved({k: lambda k=k: step(k) for k in caches}, rounds)
-    if caches['evicted_each_step'].evictor.rounds != rounds+1: raise RuntimeError('the contender that evicts at each step did not')
-    faster = lambda k: statistics.median(a/b for a, b in zip(times['dynamic_sdpa'], times[k]))
-    return [dict(what='decode', arm=k, dtype=dtype, context=context, held=n if k != 'dynamic_sdpa' else context, rounds=rounds, **spread(ts), faster=faster(k),
-                 returned=returned if k == 'evicted' else None) for k, ts in times.items()]
+
+    def new(**kw):
+        return EvictingCache(c, Eviction(**kw), max_seq_len=context + rounds + 1)
+
+    caches = dict(
+        dynamic_sdpa=DynamicCache(config=c),
+        evicted=new(budget=context),
+        evicted_each_step=new(budget=n, slack=0, unit=1),
+    )
+    for k, cache in caches.items():
+        fill(cache, c, n if k == "evicted_each_step" else context, dt)
+    returned = cut_at_random(caches["evicted"], n)
+
+    def step(k):
+        return (model if k == "dynamic_sdpa" else twin)(tok, past_key_values=caches[k]).logits
+
+    with threads(n_threads):
+        times = interleaved({k: lambda k=k: step(k) for k in caches}, rounds)
+    if caches["evicted_each_step"].evictor.rounds != rounds + 1:
+        raise RuntimeError("the contender that evicts at each step did not")
+
+    def faster(k):
+        return statistics.median(a / b for a, b in zip(times["dynamic_sdpa"], times[k]))
+
+    return [
+        dict(
+            what="decode",
+            arm=k,
+            dtype=dtype,
+            context=context,
+            held=n if k != "dynamic_sdpa" else context,
+            rounds=rounds,
+            **spread(ts),
+            faster=faster(k),
+            returned=returned if k == "evicted" else None,
+        )
+        for k, ts in times.items()
+    ]
 
 # %% ../../nbs/04_kv_cache/04_speed.ipynb #6497d2aa
 @torch.inference_mode()
-def benchmark_prefill(context:int=4096, budget:int|str='12.5%', policies=('cake', 'snapkv', 'h2o'), dtype:str='float32', rounds:int=3, n_threads:int=1,
-                      **shape  # see `bench_model`
-                     )->list:  # rows
+def benchmark_prefill(
+    context: int = 4096,
+    budget: int | str = "12.5%",
+    policies=("cake", "snapkv", "h2o"),
+    dtype: str = "float32",
+    rounds: int = 3,
+    n_threads: int = 1,
+    **shape,  # see `bench_model`
+) -> list:  # rows
     "Time the reading of a prompt without a budget and under one, in turn."
     model = packed_twin(bench_model(dtype=getattr(torch, dtype), **shape))
     ids, caches = torch.randint(0, 1024, (1, context), generator=torch.Generator().manual_seed(0)), {}
-    make = dict(no_budget=lambda: SlabCache(model.config)) | {p: lambda p=p: EvictingCache(model.config, Eviction(budget, p)) for p in policies}
+    make = dict(no_budget=lambda: SlabCache(model.config)) | {
+        p: lambda p=p: EvictingCache(model.config, Eviction(budget, p)) for p in policies
+    }
+
     def read(k):
         caches[k] = make[k]()
         model(ids, past_key_values=caches[k], logits_to_keep=1)
-    with threads(n_threads): times = interleaved({k: lambda k=k: read(k) for k in make}, rounds)
-    overhead = lambda k: statistics.median(a/b for a, b in zip(times[k], times['no_budget']))-1
-    return [dict(what='prefill', arm=k, dtype=dtype, context=context, budget=budget if k in policies else None, rounds=rounds, **spread(ts), overhead=overhead(k),
-                 peak=caches[k].peak/caches['no_budget'].peak, live=caches[k].kv_bytes().live/caches['no_budget'].kv_bytes().live) for k, ts in times.items()]
+
+    with threads(n_threads):
+        times = interleaved({k: lambda k=k: read(k) for k in make}, rounds)
+
+    def overhead(k):
+        return statistics.median(a / b for a, b in zip(times[k], times["no_budget"])) - 1
+
+    return [
+        dict(
+            what="prefill",
+            arm=k,
+            dtype=dtype,
+            context=context,
+            budget=budget if k in policies else None,
+            rounds=rounds,
+            **spread(ts),
+            overhead=overhead(k),
+            peak=caches[k].peak / caches["no_budget"].peak,
+            live=caches[k].kv_bytes().live / caches["no_budget"].kv_bytes().live,
+        )
+        for k, ts in times.items()
+    ]

@@ -9,286 +9,517 @@
 `DIR` of `--sources` is a folder with `corpora/` and `wikitext2/` (see the model card for names and licences).
 The notebook `llmopt_tiny.ipynb` explains each step.
 """
-import argparse, hashlib, json, math, random, re, textwrap, time
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import re
+import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import reading_tasks
+import torch
 import torch.nn.functional as F
 
-import reading_tasks
-
 HERE = Path(__file__).resolve().parent
-CORPUS = HERE.parents[1]/'data'/'corpus'                  # the questions, answers and paragraphs we wrote ourselves
-EOT, USER, ASSISTANT, END, SYSTEM, PAD = SPECIALS = ['<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', '<|system|>', '<|pad|>']
-TEMPLATE = ("{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\n' + m['content'] | trim + '<|end|>' + '\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% endif %}")
+CORPUS = HERE.parents[1] / "data" / "corpus"  # the questions, answers and paragraphs we wrote ourselves
+EOT, USER, ASSISTANT, END, SYSTEM, PAD = SPECIALS = [
+    "<|endoftext|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|system|>",
+    "<|pad|>",
+]
+TEMPLATE = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\n' + m['content'] | trim + '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% endif %}"
+)
 VOCAB, CONTEXT = 4096, 1024
-CONFIG = dict(hidden_size=256, num_hidden_layers=6, intermediate_size=704, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-              vocab_size=VOCAB, max_position_embeddings=CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5, initializer_range=0.02)
+CONFIG = dict(
+    hidden_size=256,
+    num_hidden_layers=6,
+    intermediate_size=704,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    vocab_size=VOCAB,
+    max_position_embeddings=CONTEXT,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-5,
+    initializer_range=0.02,
+)
+
 
 # ------------------------------------------------------------------------------------------------ data
 def chat(turns):
     "One conversation as the chat template writes it (without the leading document mark)."
-    return ''.join(f"<|{t['role']}|>\n{t['content'].strip()}{END}\n" for t in turns)
+    return "".join(f"<|{t['role']}|>\n{t['content'].strip()}{END}\n" for t in turns)
 
-def qa(question, answer): return chat([dict(role='user', content=question), dict(role='assistant', content=answer)])
 
-def key(text): return re.sub(r'\W+', ' ', text.lower()).strip()
+def qa(question, answer):
+    return chat([dict(role="user", content=question), dict(role="assistant", content=answer)])
+
+
+def key(text):
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
 
 def held_out(text, percent=4):
     "A fixed share of the documents, chosen by hash, is never trained on."
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100 < percent
 
+
 def clean(text):
     "Typographic quotes and spaces to ASCII, unwrapped lines inside paragraphs, no runs of blanks."
-    for a, b in {'\u2018': "'", '\u2019': "'", '\u201c': '"', '\u201d': '"', '\u2014': ' - ', '\u2013': '-', '\u2026': '...', '\u00a0': ' ', '\r': ''}.items():
+    for a, b in {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2014": " - ",
+        "\u2013": "-",
+        "\u2026": "...",
+        "\u00a0": " ",
+        "\r": "",
+    }.items():
         text = text.replace(a, b)
-    return re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+', ' ', text)).strip()
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+", " ", text)).strip()
+
 
 def pieces(text, size=6000):
     "Whole paragraphs packed into documents of about `size` characters."
-    out, cur = [], ''
-    for p in re.split(r'\n\s*\n' if '\n\n' in text[:size] else r'\n', text):
-        if len(cur) + len(p) > size and cur: out, cur = out + [cur.strip()], ''
-        cur += p + '\n\n'
+    out, cur = [], ""
+    for p in re.split(r"\n\s*\n" if "\n\n" in text[:size] else r"\n", text):
+        if len(cur) + len(p) > size and cur:
+            out, cur = out + [cur.strip()], ""
+        cur += p + "\n\n"
     return out + [cur.strip()] if cur.strip() else out
 
-def unwrap(text): return re.sub(r'(?<=[a-z,;])\n(?=[a-zA-Z])', ' ', text)
+
+def unwrap(text):
+    return re.sub(r"(?<=[a-z,;])\n(?=[a-zA-Z])", " ", text)
+
 
 def first_sentences(text, limit):
     "The leading sentences of `text` up to `limit` characters, whole sentences only."
-    out = ''
-    for s in re.split(r'(?<=[.!?])\s+', text):
-        if out and len(out) + len(s) > limit: break
-        out += (' ' if out else '') + s
+    out = ""
+    for s in re.split(r"(?<=[.!?])\s+", text):
+        if out and len(out) + len(s) > limit:
+            break
+        out += (" " if out else "") + s
     return out
+
 
 def medquad(root):
     """Question and the first new sentences of its answer; sentences seen before in another answer are dropped. What remains of the answers is a
     second list, of plain text, without the rows whose question and answer are held out."""
     seen, docs, rest = set(), [], []
-    for row in map(json.loads, open(root/'medquad'/'medquad.jsonl')):
-        q = re.sub(r'\s+', ' ', row['question']).replace('What is (are)', random.Random(row['question']).choice(['What is', 'What is', 'What are'])).replace(' ?', '?')
-        ans = re.sub(r'^Key Points.*?\n', '', clean(row['answer']), flags=re.S)
+    for row in map(json.loads, open(root / "medquad" / "medquad.jsonl")):
+        q = (
+            re.sub(r"\s+", " ", row["question"])
+            .replace("What is (are)", random.Random(row["question"]).choice(["What is", "What is", "What are"]))
+            .replace(" ?", "?")
+        )
+        ans = re.sub(r"^Key Points.*?\n", "", clean(row["answer"]), flags=re.S)
         fresh = []
-        for s in re.split(r'(?<=[.!?])\s+|\n+', ans):
+        for s in re.split(r"(?<=[.!?])\s+|\n+", ans):
             k = key(s)
-            if len(k) < 12 or k in seen or not re.match(r'[A-Z0-9]', s) or not s.endswith(('.', '!', '?')): continue
-            seen.add(k); fresh.append(s)
-        a = first_sentences(' '.join(fresh), 500)
-        if len(a) <= 60: continue
+            if len(k) < 12 or k in seen or not re.match(r"[A-Z0-9]", s) or not s.endswith((".", "!", "?")):
+                continue
+            seen.add(k)
+            fresh.append(s)
+        a = first_sentences(" ".join(fresh), 500)
+        if len(a) <= 60:
+            continue
         docs.append(qa(q, a))
-        more = ' '.join(fresh)[len(a):].strip()
-        if len(more) > 200 and not held_out(docs[-1]): rest += pieces('\n\n'.join(textwrap.wrap(more, 1500, break_long_words=False)))
+        more = " ".join(fresh)[len(a) :].strip()
+        if len(more) > 200 and not held_out(docs[-1]):
+            rest += pieces("\n\n".join(textwrap.wrap(more, 1500, break_long_words=False)))
     return docs, rest
+
 
 def instructions(root):
     docs = []
-    for name, out in (('instruction-data', 'output'), ('roleplay-simple-deduped-roleplay-instruct', 'response'), ('codegen-instruct', 'response')):
-        for r in json.load(open(root/'instructions'/f'{name}.json')):
-            q = r['instruction'] + ('\n\n' + r['input'] if r.get('input') else '')
+    for name, out in (
+        ("instruction-data", "output"),
+        ("roleplay-simple-deduped-roleplay-instruct", "response"),
+        ("codegen-instruct", "response"),
+    ):
+        for r in json.load(open(root / "instructions" / f"{name}.json")):
+            q = r["instruction"] + ("\n\n" + r["input"] if r.get("input") else "")
             docs.append((name, qa(clean(q), clean(r[out]))))
     return docs
+
 
 def own(path=CORPUS):
     "Our own corpus: questions and answers, summaries, conversations (`chat`), explanatory paragraphs (`text`)."
     chats, texts = [], []
-    for f in sorted(path.glob('*.jsonl')):
+    for f in sorted(path.glob("*.jsonl")):
         for r in map(json.loads, open(f)):
-            if r['kind'] == 'paragraph': texts.append(f"{r['title']}\n\n{r['text']}")
-            elif r['kind'] == 'chat': chats.append(chat(r['turns']))
-            else: chats.append(qa(r['question'], r['answer']))
+            if r["kind"] == "paragraph":
+                texts.append(f"{r['title']}\n\n{r['text']}")
+            elif r["kind"] == "chat":
+                chats.append(chat(r["turns"]))
+            else:
+                chats.append(qa(r["question"], r["answer"]))
     return chats, texts
+
 
 def wikitext(path):
     "Articles of a WikiText file, as they are."
-    arts, cur = [], ''
+    arts, cur = [], ""
     for line in open(path):
-        if re.fullmatch(r' = [^=].*[^=] = \n', line) and cur.strip(): arts, cur = arts + [cur.strip()], ''
+        if re.fullmatch(r" = [^=].*[^=] = \n", line) and cur.strip():
+            arts, cur = arts + [cur.strip()], ""
         cur += line
     return arts + [cur.strip()]
 
+
 def gather(src):
     "Documents by source: `{name: [text]}`."
-    root, d = Path(src)/'corpora', {}
-    d['medquad'], d['medtext'] = medquad(root)
-    d['books'] = [p for r in map(json.loads, open(root/'books'/'tiny_open_domain_books.jsonl')) for p in pieces(unwrap(clean(r['text'])))]
-    d['shakespeare'] = pieces(clean((root/'books'/'tinyshakespeare.txt').read_text()))
-    d['speeches'] = [p for n in ('inaugural', 'state_union') for p in pieces(clean(re.sub(r'\n ?\n', '\n\n', (root/'speeches'/f'{n}.txt').read_text())))]
-    d['web'] = [clean(json.loads(l)['text']) for l in open(root/'web'/'c4_sample.jsonl')]
-    d['wikipedia'] = [f"{r['title']}\n\n{clean(r['text'])}" for r in map(json.loads, open(root/'wikipedia'/'nq_passages.jsonl'))]
-    d['wikitext'] = wikitext(Path(src)/'wikitext2'/'valid.raw')
-    for name, doc in instructions(root): d.setdefault({'codegen-instruct': 'code', 'instruction-data': 'tasks'}.get(name, 'roleplay'), []).append(doc)
-    d['own_qa'], d['own_text'] = own()
+    root, d = Path(src) / "corpora", {}
+    d["medquad"], d["medtext"] = medquad(root)
+    d["books"] = [
+        p
+        for r in map(json.loads, open(root / "books" / "tiny_open_domain_books.jsonl"))
+        for p in pieces(unwrap(clean(r["text"])))
+    ]
+    d["shakespeare"] = pieces(clean((root / "books" / "tinyshakespeare.txt").read_text()))
+    d["speeches"] = [
+        p
+        for n in ("inaugural", "state_union")
+        for p in pieces(clean(re.sub(r"\n ?\n", "\n\n", (root / "speeches" / f"{n}.txt").read_text())))
+    ]
+    d["web"] = [clean(json.loads(l)["text"]) for l in open(root / "web" / "c4_sample.jsonl")]
+    d["wikipedia"] = [
+        f"{r['title']}\n\n{clean(r['text'])}" for r in map(json.loads, open(root / "wikipedia" / "nq_passages.jsonl"))
+    ]
+    d["wikitext"] = wikitext(Path(src) / "wikitext2" / "valid.raw")
+    for name, doc in instructions(root):
+        d.setdefault({"codegen-instruct": "code", "instruction-data": "tasks"}.get(name, "roleplay"), []).append(doc)
+    d["own_qa"], d["own_text"] = own()
     d = {k: list(dict.fromkeys(x for x in v if len(x) > 20)) for k, v in d.items()}
     return {k: v for k, v in d.items() if v}
 
+
 def reading(docs, **kw):
     "Documents of `reading_tasks`, made from `docs`: those to train on from the training part, those to test on from what was held out."
-    texts = [x for k in ('wikipedia', 'web', 'own_text', 'medtext', 'books', 'speeches') for x in docs[k]]
-    pairs = [m.groups() for k in ('medquad', 'own_qa', 'tasks') for x in docs[k] for m in [re.fullmatch(r'<\|user\|>\n(.*)<\|end\|>\n<\|assistant\|>\n(.*)<\|end\|>\n', x, flags=re.S)] if m and '<|' not in m[1]+m[2]]
+    texts = [x for k in ("wikipedia", "web", "own_text", "medtext", "books", "speeches") for x in docs[k]]
+    pairs = [
+        m.groups()
+        for k in ("medquad", "own_qa", "tasks")
+        for x in docs[k]
+        for m in [re.fullmatch(r"<\|user\|>\n(.*)<\|end\|>\n<\|assistant\|>\n(.*)<\|end\|>\n", x, flags=re.S)]
+        if m and "<|" not in m[1] + m[2]
+    ]
     made = reading_tasks.tasks(texts, pairs, **kw)
-    return {k: [''.join(qa(q, a) for q, a in doc) for doc in docs] for k, docs in made.items()}
+    return {k: ["".join(qa(q, a) for q, a in doc) for doc in docs] for k, docs in made.items()}
 
-TASKS = 'facts', 'recall', 'extract', 'choose'
+
+TASKS = "facts", "recall", "extract", "choose"
 # how often the main phase goes through each source, relative to the others, and by how much the annealing phase leans towards some
-EPOCHS = dict(medquad=8, medtext=8, books=10, shakespeare=14, speeches=8, web=10, wikipedia=8, wikitext=14, code=12, tasks=10, roleplay=10, own_qa=8, own_text=8,
-              facts=3, recall=2, extract=4, choose=3.5)     # what `extract` and `choose` are made of is read there several times more
-ANNEAL = dict(own_qa=2, own_text=1.5, tasks=1.5, wikitext=1.3, recall=.7)
+EPOCHS = dict(
+    medquad=8,
+    medtext=8,
+    books=10,
+    shakespeare=14,
+    speeches=8,
+    web=10,
+    wikipedia=8,
+    wikitext=14,
+    code=12,
+    tasks=10,
+    roleplay=10,
+    own_qa=8,
+    own_text=8,
+    facts=3,
+    recall=2,
+    extract=4,
+    choose=3.5,
+)  # what `extract` and `choose` are made of is read there several times more
+ANNEAL = dict(own_qa=2, own_text=1.5, tasks=1.5, wikitext=1.3, recall=0.7)
+
 
 def train_tokenizer(docs):
     "Byte-level BPE; each source gives at most 3 MB, so that no single one decides the merges."
-    from tokenizers import Tokenizer, models, trainers, pre_tokenizers, decoders
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+
     def text():
         for name, ds in docs.items():
             n = 0
-            for x in ds*(3 if name.startswith('own') else 1):
-                if n > 3e6: break
-                n += len(x); yield re.sub('|'.join(map(re.escape, SPECIALS)), '', x)
-    tok.train_from_iterator(text(), trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=EOT, eos_token=END, pad_token=PAD, model_max_length=CONTEXT, clean_up_tokenization_spaces=False)
+            for x in ds * (3 if name.startswith("own") else 1):
+                if n > 3e6:
+                    break
+                n += len(x)
+                yield re.sub("|".join(map(re.escape, SPECIALS)), "", x)
+
+    tok.train_from_iterator(
+        text(),
+        trainers.BpeTrainer(
+            vocab_size=VOCAB,
+            special_tokens=SPECIALS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token=EOT,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = TEMPLATE
     return fast
+
 
 def make_data(src, work):
     "Documents, split by hash into training and held-out, as one array of token ids a source."
     from transformers import AutoTokenizer
-    work = Path(work); work.mkdir(parents=True, exist_ok=True)
+
+    work = Path(work)
+    work.mkdir(parents=True, exist_ok=True)
     docs = gather(src)
     train = {k: [x for x in v if not held_out(x)] for k, v in docs.items()}
     test = {k: [x for x in v if held_out(x)] for k, v in docs.items()}
-    test |= reading(test, n=(300,)*4, seed=1)
+    test |= reading(test, n=(300,) * 4, seed=1)
     train |= {k: [x for x in v if not held_out(x)] for k, v in reading(train).items()}
-    if not (work/'tokenizer').exists(): train_tokenizer({k: v for k, v in train.items() if k not in TASKS}).save_pretrained(work/'tokenizer')    # an existing tokenizer is kept
-    tok = AutoTokenizer.from_pretrained(work/'tokenizer')
+    if not (work / "tokenizer").exists():
+        train_tokenizer({k: v for k, v in train.items() if k not in TASKS}).save_pretrained(
+            work / "tokenizer"
+        )  # an existing tokenizer is kept
+    tok = AutoTokenizer.from_pretrained(work / "tokenizer")
     stats, arrays = {}, {}
     for k in train:
         tr, te = train[k], test[k]
-        enc = lambda xs: [np.array([0] + e, dtype=np.uint16) for e in tok(xs, add_special_tokens=False)['input_ids']] if xs else []
+
+        def enc(xs):
+            return (
+                [np.array([0] + e, dtype=np.uint16) for e in tok(xs, add_special_tokens=False)["input_ids"]]
+                if xs
+                else []
+            )
+
         ids = enc(tr)
-        arrays[k] = np.concatenate(ids); arrays[k+'_starts'] = np.cumsum([0] + [len(i) for i in ids[:-1]])
-        json.dump(te, open(work/f'heldout_{k}.json', 'w'))
-        stats[k] = dict(documents=len(tr), bytes=sum(len(x.encode()) for x in tr), tokens=len(arrays[k]), held_out=len(te))
+        arrays[k] = np.concatenate(ids)
+        arrays[k + "_starts"] = np.cumsum([0] + [len(i) for i in ids[:-1]])
+        json.dump(te, open(work / f"heldout_{k}.json", "w"))
+        stats[k] = dict(
+            documents=len(tr), bytes=sum(len(x.encode()) for x in tr), tokens=len(arrays[k]), held_out=len(te)
+        )
         print(k, stats[k], flush=True)
-    np.savez_compressed(work/'tokens.npz', **arrays)
-    json.dump(stats, open(work/'data.json', 'w'), indent=1)
+    np.savez_compressed(work / "tokens.npz", **arrays)
+    json.dump(stats, open(work / "data.json", "w"), indent=1)
+
 
 # ------------------------------------------------------------------------------------------------ training
 class Stream:
     "Endless batches: documents of each source in shuffled order, source drawn by weight, packed into rows of `T+1` tokens."
+
     def __init__(self, path, weights, seed=0):
-        z = np.load(path); self.rng = np.random.default_rng(seed)
+        z = np.load(path)
+        self.rng = np.random.default_rng(seed)
         self.src = [k for k in weights if k in z.files and weights[k] > 0]
-        self.tok, self.starts = {k: z[k] for k in self.src}, {k: z[k+'_starts'] for k in self.src}
-        mean = {k: len(self.tok[k])/len(self.starts[k]) for k in self.src}
-        p = np.array([weights[k]/mean[k] for k in self.src]); self.p = p/p.sum()      # documents drawn so that tokens follow the weights
+        self.tok, self.starts = {k: z[k] for k in self.src}, {k: z[k + "_starts"] for k in self.src}
+        mean = {k: len(self.tok[k]) / len(self.starts[k]) for k in self.src}
+        p = np.array([weights[k] / mean[k] for k in self.src])
+        self.p = p / p.sum()  # documents drawn so that tokens follow the weights
         self.order, self.drawn, self.buf = {k: [] for k in self.src}, [], np.zeros(0, np.uint16)
+
     def doc(self):
-        if not self.drawn: self.drawn = self.rng.choice(len(self.src), 4096, p=self.p).tolist()
+        if not self.drawn:
+            self.drawn = self.rng.choice(len(self.src), 4096, p=self.p).tolist()
         k = self.src[self.drawn.pop()]
-        if not len(self.order[k]): self.order[k] = list(self.rng.permutation(len(self.starts[k])))
-        i = self.order[k].pop(); s = self.starts[k]
-        return self.tok[k][s[i]: s[i+1] if i+1 < len(s) else None]
+        if not len(self.order[k]):
+            self.order[k] = list(self.rng.permutation(len(self.starts[k])))
+        i = self.order[k].pop()
+        s = self.starts[k]
+        return self.tok[k][s[i] : s[i + 1] if i + 1 < len(s) else None]
+
     def batch(self, B, T):
-        need, parts = B*(T+1), [self.buf]
+        need, parts = B * (T + 1), [self.buf]
         n = len(self.buf)
-        while n < need: d = self.doc(); parts.append(d); n += len(d)
-        flat = np.concatenate(parts); self.buf = flat[need:]
-        return torch.from_numpy(flat[:need].astype(np.int64)).view(B, T+1)
+        while n < need:
+            d = self.doc()
+            parts.append(d)
+            n += len(d)
+        flat = np.concatenate(parts)
+        self.buf = flat[need:]
+        return torch.from_numpy(flat[:need].astype(np.int64)).view(B, T + 1)
+
 
 def new_model():
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     m = LlamaForCausalLM(LlamaConfig(**CONFIG, bos_token_id=0, eos_token_id=3, pad_token_id=5))
-    for n, p in m.named_parameters():                      # residual outputs start small (GPT-2)
-        if n.endswith(('o_proj.weight', 'down_proj.weight')): p.data.mul_(1/math.sqrt(2*CONFIG['num_hidden_layers']))
+    for n, p in m.named_parameters():  # residual outputs start small (GPT-2)
+        if n.endswith(("o_proj.weight", "down_proj.weight")):
+            p.data.mul_(1 / math.sqrt(2 * CONFIG["num_hidden_layers"]))
     return m
+
 
 def optimizers(m, lr, lr_emb):
     "Muon for the matrices of the layers, AdamW for embeddings and gains."
-    mats = [p for n, p in m.named_parameters() if p.ndim == 2 and 'embed' not in n and 'lm_head' not in n]
+    mats = [p for n, p in m.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     rest = [p for n, p in m.named_parameters() if not any(p is q for q in mats)]
-    return [torch.optim.Muon(mats, lr=lr, weight_decay=.1, momentum=.95, adjust_lr_fn='match_rms_adamw'),
-            torch.optim.AdamW(rest, lr=lr_emb, betas=(.9, .95), weight_decay=.01)]
+    return [
+        torch.optim.Muon(mats, lr=lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr_emb, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
 
-def train(work, phase, minutes=None, tokens=None, lr=2e-3, lr_emb=3e-3, B=None, T=CONTEXT, device='cpu', threads=2, every=100, init=None, dropout=.05):
+
+def train(
+    work,
+    phase,
+    minutes=None,
+    tokens=None,
+    lr=2e-3,
+    lr_emb=3e-3,
+    B=None,
+    T=CONTEXT,
+    device="cpu",
+    threads=2,
+    every=100,
+    init=None,
+    dropout=0.05,
+):
     """Train for `minutes` or `tokens` more, whichever ends first, and save `work/{phase}.pt`. `main` keeps the learning rate after warm-up; `anneal` starts from
     `main` (or `init`) and takes the rate linearly to zero over its budget. A stopped run resumes from its file."""
-    work = Path(work); torch.set_num_threads(threads)
-    stats, main, cpu = json.load(open(work/'data.json')), phase == 'main', device == 'cpu'
+    work = Path(work)
+    torch.set_num_threads(threads)
+    stats, main, cpu = json.load(open(work / "data.json")), phase == "main", device == "cpu"
     B = B or (8 if cpu else 64)
-    micro = max(1, 2048//T) if cpu else B
-    weights = {k: EPOCHS[k]*stats[k]['tokens']*(1 if main else ANNEAL.get(k, 1)) for k in stats}
+    micro = max(1, 2048 // T) if cpu else B
+    weights = {k: EPOCHS[k] * stats[k]["tokens"] * (1 if main else ANNEAL.get(k, 1)) for k in stats}
     m = new_model().to(device)
-    for l in m.model.layers:                               # what is read many times is learned by heart later with dropout
+    for l in m.model.layers:  # what is read many times is learned by heart later with dropout
         l.mlp.register_forward_hook(lambda _, a, y: F.dropout(y, dropout, m.training))
         l.self_attn.register_forward_hook(lambda _, a, y: (F.dropout(y[0], dropout, m.training), *y[1:]))
     opts = optimizers(m, lr, lr_emb)
-    state, file = dict(step=0, tokens=0, phase_tokens=0, seconds=0., log=[]), work/f'{phase}.pt'
-    start = file if file.exists() else Path(init) if init else work/'main.pt'
+    state, file = dict(step=0, tokens=0, phase_tokens=0, seconds=0.0, log=[]), work / f"{phase}.pt"
+    start = file if file.exists() else Path(init) if init else work / "main.pt"
     if start.exists():
         ck = torch.load(start, map_location=device)
-        m.load_state_dict(ck['model']); [o.load_state_dict(s) for o, s in zip(opts, ck['opts'])]; state = ck['state']
-        if start != file: state['phase_tokens'] = 0
-        print('from', start.name, {k: v for k, v in state.items() if k != 'log'}, flush=True)
-    total = sum(weights.values())                          # the mixture may change from one run to the next: each is written down
-    state.setdefault('mixtures', []).append(dict(phase=phase, from_tokens=state['tokens'], lr=lr, rows=f'{B} x {T}', device=torch.cuda.get_device_name() if device == 'cuda' else f'{threads} cores', share={k: round(w/total, 4) for k, w in weights.items()}))
-    data = Stream(work/'tokens.npz', weights, seed=1000*state['step'] + (0 if main else 1))
+        m.load_state_dict(ck["model"])
+        [o.load_state_dict(s) for o, s in zip(opts, ck["opts"])]
+        state = ck["state"]
+        if start != file:
+            state["phase_tokens"] = 0
+        print("from", start.name, {k: v for k, v in state.items() if k != "log"}, flush=True)
+    total = sum(weights.values())  # the mixture may change from one run to the next: each is written down
+    state.setdefault("mixtures", []).append(
+        dict(
+            phase=phase,
+            from_tokens=state["tokens"],
+            lr=lr,
+            rows=f"{B} x {T}",
+            device=torch.cuda.get_device_name() if device == "cuda" else f"{threads} cores",
+            share={k: round(w / total, 4) for k, w in weights.items()},
+        )
+    )
+    data = Stream(work / "tokens.npz", weights, seed=1000 * state["step"] + (0 if main else 1))
     val = {k: torch.tensor(x) for k, x in heldout_rows(work, T).items()}
+
     def loss_fn(x):
-        with torch.autocast(device, torch.bfloat16): logits = m(x[:, :-1], use_cache=False).logits
+        with torch.autocast(device, torch.bfloat16):
+            logits = m(x[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())
-    step_loss = torch.compile(loss_fn, dynamic=False) if cpu else loss_fn          # on a GPU the compiler would take longer than it saves
-    pool = ThreadPoolExecutor(1); ahead = pool.submit(data.batch, B, T)
-    t0, sec0, p0 = time.time(), state['seconds'], state['phase_tokens']
-    done = lambda: max((time.time()-t0)/60/minutes if minutes else 0, (state['phase_tokens']-p0)/tokens if tokens else 0)
-    last_save = time.time(); m.train(); ema = None
+
+    step_loss = (
+        torch.compile(loss_fn, dynamic=False) if cpu else loss_fn
+    )  # on a GPU the compiler would take longer than it saves
+    pool = ThreadPoolExecutor(1)
+    ahead = pool.submit(data.batch, B, T)
+    t0, sec0, p0 = time.time(), state["seconds"], state["phase_tokens"]
+
+    def done():
+        return max(
+            (time.time() - t0) / 60 / minutes if minutes else 0, (state["phase_tokens"] - p0) / tokens if tokens else 0
+        )
+
+    last_save = time.time()
+    m.train()
+    ema = None
     while True:
-        f = done(); stop = f >= 1
-        warm = min(1, (state['step']+1)/150)
-        scale = warm if main else max(0., 1-f)
+        f = done()
+        stop = f >= 1
+        warm = min(1, (state["step"] + 1) / 150)
+        scale = warm if main else max(0.0, 1 - f)
         for o, base in zip(opts, (lr, lr_emb)):
-            for g in o.param_groups: g['lr'] = base*scale
+            for g in o.param_groups:
+                g["lr"] = base * scale
         if not stop:
             x, ahead = ahead.result().to(device), pool.submit(data.batch, B, T)
-            loss = 0.
-            for part in x.split(micro):                    # small parts: their logits stay in the processor's cache
-                l = step_loss(part)*(len(part)/B); l.backward(); loss = loss + l.detach()
-            torch.nn.utils.clip_grad_norm_(m.parameters(), 1.)
-            for o in opts: o.step(); o.zero_grad(set_to_none=True)
-            ema = loss if ema is None else .97*ema + .03*loss
-            state['step'] += 1; state['tokens'] += B*T; state['phase_tokens'] += B*T
-            state['seconds'] = sec0 + time.time()-t0
-        if state['step'] % every == 0 or stop:
-            row = dict(step=state['step'], tokens=state['tokens'], seconds=round(state['seconds']), phase=phase, lr=scale*lr, train=round(float(ema or 0), 4))
-            if state['step'] % (5*every) == 0 or stop:
+            loss = 0.0
+            for part in x.split(micro):  # small parts: their logits stay in the processor's cache
+                l = step_loss(part) * (len(part) / B)
+                l.backward()
+                loss = loss + l.detach()
+            torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+            for o in opts:
+                o.step()
+                o.zero_grad(set_to_none=True)
+            ema = loss if ema is None else 0.97 * ema + 0.03 * loss
+            state["step"] += 1
+            state["tokens"] += B * T
+            state["phase_tokens"] += B * T
+            state["seconds"] = sec0 + time.time() - t0
+        if state["step"] % every == 0 or stop:
+            row = dict(
+                step=state["step"],
+                tokens=state["tokens"],
+                seconds=round(state["seconds"]),
+                phase=phase,
+                lr=scale * lr,
+                train=round(float(ema or 0), 4),
+            )
+            if state["step"] % (5 * every) == 0 or stop:
                 m.eval()
-                with torch.no_grad(): row['val'] = {k: round(loss_fn(v.to(device)).item(), 4) for k, v in val.items()}
+                with torch.no_grad():
+                    row["val"] = {k: round(loss_fn(v.to(device)).item(), 4) for k, v in val.items()}
                 m.train()
-            state['log'].append(row); print(json.dumps(row), flush=True)
-        if time.time()-last_save > 240 or stop:            # on a fast machine once, at the end
-            tmp = file.with_suffix('.tmp'); torch.save(dict(model=m.state_dict(), opts=[o.state_dict() for o in opts], state=state), tmp); tmp.replace(file)
+            state["log"].append(row)
+            print(json.dumps(row), flush=True)
+        if time.time() - last_save > 240 or stop:  # on a fast machine once, at the end
+            tmp = file.with_suffix(".tmp")
+            torch.save(dict(model=m.state_dict(), opts=[o.state_dict() for o in opts], state=state), tmp)
+            tmp.replace(file)
             last_save = time.time()
-        if stop: break
+        if stop:
+            break
+
 
 def heldout_rows(work, T, rows=12):
     "A few fixed rows of held-out tokens a source, for the curve during training."
     from transformers import AutoTokenizer
-    tok, out = AutoTokenizer.from_pretrained(Path(work)/'tokenizer'), {}
-    for k in ('wikitext', 'wikipedia', 'web', 'books', 'medquad', 'own_qa', 'facts', 'recall', 'extract', 'choose'):
-        docs = json.load(open(Path(work)/f'heldout_{k}.json'))
-        ids = [t for d in docs for t in [0] + tok(d, add_special_tokens=False)['input_ids']][:rows*(T+1)]
-        n = len(ids)//(T+1)
-        if n: out[k] = np.array(ids[:n*(T+1)]).reshape(n, T+1)
+
+    tok, out = AutoTokenizer.from_pretrained(Path(work) / "tokenizer"), {}
+    for k in ("wikitext", "wikipedia", "web", "books", "medquad", "own_qa", "facts", "recall", "extract", "choose"):
+        docs = json.load(open(Path(work) / f"heldout_{k}.json"))
+        ids = [t for d in docs for t in [0] + tok(d, add_special_tokens=False)["input_ids"]][: rows * (T + 1)]
+        n = len(ids) // (T + 1)
+        if n:
+            out[k] = np.array(ids[: n * (T + 1)]).reshape(n, T + 1)
     return out
+
 
 # ------------------------------------------------------------------------------------------------ yardsticks and measurement
 class KneserNey:
     """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1998, eq. for one discount per order) over token ids < 4,096, as sorted arrays of
     packed keys. The highest order uses counts, the lower ones continuation counts, the unigram is smoothed with a uniform one."""
+
     def __init__(self, ids, order=5, bits=12):
         self.order, self.bits, self.V, self.levels = order, bits, 1 << bits, {}
         ids = np.asarray(ids, dtype=np.int64)
@@ -296,82 +527,172 @@ class KneserNey:
         for n in range(order, 0, -1):
             ones, twos = (counts == 1).sum(), (counts == 2).sum()
             ctx, start = np.unique(keys >> bits, return_index=True)
-            self.levels[n] = dict(keys=keys, counts=counts, D=ones/(ones+2*twos) if ones else .5, ctx=ctx, total=np.add.reduceat(counts, start),
-                                  types=np.diff(np.append(start, len(keys))))
-            if n > 1: keys, counts = np.unique(keys & ((1 << bits*(n-1)) - 1), return_counts=True)   # distinct left neighbours
-    def _grams(self, ids, n): return sum(ids[i:len(ids)-n+1+i] << self.bits*(n-1-i) for i in range(n))
+            self.levels[n] = dict(
+                keys=keys,
+                counts=counts,
+                D=ones / (ones + 2 * twos) if ones else 0.5,
+                ctx=ctx,
+                total=np.add.reduceat(counts, start),
+                types=np.diff(np.append(start, len(keys))),
+            )
+            if n > 1:
+                keys, counts = np.unique(
+                    keys & ((1 << bits * (n - 1)) - 1), return_counts=True
+                )  # distinct left neighbours
+
+    def _grams(self, ids, n):
+        return sum(ids[i : len(ids) - n + 1 + i] << self.bits * (n - 1 - i) for i in range(n))
+
     @staticmethod
     def _find(table, q):
-        i = np.searchsorted(table, q).clip(max=len(table)-1)
+        i = np.searchsorted(table, q).clip(max=len(table) - 1)
         return i, table[i] == q
+
     def log_probs(self, ids, max_order=None):
         "Natural-log probability of each id after the first, given those before it."
-        ids = np.asarray(ids, dtype=np.int64); p = np.full(len(ids)-1, 1/VOCAB)
-        for n in range(1, (max_order or self.order)+1):
-            L, g = self.levels[n], self._grams(ids, n)[(1 if n == 1 else 0):]           # grams that end at positions max(1, n-1)..
-            k, hit = self._find(L['keys'], g); c, seen = self._find(L['ctx'], g >> self.bits)
-            low = p[len(p)-len(g):]
-            num = np.where(hit, np.maximum(L['counts'][k]-L['D'], 0), 0)
-            p = np.concatenate([p[:len(p)-len(g)], np.where(seen, (num + L['D']*L['types'][c]*low)/np.where(seen, L['total'][c], 1), low)])
+        ids = np.asarray(ids, dtype=np.int64)
+        p = np.full(len(ids) - 1, 1 / VOCAB)
+        for n in range(1, (max_order or self.order) + 1):
+            L, g = (
+                self.levels[n],
+                self._grams(ids, n)[(1 if n == 1 else 0) :],
+            )  # grams that end at positions max(1, n-1)..
+            k, hit = self._find(L["keys"], g)
+            c, seen = self._find(L["ctx"], g >> self.bits)
+            low = p[len(p) - len(g) :]
+            num = np.where(hit, np.maximum(L["counts"][k] - L["D"], 0), 0)
+            p = np.concatenate(
+                [
+                    p[: len(p) - len(g)],
+                    np.where(seen, (num + L["D"] * L["types"][c] * low) / np.where(seen, L["total"][c], 1), low),
+                ]
+            )
         return np.log(p)
+
 
 @torch.inference_mode()
 def model_nll(m, ids, context=CONTEXT, stride=512):
     "Negative log-likelihood (nats) of `ids[1:]`: windows of `context` tokens, each token scored once with at least `context-stride` before it."
-    total, prev = 0., 1
-    for end in range(min(context, len(ids)), len(ids)+stride, stride):
-        end = min(end, len(ids)); begin = max(0, end-context)
-        if end <= prev: break
+    total, prev = 0.0, 1
+    for end in range(min(context, len(ids)), len(ids) + stride, stride):
+        end = min(end, len(ids))
+        begin = max(0, end - context)
+        if end <= prev:
+            break
         x = torch.tensor([ids[begin:end]], device=m.device)
         lp = m(x, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, x[0, 1:, None])[:, 0]
-        total -= lp[prev-begin-1:].double().sum().item(); prev = end
+        total -= lp[prev - begin - 1 :].double().sum().item()
+        prev = end
     return total
+
 
 def evaluate(src, work, model_dir, out, threads=2, most=300):
     "Bits per byte of the model, a unigram and a 5-gram on WikiText-2 test and on the held-out documents of each training source, `most` at most."
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    torch.set_num_threads(threads); work = Path(work)
-    tok, m = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    z = np.load(work/'tokens.npz'); names = [k for k in z.files if not k.endswith('_starts')]
-    kns = [KneserNey(np.concatenate([z[k] for k in some])) for some in (names, [k for k in names if k not in TASKS])]     # with and without the reading tasks: the better counts
-    enc = lambda d: [0] + tok(d, add_special_tokens=False, verbose=False)['input_ids']
-    sets = {'WikiText-2 test': [(Path(src)/'wikitext2'/'test.raw').read_text()]}
-    sets |= {k.stem[len('heldout_'):]: json.load(open(k))[:most] for k in sorted(work.glob('heldout_*.json'))}
+
+    torch.set_num_threads(threads)
+    work = Path(work)
+    tok, m = (
+        AutoTokenizer.from_pretrained(model_dir),
+        AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval(),
+    )
+    z = np.load(work / "tokens.npz")
+    names = [k for k in z.files if not k.endswith("_starts")]
+    kns = [
+        KneserNey(np.concatenate([z[k] for k in some])) for some in (names, [k for k in names if k not in TASKS])
+    ]  # with and without the reading tasks: the better counts
+
+    def enc(d):
+        return [0] + tok(d, add_special_tokens=False, verbose=False)["input_ids"]
+
+    sets = {"WikiText-2 test": [(Path(src) / "wikitext2" / "test.raw").read_text()]}
+    sets |= {k.stem[len("heldout_") :]: json.load(open(k))[:most] for k in sorted(work.glob("heldout_*.json"))}
     rows = []
     for name, docs in sets.items():
         t0, n_bytes, ids = time.time(), sum(len(d.encode()) for d in docs), [enc(d) for d in docs]
-        if not ids: continue
-        bits = lambda nats: nats/math.log(2)/n_bytes
-        row = dict(text=name, documents=len(docs), bytes=n_bytes, tokens=sum(map(len, ids))-len(ids), model=bits(sum(model_nll(m, i) for i in ids)),
-                   **{name: min(bits(-sum(kn.log_probs(i, order).sum() for i in ids)) for kn in kns) for name, order in (('unigram', 1), ('fivegram', 5))})
-        row['ratio'] = row['model']/row['fivegram']
-        rows.append(row); print(json.dumps(row), f'{time.time()-t0:.0f} s', flush=True)
-    json.dump(rows, open(out, 'w'), indent=1)
+        if not ids:
+            continue
+
+        def bits(nats):
+            return nats / math.log(2) / n_bytes
+
+        row = dict(
+            text=name,
+            documents=len(docs),
+            bytes=n_bytes,
+            tokens=sum(map(len, ids)) - len(ids),
+            model=bits(sum(model_nll(m, i) for i in ids)),
+            **{
+                name: min(bits(-sum(kn.log_probs(i, order).sum() for i in ids)) for kn in kns)
+                for name, order in (("unigram", 1), ("fivegram", 5))
+            },
+        )
+        row["ratio"] = row["model"] / row["fivegram"]
+        rows.append(row)
+        print(json.dumps(row), f"{time.time() - t0:.0f} s", flush=True)
+    json.dump(rows, open(out, "w"), indent=1)
+
 
 def pack(work, to, phase):
     "Write weights (bfloat16), tokenizer and configuration as a `from_pretrained` folder."
     from transformers import AutoTokenizer, GenerationConfig
-    ck, m = torch.load(Path(work)/f'{phase}.pt', map_location='cpu'), new_model()
-    m.load_state_dict(ck['model']); m = m.to(torch.bfloat16)
+
+    ck, m = torch.load(Path(work) / f"{phase}.pt", map_location="cpu"), new_model()
+    m.load_state_dict(ck["model"])
+    m = m.to(torch.bfloat16)
     m.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[3, 0], pad_token_id=5, do_sample=False)
-    m.save_pretrained(to); AutoTokenizer.from_pretrained(Path(work)/'tokenizer').save_pretrained(to)
-    cfg = Path(to)/'tokenizer_config.json'                     # what speaks of this machine's loading, not of the tokenizer, stays here
-    cfg.write_text(json.dumps({k: v for k, v in json.loads(cfg.read_text()).items() if k not in ('is_local', 'local_files_only')}, indent=2) + '\n')
-    log = dict(config=CONFIG, phase=phase, data=json.load(open(Path(work)/'data.json')), **ck['state'])
-    json.dump(log, open(HERE.parents[1]/'data'/'llmopt_tiny_training.json', 'w'), indent=1)
-    return ck['state']
+    m.save_pretrained(to)
+    AutoTokenizer.from_pretrained(Path(work) / "tokenizer").save_pretrained(to)
+    cfg = Path(to) / "tokenizer_config.json"  # what speaks of this machine's loading, not of the tokenizer, stays here
+    cfg.write_text(
+        json.dumps(
+            {k: v for k, v in json.loads(cfg.read_text()).items() if k not in ("is_local", "local_files_only")},
+            indent=2,
+        )
+        + "\n"
+    )
+    log = dict(config=CONFIG, phase=phase, data=json.load(open(Path(work) / "data.json")), **ck["state"])
+    json.dump(log, open(HERE.parents[1] / "data" / "llmopt_tiny_training.json", "w"), indent=1)
+    return ck["state"]
+
 
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument('what', choices=['data', 'train', 'eval', 'pack'])
-    a.add_argument('--sources', default='../../../shared/data'); a.add_argument('--work', required=True); a.add_argument('--to', default=str(HERE.parents[1]/'llmopt'/'assets'/'llmopt-tiny')); a.add_argument('--out', default=str(HERE.parents[1]/'data'/'llmopt_tiny_eval.json'))
-    a.add_argument('--phase', default='main'); a.add_argument('--minutes', type=float); a.add_argument('--tokens', type=float)
-    a.add_argument('--lr', type=float, default=2e-3); a.add_argument('--lr_emb', type=float, default=3e-3); a.add_argument('--init')
-    a.add_argument('--batch', type=int); a.add_argument('--device', default='cpu'); a.add_argument('--threads', type=int, default=2)
+    a.add_argument("what", choices=["data", "train", "eval", "pack"])
+    a.add_argument("--sources", default="../../../shared/data")
+    a.add_argument("--work", required=True)
+    a.add_argument("--to", default=str(HERE.parents[1] / "llmopt" / "assets" / "llmopt-tiny"))
+    a.add_argument("--out", default=str(HERE.parents[1] / "data" / "llmopt_tiny_eval.json"))
+    a.add_argument("--phase", default="main")
+    a.add_argument("--minutes", type=float)
+    a.add_argument("--tokens", type=float)
+    a.add_argument("--lr", type=float, default=2e-3)
+    a.add_argument("--lr_emb", type=float, default=3e-3)
+    a.add_argument("--init")
+    a.add_argument("--batch", type=int)
+    a.add_argument("--device", default="cpu")
+    a.add_argument("--threads", type=int, default=2)
     a = a.parse_args()
-    if a.what == 'data': make_data(a.sources, a.work)
-    elif a.what == 'train': train(a.work, a.phase, a.minutes, a.tokens, a.lr, a.lr_emb, B=a.batch, device=a.device, threads=a.threads, init=a.init)
-    elif a.what == 'pack': print({k: v for k, v in pack(a.work, a.to, a.phase).items() if k != 'log'})
-    elif a.what == 'eval': evaluate(a.sources, a.work, a.to, a.out, a.threads)
+    if a.what == "data":
+        make_data(a.sources, a.work)
+    elif a.what == "train":
+        train(
+            a.work,
+            a.phase,
+            a.minutes,
+            a.tokens,
+            a.lr,
+            a.lr_emb,
+            B=a.batch,
+            device=a.device,
+            threads=a.threads,
+            init=a.init,
+        )
+    elif a.what == "pack":
+        print({k: v for k, v in pack(a.work, a.to, a.phase).items() if k != "log"})
+    elif a.what == "eval":
+        evaluate(a.sources, a.work, a.to, a.out, a.threads)
 
-if __name__ == '__main__': main()
+
+if __name__ == "__main__":
+    main()
