@@ -3,7 +3,7 @@
 The notebooks under `nbs/` are the source of everything generated here. `rebuild` says what the tree should hold, in a
 temporary copy; `export` writes that and `check` compares with it, so the two cannot disagree. Directives beyond nbdev's:
 
-- `#| test [name]`: the cell becomes a test function in `tests/test_<module>.py`, its docstring the prose before it;
+- `#| test [name]`: the cell becomes a test function in `tests/<package>/test_<module>.py`, its docstring the prose before it;
 - `#| test_setup`: the cell is copied there as it stands, for data, fixtures and helpers that several tests share;
 - `#| slow`, `#| gpu`, `#| hub` beside `#| test` become pytest marks of that name.
 """
@@ -210,7 +210,8 @@ def test_module(path):
         compile(text, path.name, "exec")
     except SyntaxError as e:
         raise Problem(f"{path.as_posix()}: a test cell makes no function: {e.msg}, {e.text!r}") from None
-    return Path("tests") / f"test_{module.replace('.', '_')}.py", formatted(text)
+    *folders, name = module.split(".")
+    return Path("tests", *folders, f"test_{name}.py"), formatted(text)
 
 
 # ## export and check
@@ -223,7 +224,7 @@ def lib_files():
 
 def generated():
     "What is now in the tree of the files that `rebuild` makes, as `{path: text}`"
-    tests = (p for p in Path("tests").glob("test_*.py") if p.read_text(encoding="utf-8").startswith(GENERATED))
+    tests = (p for p in Path("tests").rglob("test_*.py") if p.read_text(encoding="utf-8").startswith(GENERATED))
     return {p: p.read_text(encoding="utf-8") for p in [*notebooks(), *lib_files(), *tests]}
 
 
@@ -238,7 +239,7 @@ def build():
     for path, text in filter(None, map(test_module, notebooks())):
         if path.exists():
             raise Problem(f"{path.as_posix()}: two notebooks would write it")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
@@ -285,6 +286,8 @@ def export(args):
         if p in have and p.read_text(encoding="utf-8") != have[p]:
             raise Problem(f"{p.as_posix()}: changed meanwhile; once more")
         p.parent.mkdir(parents=True, exist_ok=True)
+        if p.parts[0] == "tests" and len(p.parts) > 2:
+            (p.parent / "__init__.py").touch()  # so that modules of one name in two folders are two modules
         p.write_text(text, encoding="utf-8", newline="\n")
         print(p.as_posix())
 

@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from .results import ResultsError
+from .errors import ResultsError
 
 # %% ../nbs/09_cli.ipynb #44237027
 def _common(p, tokens):
@@ -106,7 +106,7 @@ def _finish(res, path):
     "Print the table, what it means, and where the file is."
     import pandas as pd
 
-    from llmopt.evaluation import table
+    from llmopt.evaluation.comparison import table
 
     with pd.option_context("display.width", None, "display.max_columns", None):
         print(table(res).T.to_string())
@@ -125,7 +125,7 @@ def _finish(res, path):
 # %% ../nbs/09_cli.ipynb #99d86f45
 def _compare(a, queries=None, kind="compare"):
     "`llmopt compare`"
-    from llmopt.evaluation import compare
+    from llmopt.evaluation.comparison import compare
 
     res = compare(
         queries or a.queries,
@@ -156,8 +156,8 @@ def _ask(a):
 # %% ../nbs/09_cli.ipynb #7b4d819d
 def _chat(a):
     "`llmopt chat`"
-    from llmopt.core import LlmoptError
-    from llmopt.engine import EnhancedFusedLLMEngine, Recipe
+    from llmopt.engine.fused import EnhancedFusedLLMEngine, Recipe
+    from llmopt.errors import LlmoptError
 
     e = EnhancedFusedLLMEngine(
         a.model,
@@ -209,7 +209,7 @@ def _stats(m):
 # %% ../nbs/09_cli.ipynb #63a48883
 def _plot(a):
     "`llmopt plot`"
-    from llmopt.visualization import plot_file
+    from llmopt.visualization.charts import plot_file
 
     for p in plot_file(a.results, a.output, a.kind):
         print(p)
@@ -218,8 +218,8 @@ def _plot(a):
 # %% ../nbs/09_cli.ipynb #29632006
 def _benchmark(a):
     "`llmopt benchmark`"
-    from llmopt.benchmark import run, show
-    from llmopt.core import LlmoptError
+    from llmopt.benchmark.suites import run, show
+    from llmopt.errors import LlmoptError
 
     names = [n for n in a.names if n != "all"] or BENCHMARKS
     bad = [n for n in names if n not in BENCHMARKS]
@@ -270,7 +270,7 @@ def main(argv=None) -> int:  # exit code
         print(f"\nllmopt: stopped{keep}", file=sys.stderr)
         return 130
     except Exception as e:
-        from llmopt.core import LlmoptError
+        from llmopt.errors import LlmoptError
 
         if not isinstance(e, LlmoptError):
             raise

@@ -43,6 +43,6 @@ def test_one_line_for_each_mistake():
 def test_benchmark_names():
     """The names of the benchmarks are written down twice, so that the parser answers without loading torch; they are
     the same."""
-    from llmopt.benchmark import SUITES
+    from llmopt.benchmark.suites import SUITES
 
     test_eq(BENCHMARKS, tuple(SUITES))

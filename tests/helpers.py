@@ -1,0 +1,75 @@
+"""Small models, tokenizers and texts for tests: made here once, so that no test builds its own.
+
+Everything is seeded and takes milliseconds. `tiny()` is the bundled model, loaded once in a process: do not change it; ask for
+`load()` where a test does.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers as T
+
+from llmopt.core import ASSETS, load
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
+SMALL = dict(
+    vocab_size=4096,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=0,
+    eos_token_id=3,
+    pad_token_id=5,
+)
+GPT2 = dict(vocab_size=4096, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=3)
+FAMILIES = {  # name -> a function that makes the configuration of a small model of that family
+    "llama": lambda **kw: T.LlamaConfig(**SMALL | kw),
+    "smollm": lambda **kw: T.LlamaConfig(**SMALL | dict(tie_word_embeddings=True) | kw),
+    "mistral": lambda **kw: T.MistralConfig(**SMALL | dict(sliding_window=16, head_dim=8) | kw),
+    "qwen2": lambda **kw: T.Qwen2Config(**SMALL | kw),
+    "qwen3": lambda **kw: T.Qwen3Config(**SMALL | dict(head_dim=8) | kw),
+    "phi3": lambda **kw: T.Phi3Config(**SMALL | kw),
+    "gpt2": lambda **kw: T.GPT2Config(**GPT2 | kw),
+    "dialogpt": lambda **kw: T.GPT2Config(**GPT2 | kw),
+    "phi2": lambda **kw: T.PhiConfig(**SMALL | dict(num_key_value_heads=4) | kw),
+}
+NO_TEMPLATE = {"gpt2", "phi2", "dialogpt"}  # families whose tokenizers have no chat template
+
+
+def small_config(family="llama", **changes):
+    "The configuration of a small model: 2 layers, width 32, 4 query and 2 KV heads; `changes` replace entries."
+    return FAMILIES[family](**changes)
+
+
+def small_model(family="llama", seed=0, **changes):
+    "A small model with random weights, in eval mode; the same for the same arguments."
+    torch.manual_seed(seed)
+    return T.AutoModelForCausalLM.from_config(small_config(family, **changes)).eval()
+
+
+def tokenizer():
+    "The bundled tokenizer: 4,096 tokens and a chat template."
+    return T.AutoTokenizer.from_pretrained(ASSETS / "llmopt-tiny")
+
+
+@cache
+def tiny():
+    "The bundled model on the CPU, one for the process: not to be changed."
+    return load("llmopt-tiny", "cpu")
+
+
+def save_model(folder, model, tok=None):
+    "Write `model` and a tokenizer (the bundled one if None) into `folder`; the folder as text."
+    model.save_pretrained(folder)
+    (tok or tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def random_ids(n, vocabulary=4096, seed=0):
+    "(1, n) random token ids."
+    return torch.randint(vocabulary, (1, n), generator=torch.Generator().manual_seed(seed))
