@@ -86,7 +86,7 @@ OFFLINE = (
 def _explain(name, error, local):
     "One line for an exception of `from_pretrained`."
     text = one_line(error, 200)
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return f"model '{name}' brings code of its own, which llmopt never runs; use a model that transformers knows"
     if local:
         return f"the model in '{name}' could not be loaded ({text}); it needs config.json, the weights and the tokenizer's files"
