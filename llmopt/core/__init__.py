@@ -10,3 +10,4 @@ from .clock_old import *
 from .measures import *
 from .model import *
 from .notebook import *
+from .prompt_inputs import *

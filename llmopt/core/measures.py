@@ -36,6 +36,8 @@ def _forced_in_one_pass(model, inputs, answer, next_position):
     if "position_ids" in inputs:
         positions = torch.arange(next_position, next_position + answer.shape[1], device=answer.device)[None]
         whole["position_ids"] = torch.cat([inputs["position_ids"], positions], 1)
+        # Without a mask and a cache, transformers takes a gap in the positions for the border of two packed sequences.
+        whole["attention_mask"] = answer.new_ones(1, n + answer.shape[1])
     return model(**whole, use_cache=False, logits_to_keep=answer.shape[1] + 1).logits[0, :-1]
 
 

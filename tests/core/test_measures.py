@@ -34,6 +34,11 @@ def test_teacher_forcing():
         inputs_embeds=tiny.model.get_input_embeddings()(prompt), position_ids=torch.arange(prompt.shape[1])[None]
     )
     test_close(at_once, teacher_forced_logprobs(tiny.model, embeds, answer), 1e-3)
+    gap = dict(input_ids=prompt, position_ids=torch.arange(prompt.shape[1])[None] * 2)
+    cache = transformers.DynamicCache(config=tiny.model.config)
+    test_close(
+        teacher_forced_logprobs(tiny.model, gap, answer), teacher_forced_logprobs(tiny.model, gap, answer, cache), 1e-3
+    )
 
 
 def test_fidelity():
