@@ -35,7 +35,6 @@ FOR_NOW = {  # what remains to be taken apart: an entry that no longer fails is 
     "private llmopt.kv_cache.cuda",
     "private llmopt.larosa.sparse_gpu",
     "patch llmopt.kv_cache.hybrid",
-    "patch llmopt.kv_cache.restore",
 }
 
 

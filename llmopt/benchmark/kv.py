@@ -140,14 +140,14 @@ def cut_at_random(cache, n, seed=0):
 
     def pages():
         return sum(
-            s.batch * s.num_heads * math.ceil(s.n * r.args[2] * r.args[3].itemsize / PAGE) * PAGE
+            s.batch * s.num_heads * math.ceil(s.seq_len * r.token_bytes / PAGE) * PAGE
             for s in cache.slabs
-            for r in (s.k, s.v)
+            for r in (s.key_rows, s.value_rows)
         )
 
     free = pages()
     for s in cache.slabs:
-        s.keep(torch.rand(s.batch, s.num_heads, s.n, generator=gen).argsort(-1) < n)
+        s.keep(torch.rand(s.batch, s.num_heads, s.seq_len, generator=gen).argsort(-1) < n)
     free -= pages()
     return None if before is None else (before - cache.kv_bytes().resident) / free
 

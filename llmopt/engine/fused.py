@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..adaptivocab.reader import Vocab
 from ..core import LM, TINY, assistant, kv_bytes, load, user
 from ..errors import ContextError, LlmoptError, UnsupportedModelError
-from ..kv_cache.hybrid import KVCache
+from ..kv_cache.hybrid import KVCacheConfig
 from ..larosa.rotation import LaRoSA, traffic
 from ..word_removal.compression import Words
 
@@ -43,7 +43,7 @@ SLOTS = (
     Slot("words", "words", "word_removal", Words),
     Slot("vocab", "vocab", "simple_adaptivocab", Vocab),
     Slot("larosa", "larosa", "larosa", LaRoSA),
-    Slot("cache", "kv", "hybrid_kv_cache", KVCache),
+    Slot("cache", "kv", "hybrid_kv_cache", KVCacheConfig),
 )
 
 # %% ../../nbs/05_engine/01_engine.ipynb #9ab296fc
@@ -59,7 +59,7 @@ class Recipe:
     words: Words | None = None
     vocab: Vocab | None = None
     larosa: LaRoSA | None = None
-    cache: KVCache | None = None
+    cache: KVCacheConfig | None = None
 
 # %% ../../nbs/05_engine/01_engine.ipynb #4e11fd53
 @patch(as_prop=True)
@@ -268,7 +268,7 @@ def _keywords(vocab, larosa, cache, words):
             words=Words(n=words) if words else None,
             vocab=Vocab() if vocab else None,
             larosa=LaRoSA(sparsity=larosa) if larosa else None,
-            cache=KVCache() if cache else None,
+            cache=KVCacheConfig() if cache else None,
         )
     except ValueError as e:
         raise LlmoptError(str(e)) from None

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 
 from ..core import kl, load
 from .attention import FEW, owned, packed, packed_attention, packed_forward
-from .memory import DoublingRegion
+from .memory import CopyingRows
 from .slab import SimpleVAttention, SlabCache, SlabLayer
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #4f2ad333
@@ -46,33 +46,38 @@ class EvictingSlab(SimpleVAttention):
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
-        self.seen, self.p, self.ragged = 0, None, False
-        self.lengths = torch.zeros(self.batch, self.num_heads, dtype=torch.long, device=self.k.data.device)  # (B, H)
+        self.tokens_seen, self.p, self.ragged = 0, None, False
+        self.lengths = torch.zeros(
+            self.batch, self.num_heads, dtype=torch.long, device=self.key_rows.data.device
+        )  # (B, H)
         self.sizes = [0] * self.batch  # the longest row of each sequence
 
     def _set_regions(self, new):
-        self.k, self.v, self.p = (*new, None)[:3]
+        self.key_rows, self.value_rows, self.p = (*new, None)[:3]
 
-    regions = property(lambda self: (self.k, self.v) if self.p is None else (self.k, self.v, self.p), _set_regions)
+    storage = property(
+        lambda self: (self.key_rows, self.value_rows) if self.p is None else (self.key_rows, self.value_rows, self.p),
+        _set_regions,
+    )
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #2a83d98e
 @patch(as_prop=True)
 def positions(self: EvictingSlab) -> torch.Tensor:  # (B, H, n), increasing in each row as far as it is filled
     if self.p is None:
-        return torch.arange(self.n, device=self.lengths.device).expand(*self.lengths.shape, -1)
-    return self._table(self.p)[:, :, : self.n, 0].long()
+        return torch.arange(self.seq_len, device=self.lengths.device).expand(*self.lengths.shape, -1)
+    return self._table(self.p)[:, :, : self.seq_len, 0].long()
 
 
 @patch(as_prop=True)
 def filled(self: EvictingSlab) -> torch.Tensor:  # (B, H, n)
-    return torch.arange(self.n, device=self.lengths.device) < self.lengths[..., None]
+    return torch.arange(self.seq_len, device=self.lengths.device) < self.lengths[..., None]
 
 
 @patch
 def _lengths(self: EvictingSlab, lengths):
     "Note the new length of each row."
     self.lengths, self.sizes = lengths, lengths.amax(-1).tolist()
-    self.n, self.ragged = max(self.sizes), len(lengths.unique()) > 1
+    self.seq_len, self.ragged = max(self.sizes), len(lengths.unique()) > 1
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #0b5173d1
 @patch
@@ -87,18 +92,18 @@ def keep(
         return
     if self.p is None:
         self._write_positions()
-    for t in (*(self._table(r)[:, :, : self.n] for r in self.regions), *(a[..., None] for a in along)):
+    for t in (*(self._table(r)[:, :, : self.seq_len] for r in self.storage), *(a[..., None] for a in along)):
         compact(t.flatten(0, 1), mask.flatten(0, 1))
-    for r in self.regions:
+    for r in self.storage:
         r.trim(lengths.flatten().tolist())
     self._lengths(lengths)
 
 
 @patch
 def _write_positions(self: EvictingSlab):
-    p = DoublingRegion(self.batch * self.num_heads, self.k.tokens, 1, torch.int32, device=self.lengths.device)
-    p.resize(self.n)
-    p.data[:, : self.n, 0] = torch.arange(self.n, dtype=torch.int32)
+    p = CopyingRows(self.batch * self.num_heads, self.key_rows.tokens, 1, torch.int32, device=self.lengths.device)
+    p.resize(self.seq_len)
+    p.data[:, : self.seq_len, 0] = torch.arange(self.seq_len, dtype=torch.int32)
     self.p = p
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #c3ff1184
@@ -121,10 +126,12 @@ def append(self: EvictingSlab, k: torch.Tensor, v: torch.Tensor) -> tuple:
     if self.p is not None:
         self._write(
             self.p,
-            torch.arange(self.seen, self.seen + q, dtype=torch.int32, device=k.device)[:, None].expand(*k.shape[:3], 1),
-            self.n,
+            torch.arange(self.tokens_seen, self.tokens_seen + q, dtype=torch.int32, device=k.device)[:, None].expand(
+                *k.shape[:3], 1
+            ),
+            self.seq_len,
         )
-    self.lengths, self.sizes, self.seen = self.lengths + q, [s + q for s in self.sizes], self.seen + q
+    self.lengths, self.sizes, self.tokens_seen = self.lengths + q, [s + q for s in self.sizes], self.tokens_seen + q
     return res
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #a16aeb03
@@ -135,28 +142,37 @@ def select(self: EvictingSlab, idx: torch.Tensor):
     SimpleVAttention.select(self, idx)
     self._lengths(lengths)
     if self.ragged:
-        for r in self.regions:
+        for r in self.storage:
             r.trim(lengths.flatten().tolist())
 
 
 @patch
 def truncate(self: EvictingSlab, n: int):  # tokens to keep, counted in tokens seen
     "Forget the tokens at positions from `n` on. Raises where some of them are gone already."
-    if not 0 <= n <= self.seen:
-        raise ValueError(f"cannot keep {n} of {self.seen} tokens")
+    if not 0 <= n <= self.tokens_seen:
+        raise ValueError(f"cannot keep {n} of {self.tokens_seen} tokens")
     gone = ((self.positions >= n) & self.filled).sum(-1)
-    if n and (gone != self.seen - n).any():
-        raise ValueError(f"cannot take back the last {self.seen - n} tokens: some of them have been evicted")
+    if n and (gone != self.tokens_seen - n).any():
+        raise ValueError(f"cannot take back the last {self.tokens_seen - n} tokens: some of them have been evicted")
     lengths = self.lengths - gone
-    for r in self.regions:
+    for r in self.storage:
         r.trim(lengths.flatten().tolist())
     self._lengths(lengths)
-    self.seen, self.p = n, self.p if n else None
+    self.tokens_seen, self.p = n, self.p if n else None
+
+# %% ../../nbs/04_kv_cache/04_eviction.ipynb #947f47b3
+@patch
+def advance_to(self: EvictingSlab, n: int):  # tokens in place from now on
+    "As `SimpleVAttention.advance_to`; nothing has been dropped yet."
+    more = n - self.seq_len
+    SimpleVAttention.advance_to(self, n)
+    self.lengths, self.sizes = self.lengths + more, [s + more for s in self.sizes]
+    self.tokens_seen += more
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #ca76f91b
 @patch(as_prop=True)
 def live(self: EvictingSlab) -> int:
-    tokens = int(self.lengths.sum()) if self.ragged else self.n * self.lengths.numel()
+    tokens = int(self.lengths.sum()) if self.ragged else self.seq_len * self.lengths.numel()
     return tokens * self.token_bytes // self.lengths.numel()
 
 
@@ -166,7 +182,7 @@ def __deepcopy__(self: EvictingSlab, memo):
     for k, v in self.__dict__.items():
         setattr(new, k, copy.deepcopy(v, memo))
     if self.ragged:
-        for r in new.regions:
+        for r in new.storage:
             r.trim(self.lengths.flatten().tolist())
     return new
 
@@ -181,9 +197,9 @@ def slot_mask(
         return None
     pos, free = slab.positions[:, :, None], slab.filled[:, :, None]  # (B, H, 1, n)
     if mask is None:
-        return free & (pos <= torch.arange(slab.seen - q, slab.seen, device=pos.device)[:, None])
+        return free & (pos <= torch.arange(slab.tokens_seen - q, slab.tokens_seen, device=pos.device)[:, None])
     size = *pos.shape[:2], q, -1
-    return free & mask.expand(size).gather(3, pos.clamp(0, slab.seen - 1).expand(size))
+    return free & mask.expand(size).gather(3, pos.clamp(0, slab.tokens_seen - 1).expand(size))
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #f6b8a1d4
 def _check_mask(mask, slab, q):
@@ -194,10 +210,10 @@ def _check_mask(mask, slab, q):
         mask.dtype != torch.bool
         or mask.dim() != 4
         or mask.shape[0] not in (1, slab.batch)
-        or mask.shape[1:] != (1, q, slab.seen)
+        or mask.shape[1:] != (1, q, slab.tokens_seen)
     ):
         raise ValueError(
-            f"a KV cache with a budget takes masks of bool (batch, 1, {q}, {slab.seen}), not {mask.dtype} {tuple(mask.shape)}; pass the two-dimensional attention_mask"
+            f"a KV cache with a budget takes masks of bool (batch, 1, {q}, {slab.tokens_seen}), not {mask.dtype} {tuple(mask.shape)}; pass the two-dimensional attention_mask"
         )
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #37d81b16
@@ -434,7 +450,7 @@ class EvictingLayer(SlabLayer):
         self.evictor, self.index, self.queries, self.at, self.received = evictor, index, None, None, None
 
     def get_seq_length(self):
-        return self.slab.seen if self.slab else 0
+        return self.slab.tokens_seen if self.slab else 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         kv = super().update(key_states, value_states)
@@ -471,7 +487,7 @@ def attend(self: EvictingLayer, module, query, mask, scaling=None, dropout=0.0, 
 @patch
 def remember(self: EvictingLayer, query):  # (B, Hq, q, D)
     "Put the last queries aside."
-    w, seen, n = self.evictor.cfg.window, self.slab.seen, min(query.shape[2], self.evictor.cfg.window)
+    w, seen, n = self.evictor.cfg.window, self.slab.tokens_seen, min(query.shape[2], self.evictor.cfg.window)
     if self.queries is None:
         with torch.inference_mode(False):
             self.queries, self.at = (
@@ -490,8 +506,8 @@ def remember(self: EvictingLayer, query):  # (B, Hq, q, D)
 def _weights(self: EvictingLayer, query, at, visible, scaling):
     "For each key head, `A` (B, g, w, n) of queries at positions `at` (w,), and which queries are real (B, w)."
     s, B = self.slab, self.slab.batch
-    see = torch.ones(B, s.seen, dtype=torch.bool, device=at.device) if visible is None else visible
-    valid, pos = see[:, at.clamp(min=0)] & (at >= 0), s.positions.clamp(0, s.seen - 1)
+    see = torch.ones(B, s.tokens_seen, dtype=torch.bool, device=at.device) if visible is None else visible
+    valid, pos = see[:, at.clamp(min=0)] & (at >= 0), s.positions.clamp(0, s.tokens_seen - 1)
     q = query.unflatten(1, (s.num_heads, -1))  # (B, H, g, w, D)
     for h in range(s.num_heads):
         allowed = (
@@ -505,9 +521,9 @@ def receive(self: EvictingLayer, query, visible, scaling, block=128):
     "Add the attention of each of these queries to `received`."
     s, q = self.slab, query.shape[2]
     old = query.new_zeros(*s.lengths.shape, 0, dtype=torch.float32) if self.received is None else self.received
-    self.received = F.pad(old, (0, s.n - old.shape[-1]))
+    self.received = F.pad(old, (0, s.seq_len - old.shape[-1]))
     for i in range(0, q, block):
-        at = torch.arange(s.seen - q + i, s.seen - q + min(i + block, q), device=query.device)
+        at = torch.arange(s.tokens_seen - q + i, s.tokens_seen - q + min(i + block, q), device=query.device)
         for h, (A, _) in enumerate(self._weights(query[:, :, i : i + block], at, visible, scaling)):
             self.received[:, h] += A.sum(2).mean(1)
 
@@ -517,9 +533,9 @@ def order(self: EvictingLayer, visible) -> tuple:  # (B, H, n), (B,)
     "Which visible token of its sequence each slot holds (-1: none), and how many there are."
     s = self.slab
     if visible is None:
-        return s.positions.masked_fill(~s.filled, -1), torch.full((s.batch,), s.seen, device=s.lengths.device)
+        return s.positions.masked_fill(~s.filled, -1), torch.full((s.batch,), s.tokens_seen, device=s.lengths.device)
     rank = (visible.cumsum(-1) - 1).masked_fill(~visible, -1)  # (B, seen)
-    at = s.positions.clamp(0, s.seen - 1)
+    at = s.positions.clamp(0, s.tokens_seen - 1)
     return rank[:, None].expand(*at.shape[:2], -1).gather(2, at).masked_fill(~s.filled, -1), visible.sum(-1)
 
 
@@ -563,7 +579,7 @@ def cut(self: EvictingLayer, sizes):  # (B, 1) or (B, H) tokens
     keep = (self.ranks < sizes[..., None]) & self.slab.filled
     self.lost += (self.mass * (~keep & self.slab.filled)).sum(-1)
     self.slab.keep(keep, [self.ranks, self.mass] + ([self.received] if self.received is not None else []))
-    n = self.slab.n
+    n = self.slab.seq_len
     self.ranks, self.mass = self.ranks[..., :n], self.mass[..., :n]
     if self.received is not None:
         self.received = self.received[..., :n] * self.slab.filled
@@ -589,11 +605,11 @@ def crop(self: EvictingLayer, tokens_to_remove: int):  # 0 or negative
         raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
     if not self.slab or not tokens_to_remove:
         return
-    self.slab.truncate(max(self.slab.seen + tokens_to_remove, 0))
+    self.slab.truncate(max(self.slab.tokens_seen + tokens_to_remove, 0))
     if self.at is not None:
-        self.at[self.at >= self.slab.seen] = -1
+        self.at[self.at >= self.slab.tokens_seen] = -1
     if self.received is not None:
-        self.received = self.received[..., : self.slab.n] * self.slab.filled
+        self.received = self.received[..., : self.slab.seq_len] * self.slab.filled
     self.evictor.account(self)
 
 
@@ -652,17 +668,17 @@ class Evictor:
 def limits(self: Evictor, visible) -> list:  # for each sequence, see `row_limit`
     "What a row of each sequence is cut to, and may grow to."
     s = self.layers[0].slab
-    totals = [s.seen] * s.batch if visible is None else visible.sum(-1).tolist()
+    totals = [s.tokens_seen] * s.batch if visible is None else visible.sum(-1).tolist()
     row = (
-        len(self.layers) * s.batch * s.num_heads * (sum(r.args[2] * r.args[3].itemsize for r in (s.k, s.v)) + 4)
+        len(self.layers) * s.batch * s.num_heads * (sum(r.token_bytes for r in (s.key_rows, s.value_rows)) + 4)
     )  # with four bytes for a position
     return [self.cfg.row_limit(t, row, self.unit) for t in totals]
 
 
 @patch(as_prop=True)
 def unit(self: Evictor):
-    k = self.layers[0].slab.k
-    return self.cfg.unit or max(1, getattr(k, "group", 1) // (k.args[2] * k.args[3].itemsize))
+    k = self.layers[0].slab.key_rows
+    return self.cfg.unit or max(1, getattr(k, "group", 1) // k.token_bytes)
 
 # %% ../../nbs/04_kv_cache/04_eviction.ipynb #ced3ec0f
 @patch
@@ -670,7 +686,9 @@ def due(self: Evictor, q, visible) -> bool:
     "Is it time?"
     first, strict = self.layers[0].slab, self.budget.kind == "bytes"
     if self.budget.kind == "mass":
-        return self.budget.amount < 1 and first.seen - self.last > (0 if q > FEW else self.cfg.spare(first.seen))
+        return self.budget.amount < 1 and first.tokens_seen - self.last > (
+            0 if q > FEW else self.cfg.spare(first.tokens_seen)
+        )
     pads = (
         [0] * first.batch if strict or visible is None or first.p is not None else (~visible).sum(-1).tolist()
     )  # bytes are bytes
@@ -744,7 +762,7 @@ def _by_mass(self: Evictor, layer):
 @patch
 def finish(self: Evictor):
     "Write the records of a round, and drop what only it needed."
-    self.rounds, self.last = self.rounds + 1, self.layers[0].slab.seen
+    self.rounds, self.last = self.rounds + 1, self.layers[0].slab.tokens_seen
     for l in self.layers:
         before, after = (x.double().mean().item() for x in (l.before, l.slab.lengths))
         if before != after:
@@ -752,7 +770,7 @@ def finish(self: Evictor):
                 dict(
                     round=self.rounds,
                     layer=l.index,
-                    seen=l.slab.seen,
+                    seen=l.slab.tokens_seen,
                     before=before,
                     after=after,
                     lost=l.lost.mean().item(),

@@ -31,40 +31,8 @@ from fastcore.basics import patch
 from transformers import DynamicCache
 
 from ..errors import CorruptChunkError
-from .eviction import EvictingCache, EvictingSlab
-from .slab import SimpleVAttention, SlabCache
-
-# %% ../../nbs/04_kv_cache/08_restore.ipynb #c5e4296a
-@patch
-def hold(self: SimpleVAttention, n: int):  # tokens
-    "Keep slots for `n` tokens writable, whatever the length; 0 ends that, and unused slots give their pages back."
-    self.held = n
-    for r in self.regions:
-        r.resize(max(n, self.n))
-
-
-@patch
-def place(
-    self: SimpleVAttention,
-    k: torch.Tensor,
-    v: torch.Tensor,  # (batch, heads, q, width)
-    at: int,
-):  # slot of the first token
-    "Write tokens into held slots behind the end. Raises where shape, type or slots do not fit."
-    m = at + k.shape[2]
-    if not self.n <= at <= m <= self.held:
-        raise ValueError(f"slots {at} to {m} are not among the held ones, {self.n} to {self.held}")
-    for r, new in (self.k, k), (self.v, v):
-        self._check(new, r)
-        self._table(r)[:, :, at:m] = new
-
-
-@patch
-def advance(self: SimpleVAttention, n: int):  # tokens in place from now on
-    "Count tokens that `place` has written. Raises for a shorter length, or more than is held."
-    if not self.n <= n <= self.held:
-        raise ValueError(f"cannot advance from {self.n} to {n} of {self.held} held slots")
-    self.n, self.peak = n, max(self.peak, n)
+from .eviction import EvictingCache
+from .slab import SlabCache
 
 # %% ../../nbs/04_kv_cache/08_restore.ipynb #0e8baf5d
 def chain(
@@ -449,7 +417,7 @@ class Fill:
         self.report = Report(chunks=len(self.names), hits=sum(self.there))
         self.slabs = _slabs(cache, model)
         for s in self.slabs:
-            s.hold(len(self.names) * store.chunk)
+            s.reserve_slots(len(self.names) * store.chunk)
 
 
 def _slabs(cache, model):
@@ -477,14 +445,6 @@ def _paused(cache):
     finally:
         if evictor:
             evictor.paused = False
-
-
-@patch
-def advance(self: EvictingSlab, n: int):  # tokens in place from now on
-    "As `SimpleVAttention.advance`; nothing has been dropped yet."
-    more = n - self.n
-    SimpleVAttention.advance(self, n)
-    self.lengths, self.sizes, self.seen = self.lengths + more, [s + more for s in self.sizes], self.seen + more
 
 # %% ../../nbs/04_kv_cache/08_restore.ipynb #5c774e28
 @patch
@@ -516,7 +476,7 @@ def _load(self: Fill, i):
 def _place(self: Fill, i, kv, nbytes, t):
     "Write chunk `i` into its slots."
     for s, (k, v) in zip(self.slabs, kv):
-        s.place(k.to(s.k.data.device), v.to(s.v.data.device), i * self.store.chunk)
+        s.place(k.to(s.key_rows.data.device), v.to(s.value_rows.data.device), i * self.store.chunk)
     self.report.loaded += 1
     self.report.bytes_read += nbytes
     self._note("load", i, t)
@@ -578,7 +538,7 @@ def _store(self: Fill, i):
 def _use(self: Fill, i):
     "Count the loaded chunk `i` into the cache."
     for s in self.slabs:
-        s.advance((i + 1) * self.store.chunk)
+        s.advance_to((i + 1) * self.store.chunk)
 
 
 @patch
@@ -681,7 +641,7 @@ def prefill(
         cache.reset()
         raise
     for s in fill.slabs:
-        s.hold(0)
+        s.reserve_slots(0)
     for l in cache.slab_layers:
         l.peak = max(l.peak, l.slab.live)
     if isinstance(cache, EvictingCache):

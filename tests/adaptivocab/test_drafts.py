@@ -11,7 +11,7 @@ from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import BaseStreamer
 from llmopt.adaptivocab.reader import Vocab
 from llmopt.core import TINY, load, user
-from llmopt.kv_cache.hybrid import KVCache
+from llmopt.kv_cache.hybrid import KVCacheConfig
 from llmopt.adaptivocab.tokenizer import PhraseTable
 from llmopt.errors import LlmoptError
 from llmopt.adaptivocab.drafts import *
@@ -105,7 +105,7 @@ def test_same_text_on_many_prompts():
     "Many prompts, two kinds of cache, and a prompt that is itself read with phrases:"
     lm = load(TINY, "cpu")
     ids = [lm.encode_chat([user(p)]) for p in PROMPTS]
-    d, kv, r = right_and_wrong(lm.model, ids), KVCache(), Vocab().reader(lm)
+    d, kv, r = right_and_wrong(lm.model, ids), KVCacheConfig(), Vocab().reader(lm)
     for p in ids:
         want = plain(lm.model, p)
         test_eq(plain(lm.model, p, **d.using()), want)

@@ -6,7 +6,7 @@ import pytest
 
 from llmopt.engine.fused import EnhancedFusedLLMEngine, Recipe
 from llmopt.errors import LlmoptError
-from llmopt.kv_cache import KVCache
+from llmopt.kv_cache import KVCacheConfig
 
 QUERY = (
     "Please summarize the following text: "
@@ -49,7 +49,7 @@ def test_what_is_no_budget_is_refused_in_one_line(text):
 
 def test_the_named_methods_stay_exact():
     for m in "hybrid_kv_cache", "kv":
-        assert Recipe.parse(m).cache == KVCache() and KVCache().budget is None
+        assert Recipe.parse(m).cache == KVCacheConfig() and KVCacheConfig().budget is None
 
 
 def test_an_answer_under_a_budget():

@@ -17,7 +17,7 @@ from unittest.mock import patch as replaced
 from fastcore.test import expect_fail, test_eq
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.eviction import EvictingCache, Eviction
-from llmopt.kv_cache.memory import PAGE, _libc, backend, make_region
+from llmopt.kv_cache.memory import PAGE, _libc, backend, make_rows
 from llmopt.kv_cache.slab import SimpleVAttention, SlabCache
 from llmopt.kv_cache.cuda import *
 
@@ -120,7 +120,7 @@ def test_resident_bytes_are_the_predicted_pages_on_a_gpu():
         (3, 4096, 8, torch.float16),
     ):
         d = StandIn()
-        r = CudaRegion(rows, tokens, width, dtype, populate=False, driver=d)
+        r = CudaRows(rows, tokens, width, dtype, prefault=False, driver=d)
         for n in 1, 7, 300, 301, 4000, 299, 0, 90:
             n = min(n, tokens)
             r.resize(n)
@@ -138,7 +138,7 @@ def test_random_lengths_against_a_plain_tensor():
     """A thousand random steps up and down: what was written stays, fresh memory is zeros, every page mapped is
     needed (or spare), and nothing is left in the end. The stand-in fails at the first call out of order."""
     rnd, files = random.Random(0), len(os.listdir("/proc/self/fd"))
-    for tokens, width, page_tokens, populate in (
+    for tokens, width, page_tokens, prefault in (
         (3000, 64, 0, False),
         (3000, 64, 0, True),
         (3000, 16, 500, True),
@@ -146,12 +146,14 @@ def test_random_lengths_against_a_plain_tensor():
         (999, 7, 5000, True),
     ):
         d = StandIn()
-        r = CudaRegion(5, tokens, width, torch.float32, page_tokens, populate, driver=d)
+        r = CudaRows(5, tokens, width, torch.float32, page_tokens, prefault, driver=d)
         plain, most = torch.zeros(5, 0, width), 0
         for step in range(200):
-            d.queued, old = True, r.n
-            n = rnd.choice([rnd.randint(0, tokens), min(r.n + 1, tokens), min(r.n + 1, tokens), max(r.n - 1, 0), 0])
-            if rnd.random() < 0.1 and n <= r.n:
+            d.queued, old = True, r.length
+            n = rnd.choice(
+                [rnd.randint(0, tokens), min(r.length + 1, tokens), min(r.length + 1, tokens), max(r.length - 1, 0), 0]
+            )
+            if rnd.random() < 0.1 and n <= r.length:
                 r.trim([n, *(rnd.randint(0, n) for _ in range(4))])
             else:
                 r.resize(n)
@@ -162,7 +164,7 @@ def test_random_lengths_against_a_plain_tensor():
             most = max(most, n)
             r.data[:, old:n] = new
             need = math.ceil(n * 5 * width * 4 / r.page)
-            assert torch.equal(r.data[:, :n], plain) and need <= d.held() <= need + bool(populate and n)
+            assert torch.equal(r.data[:, :n], plain) and need <= d.held() <= need + bool(prefault and n)
         d.queued = True
         r.close()
         test_eq((d.held(), d.ranges), (0, {}))
@@ -171,9 +173,9 @@ def test_random_lengths_against_a_plain_tensor():
 
 def test_few_calls():
     """Most steps make no call. A shrink of one token and a growth of one, over and over at the edge of a page, take
-    no new memory with `populate` on."""
+    no new memory with `prefault` on."""
     d = StandIn()
-    r = CudaRegion(4, 10_000, 64, driver=d)
+    r = CudaRows(4, 10_000, 64, driver=d)
     edge = d.page // r.slice_bytes
     for n in range(1, 3 * edge + 1):
         r.resize(n)
@@ -188,13 +190,13 @@ def test_content_and_address_on_a_gpu():
     """The address never changes; fresh pages are zeros though their memory was used before; running out of memory
     changes nothing."""
     d = StandIn(limit=8)
-    r = CudaRegion(2, 10_000, 64, populate=False, driver=d)
+    r = CudaRows(2, 10_000, 64, prefault=False, driver=d)
     p, full = r.data.data_ptr(), 8 * d.page // r.slice_bytes
     r.resize(full)
     r.data[:, :full] = torch.nan
     with expect_fail(torch.OutOfMemoryError):
         r.resize(full + 1)
-    test_eq((r.n, r.resident(), r.data.data_ptr()), (full, 8 * d.page, p))
+    test_eq((r.length, r.resident(), r.data.data_ptr()), (full, 8 * d.page, p))
     assert r.data[:, :full].isnan().all()
     r.resize(0)
     test_eq(r.resident(), 0)
@@ -206,13 +208,13 @@ def test_close_and_copies_on_a_gpu():
     """Closing gives everything back, and what a forgotten tensor needs as soon as that is gone. A copy has memory of
     its own."""
     d = StandIn()
-    r = CudaRegion(3, 5000, 64, driver=d)
+    r = CudaRows(3, 5000, 64, driver=d)
     r.resize(100)
     r.data[:, :100] = 3.0
     c = copy.deepcopy(r)
     c.data[:, :100] = 4.0
     assert (r.data[:, :100] == 3).all() and (c.data[:, :100] == 4).all()
-    test_eq(c.n, 100)
+    test_eq(c.length, 100)
     view = c.data[:, :50]
     c.close()
     c.close()
@@ -228,7 +230,7 @@ def test_close_and_copies_on_a_gpu():
 
 def test_refusals_on_a_gpu():
     "Bad sizes and uses are refused."
-    r = CudaRegion(2, 100, 8, driver=StandIn())
+    r = CudaRows(2, 100, 8, driver=StandIn())
     with expect_fail(ValueError, "do not fit"):
         r.resize(-1)
     with expect_fail(ValueError, "reserve more"):
@@ -236,28 +238,28 @@ def test_refusals_on_a_gpu():
     with expect_fail(ValueError, "trim takes"):
         r.trim([1, 0])
     with expect_fail(ValueError, "at least 1"):
-        CudaRegion(2, -5, 8, driver=StandIn())
+        CudaRows(2, -5, 8, driver=StandIn())
     with expect_fail(ValueError, "no CUDA device"):
-        CudaRegion(2, 5, 8, device="cpu")
+        CudaRows(2, 5, 8, device="cpu")
     with expect_fail(TypeError, "pickled"):
         copy.copy(r)
 
 
 def test_choice_is_reported():
-    """[`make_region`](00_memory.ipynb) takes a `CudaRegion` for a CUDA device if the calls are there, and a
-    `DoublingRegion` with a warning if not. `backend` tells which, and why not the first."""
+    """[`make_rows`](00_memory.ipynb) takes a `CudaRows` for a CUDA device if the calls are there, and a
+    `CopyingRows` with a warning if not. `backend` tells which, and why not the first."""
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter("always")
         how = backend.__wrapped__("cuda")
-    assert how == "cuda" and not w or how == "doubling" and "doubling" in str(w[0].message)
+    assert how == "cuda" and not w or how == "copying" and "copying" in str(w[0].message)
     if not torch.cuda.is_available():
-        test_eq(how, "doubling")
+        test_eq(how, "copying")
     with (
         replaced("torch.cuda.is_available", lambda: True),
         replaced("llmopt.kv_cache.cuda.get_driver", lambda i: StandIn()),
         replaced("llmopt.kv_cache.memory.backend", backend.__wrapped__),
     ):
-        r = make_region(4, 100, 8, torch.bfloat16, device="cuda:0")
+        r = make_rows(4, 100, 8, torch.bfloat16, device="cuda:0")
         r.resize(7)
     test_eq((r.backend, r.data.shape, r.data.dtype, r.resident()), ("cuda", (4, 100, 8), torch.bfloat16, StandIn.page))
     r.close()
@@ -296,7 +298,7 @@ def logits(model, cache, **kw):
 
 
 def on(driver):
-    return replaced("llmopt.kv_cache.slab.make_region", lambda *a: CudaRegion(*a[:6], driver=driver))
+    return replaced("llmopt.kv_cache.slab.make_rows", lambda *a: CudaRows(*a[:6], driver=driver))
 
 
 def test_caches_do_not_notice():
@@ -311,7 +313,7 @@ def test_caches_do_not_notice():
                 cache = SlabCache(m.config, longest)
                 a = logits(m, cache, **kw)
             assert torch.equal(a, logits(m, T.DynamicCache(config=m.config), **kw)) and {
-                r.backend for s in cache.slabs for r in s.regions
+                r.backend for s in cache.slabs for r in s.storage
             } == {"cuda"}
             test_eq(cache.kv_bytes().resident, d.held() * PAGE)
             cache.crop(-30)
@@ -329,7 +331,7 @@ def test_eviction_does_not_notice():
             a = logits(m, caches[0], **kw)
         with packed(m), on(StandIn(page=PAGE)):
             assert torch.equal(a, logits(m, caches[1], **kw))
-        test_eq([(s.k.backend, s.p is None) for s in caches[1].slabs], [("cuda", False)] * 2)
+        test_eq([(s.key_rows.backend, s.p is None) for s in caches[1].slabs], [("cuda", False)] * 2)
         caches[1].close()
 
 
@@ -358,8 +360,8 @@ def test_append_equals_cat_on_a_gpu():
     for dtype, longest in (torch.float32, 100_000), (torch.bfloat16, 3000):
         s = SimpleVAttention(3, 128, 2, longest, dtype, "cuda")
         k, v = torch.randn(2, 2, 3, 2900, 128, device="cuda").to(dtype)
-        test_eq(s.k.backend, "cuda")
-        at = s.k.data.data_ptr()
+        test_eq(s.key_rows.backend, "cuda")
+        at = s.key_rows.data.data_ptr()
         for a, b in (0, 1), (1, 900), (900, 901), (901, 2900):
             ks, vs = s.append(k[:, :, a:b], v[:, :, a:b])
             assert torch.equal(ks, k[:, :, :b]) and torch.equal(vs, v[:, :, :b])
@@ -374,9 +376,9 @@ def test_resident_bytes_are_what_the_device_misses():
     """The device reports as much less free memory as the region says it holds, and all of it again after closing.
     Reserving takes nothing."""
     pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install llmopt[cuda]")
-    filled(CudaRegion(16, 100, 128, torch.bfloat16), 100).close()
+    filled(CudaRows(16, 100, 128, torch.bfloat16), 100).close()
     before = free_bytes()
-    r = CudaRegion(16, 2**20, 128, torch.bfloat16, populate=False)
+    r = CudaRows(16, 2**20, 128, torch.bfloat16, prefault=False)
     test_eq(r.reserved, 2**32)
     assert before - free_bytes() < SOME
     for n in 1, 20_480, 20_481, 400_000, 51_200, 0:
@@ -392,9 +394,9 @@ def test_no_leaks_on_a_gpu():
     """A thousand times up and down leaks nothing, and kernels that are still queued when their pages are given back
     have read the right numbers."""
     pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install llmopt[cuda]")
-    filled(CudaRegion(4, 100, 128), 100).data.sum().item()
+    filled(CudaRows(4, 100, 128), 100).data.sum().item()
     before = free_bytes()
-    rnd, r = random.Random(0), CudaRegion(4, 100_000, 128, populate=False)
+    rnd, r = random.Random(0), CudaRows(4, 100_000, 128, prefault=False)
     for i in range(1000):
         n = rnd.randint(1000, 30_000)
         ones = filled(r, n).data[:, :n].sum()
@@ -419,6 +421,6 @@ def test_same_logits_on_a_gpu():
         for kw in dict(), dict(num_beams=3):
             cache = SlabCache(m.config, 4096)
             a = logits(m, cache, **kw)
-            test_eq({r.backend for s in cache.slabs for r in s.regions}, {"cuda"})
+            test_eq({r.backend for s in cache.slabs for r in s.storage}, {"cuda"})
             assert torch.equal(a, logits(m, T.DynamicCache(config=m.config), **kw))
             cache.close()

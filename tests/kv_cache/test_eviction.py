@@ -61,7 +61,7 @@ def test_slab_against_lists():
         ]
         seen += q
         check(s, rows)
-        keep = torch.rand(s.batch, 3, s.n, generator=gen) < p
+        keep = torch.rand(s.batch, 3, s.seq_len, generator=gen) < p
         keep[0, 1] |= p < 1
         s.keep(keep)
         rows = [
@@ -76,7 +76,7 @@ def test_slab_against_lists():
             rows = [rows[i] for i in idx]
         check(s, rows)
         check(copy.deepcopy(s), rows)
-        test_eq(s.seen, seen)
+        test_eq(s.tokens_seen, seen)
     s.truncate(seen - 1)
     check(s, [[(p[:-1], a[:-1], b[:-1]) for p, a, b in row] for row in rows])
     with expect_fail(ValueError, "have been evicted"):
@@ -86,15 +86,15 @@ def test_slab_against_lists():
 
 def test_pages_really_returned():
     "The system takes back what the lengths say, for each row its own; a copy takes no more."
-    s = EvictingSlab(4, 64, 1, 50_000, populate=False)
+    s = EvictingSlab(4, 64, 1, 50_000, prefault=False)
     s.append(*torch.ones(2, 1, 4, 4000, 64))
     keep = torch.arange(4000) < torch.tensor([[4000], [500], [17], [0]])
     s.keep(keep[None])
 
     def paged(s):
-        return sum(r.resident() for r in s.regions[:2])
+        return sum(r.resident() for r in s.storage[:2])
 
-    if s.k.backend != "doubling":
+    if s.key_rows.backend != "copying":
         for t in s, copy.deepcopy(s):
             test_eq(paged(t), 2 * PAGE * sum(math.ceil(n * 256 / PAGE) for n in (4000, 500, 17, 0)))
         s.append(*torch.ones(2, 1, 4, 1, 64))
@@ -244,8 +244,8 @@ def kept(cache):
     res = []
     for l in cache.slab_layers:
         s = l.slab
-        k = torch.zeros(*s.lengths.shape, s.seen + 1, dtype=torch.bool)
-        res.append(k.scatter_(2, s.positions.masked_fill(~s.filled, s.seen), True)[..., :-1])
+        k = torch.zeros(*s.lengths.shape, s.tokens_seen + 1, dtype=torch.bool)
+        res.append(k.scatter_(2, s.positions.masked_fill(~s.filled, s.tokens_seen), True)[..., :-1])
     return res
 
 
@@ -345,7 +345,7 @@ def test_bytes_are_a_ceiling():
         ids = torch.randint(4, 256, (batch, n + 80), generator=torch.Generator().manual_seed(n))
         mask = torch.ones_like(ids)
         mask[-1, :pads] = 0
-        cache = EvictingCache(model.config, Eviction(budget, window=8), populate=False)
+        cache = EvictingCache(model.config, Eviction(budget, window=8), prefault=False)
         limit, live = cache.evictor.budget.amount, []
         for a, b in (0, n), *((i, i + 1) for i in range(n, n + 80)):
             with torch.no_grad(), packed(model):
@@ -353,8 +353,8 @@ def test_bytes_are_a_ceiling():
             live.append(cache.kv_bytes().live)
             if b % 10 == 0:
                 assert (
-                    cache.slabs[0].k.backend == "doubling"
-                    or anonymous_bytes([r.address for s in cache.slabs for r in (s.k, s.v)]) <= limit
+                    cache.slabs[0].key_rows.backend == "copying"
+                    or anonymous_bytes([r.address for s in cache.slabs for r in (s.key_rows, s.value_rows)]) <= limit
                 )
         fits = n + 80 <= limit // (batch * token) // 64 * 64  # pages of 64 tokens
         assert max(live) <= limit and (not cache.evictions) == fits and (fits or max(live) > limit / 2), (
@@ -408,7 +408,7 @@ def test_cake_from_its_equations():
     for a, p, l in zip(past, share, cache.slab_layers):
         I = a.mean(1) + 200 * a.var(axis=1, ddof=1)  # (Hq, S-w)
         I = np.stack([np.convolve(i, np.ones(5) / 5, "same") for i in I]).reshape(2, 2, -1).mean(1)
-        n = l.slab.n - w
+        n = l.slab.seq_len - w
         assert abs(n - p) <= 1, (n, p)
         for h in range(2):
             test_eq(
@@ -503,12 +503,12 @@ def test_generation_and_refusals():
 def test_resident_bytes_follow_the_budget():
     "The system gives what the lengths say: after a prompt, pages of the budget and of nothing else."
     model, ids = tiny(), torch.randint(0, 256, (1, 2000), generator=torch.Generator().manual_seed(8))
-    cache = EvictingCache(model.config, Eviction("10%", window=16), populate=False)
+    cache = EvictingCache(model.config, Eviction("10%", window=16), prefault=False)
     with torch.no_grad(), packed(model):
         model(ids, past_key_values=cache)
     pages = sum(2 * int((-(-l.slab.lengths * 16 * 4 // PAGE)).sum()) * PAGE for l in cache.slab_layers)
-    if cache.slabs[0].k.backend != "doubling":
-        test_eq(sum(r.resident() for s in cache.slabs for r in (s.k, s.v)), pages)
+    if cache.slabs[0].key_rows.backend != "copying":
+        test_eq(sum(r.resident() for s in cache.slabs for r in (s.key_rows, s.value_rows)), pages)
         test_eq(pages, 3 * 2 * 2 * math.ceil(200 * 64 / PAGE) * PAGE)
         assert cache.kv_bytes().resident - pages < 0.15 * pages
 

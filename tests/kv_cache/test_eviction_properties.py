@@ -60,7 +60,7 @@ def test_cutting_in_stages_is_cutting_once(n, seed, data):
     r = ranks.clone()
     for m in sizes:
         stages.keep(r < m, [r])
-        r = r[..., : stages.n]
+        r = r[..., : stages.seq_len]
     once.keep(ranks < sizes[-1])
     assert torch.equal(stages.positions[stages.filled], once.positions[once.filled])
     assert torch.equal(stages.keys[stages.filled], once.keys[once.filled]) and torch.equal(

@@ -108,7 +108,7 @@ def test_generate_gives_what_it_gives_with_dynamic_cache(attention, name, mode, 
     with packed(model) if attention == "packed" else nullcontext():
         got = generate(model, cache, ids, mask, **MODES[mode])
     want = generate(model, T.DynamicCache(config=model.config), ids, mask, **MODES[mode])
-    assert {r.backend for s in cache.slabs for r in s.regions} == {"cuda"} and torch.equal(got[0], want[0])
+    assert {r.backend for s in cache.slabs for r in s.storage} == {"cuda"} and torch.equal(got[0], want[0])
     if attention == "stock":
         assert torch.equal(got[1], want[1]), (got[1] - want[1]).abs().max()
     else:
@@ -131,7 +131,9 @@ def test_generate_makes_slabs_when_installed():
             do_sample=False,
             return_dict_in_generate=True,
         )
-    assert torch.equal(out.sequences, want[0]) and {l.slab.k.backend for l in out.past_key_values.layers} == {"cuda"}
+    assert torch.equal(out.sequences, want[0]) and {l.slab.key_rows.backend for l in out.past_key_values.layers} == {
+        "cuda"
+    }
 
 
 def kept(cache):
@@ -139,8 +141,8 @@ def kept(cache):
     res = []
     for l in cache.slab_layers:
         s = l.slab
-        k = torch.zeros(*s.lengths.shape, s.seen + 1, dtype=torch.bool, device="cuda")
-        res.append(k.scatter_(2, s.positions.masked_fill(~s.filled, s.seen), True)[..., :-1])
+        k = torch.zeros(*s.lengths.shape, s.tokens_seen + 1, dtype=torch.bool, device="cuda")
+        res.append(k.scatter_(2, s.positions.masked_fill(~s.filled, s.tokens_seen), True)[..., :-1])
     return res
 
 
@@ -197,7 +199,7 @@ def test_a_budget_equals_full_attention_under_its_mask(policy, budget):
             finally:
                 model.set_attn_implementation("sdpa")
         assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max()), (a, b)
-    assert cache.evictor.rounds > 2 and {s.k.backend for s in cache.slabs} == {"cuda"}
+    assert cache.evictor.rounds > 2 and {s.key_rows.backend for s in cache.slabs} == {"cuda"}
 
 
 def test_a_budget_gives_memory_back():
@@ -209,13 +211,13 @@ def test_a_budget_gives_memory_back():
     for name, make in dict(
         warm=lambda: SlabCache(c),
         all=lambda: SlabCache(c),
-        tenth=lambda: EvictingCache(c, Eviction("10%"), populate=False),
+        tenth=lambda: EvictingCache(c, Eviction("10%"), prefault=False),
     ).items():
         cache = make()
         with torch.no_grad(), packed(model):
             model(ids, past_key_values=cache, logits_to_keep=1)
         before = free_bytes()
-        held = sum(r.resident() for s in cache.slabs for r in (s.k, s.v))
+        held = sum(r.resident() for s in cache.slabs for r in (s.key_rows, s.value_rows))
         sizes[name] = held, cache.kv_bytes().live
         cache.close()
         assert abs(free_bytes() - before - held) < 2**24
@@ -239,8 +241,8 @@ def test_appending_takes_no_memory_but_the_token():
     s, calls = SimpleVAttention(8, 128, 1, 40_000, torch.bfloat16, "cuda"), []
     k = torch.ones(1, 8, 30_000, 128, dtype=torch.bfloat16, device="cuda")
     s.append(k, k)
-    real = type(s.k.driver).create
-    s.k.driver.create = lambda n: calls.append(n) or real(s.k.driver, n)
+    real = type(s.key_rows.driver).create
+    s.key_rows.driver.create = lambda n: calls.append(n) or real(s.key_rows.driver, n)
     try:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -249,9 +251,9 @@ def test_appending_takes_no_memory_but_the_token():
             s.append(k[:, :, :1], k[:, :, :1])
         torch.cuda.synchronize()
     finally:
-        del s.k.driver.create
+        del s.key_rows.driver.create
     assert torch.cuda.max_memory_allocated() - before < 2**20 < k.nbytes
-    assert 0 < len(calls) <= 2 * (3000 * 8 * 256 // s.k.page + 1)
+    assert 0 < len(calls) <= 2 * (3000 * 8 * 256 // s.key_rows.page + 1)
 
 
 def test_a_full_device_changes_nothing():
@@ -264,13 +266,13 @@ def test_a_full_device_changes_nothing():
     held, free = s.resident(), free_bytes()
     hog = torch.empty(free - 2**27, dtype=torch.uint8, device="cuda")  # 128 MiB are left; 400,000 tokens take 1.5 GiB
     with pytest.raises(torch.OutOfMemoryError):
-        s.k.resize(400_000)
-    assert (s.n, s.k.n, s.resident()) == (1000, 1000, held) and (s.keys == 1).all()
+        s.key_rows.resize(400_000)
+    assert (s.seq_len, s.key_rows.length, s.resident()) == (1000, 1000, held) and (s.keys == 1).all()
     s.append(2 * t, 2 * t)
-    assert s.n == 2000 and (s.keys[:, :, 1000:] == 2).all()
+    assert s.seq_len == 2000 and (s.keys[:, :, 1000:] == 2).all()
     del hog  # PyTorch keeps it for itself
-    s.k.resize(400_000)
-    assert s.k.resident() > 2**29 and (s.keys[:, :, :1000] == 1).all()
+    s.key_rows.resize(400_000)
+    assert s.key_rows.resident() > 2**29 and (s.keys[:, :, :1000] == 1).all()
     s.close()
     assert s.resident() == 0
 
@@ -288,8 +290,8 @@ def test_in_a_thread_of_its_own():
     th = threading.Thread(target=work)
     th.start()
     th.join()
-    assert seen[0][1] == 100 * 128 and seen[0][0].k.backend == "cuda"
-    region = seen[0][0].k
+    assert seen[0][1] == 100 * 128 and seen[0][0].key_rows.backend == "cuda"
+    region = seen[0][0].key_rows
     th = threading.Thread(target=seen[0][0].close)
     th.start()
     th.join()

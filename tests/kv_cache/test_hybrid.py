@@ -16,12 +16,17 @@ from llmopt.kv_cache.hybrid import *
 
 def test_configuration():
     "It survives JSON, and refuses what it cannot mean."
-    for c in KVCache(), KVCache(4096, 64, False, "stock"), KVCache(budget="25%", policy="snapkv"), KVCache(budget=512):
-        test_eq(KVCache(**json.loads(json.dumps(asdict(c)))), c)
-    test_eq(len({KVCache(), KVCache()}), 1)
-    for kw in dict(attention="fast"), dict(page_tokens=-1), dict(max_seq_len=0), dict(populate=2):
+    for c in (
+        KVCacheConfig(),
+        KVCacheConfig(4096, 64, False, "stock"),
+        KVCacheConfig(budget="25%", policy="snapkv"),
+        KVCacheConfig(budget=512),
+    ):
+        test_eq(KVCacheConfig(**json.loads(json.dumps(asdict(c)))), c)
+    test_eq(len({KVCacheConfig(), KVCacheConfig()}), 1)
+    for kw in dict(attention="fast"), dict(page_tokens=-1), dict(max_seq_len=0), dict(prefault=2):
         with expect_fail(ValueError, "must be"):
-            KVCache(**kw)
+            KVCacheConfig(**kw)
     for kw, text in (
         (dict(policy="cake"), "with a budget"),
         (dict(budget="25%", attention="stock"), "stock attention"),
@@ -29,14 +34,14 @@ def test_configuration():
         (dict(budget="25%", policy="lru"), "known: cake"),
     ):
         with expect_fail(ValueError, text):
-            KVCache(**kw)
+            KVCacheConfig(**kw)
 
 
 def test_memory_usage_and_savings():
     "The numbers are those of the caches: they come with tokens and go with them."
     lm = load("llmopt-tiny", "cpu")
     shape = cache_shape(lm.model)
-    opt = HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, config=KVCache(populate=False))
+    opt = HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, config=KVCacheConfig(prefault=False))
     test_eq(opt.get_memory_usage()["resident"], 0)
     cache = opt.make_cache(lm)
     with torch.no_grad():
@@ -59,7 +64,7 @@ def test_memory_usage_and_savings():
 
 def test_one_slab():
     "The numbers are those of the caches: they come with tokens and go with them."
-    s = SimpleVAttention(4, 64, 2, 5000, populate=False)
+    s = SimpleVAttention(4, 64, 2, 5000, prefault=False)
     test_eq((s.get_memory_usage()["resident"], s.get_memory_savings()["dynamic"]), (0, 0))
     s.append(*torch.ones(2, 2, 4, 1000, 64))
     u, v = s.get_memory_usage(), s.get_memory_savings()
@@ -80,10 +85,10 @@ def test_optimizer_with_a_budget():
     lm = load("llmopt-tiny", "cpu")
     shape = cache_shape(lm.model)
     opt = HybridKVCacheOptimizer(
-        **shape, max_batch_size=2, max_seq_len=4096, config=KVCache(populate=False), budget="25%", policy="snapkv"
+        **shape, max_batch_size=2, max_seq_len=4096, config=KVCacheConfig(prefault=False), budget="25%", policy="snapkv"
     )
     cache = opt.make_cache(lm)
-    test_eq((cache.evictor.cfg.policy, KVCache().make_cache(lm).__class__), ("snapkv", SlabCache))
+    test_eq((cache.evictor.cfg.policy, KVCacheConfig().make_cache(lm).__class__), ("snapkv", SlabCache))
     with torch.no_grad(), opt.attach(lm):
         lm.model(torch.full((2, 500), 9), past_key_values=cache)
     u, s, full = (
@@ -114,7 +119,7 @@ def test_optimizer_refusals():
     bloom = T.BloomForCausalLM(
         T.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
     )  # its attention cannot be replaced
-    for kv, text in (KVCache(), "use attention='stock'"), (KVCache(budget=99), "cannot have a budget"):
+    for kv, text in (KVCacheConfig(), "use attention='stock'"), (KVCacheConfig(budget=99), "cannot have a budget"):
         with expect_fail(ValueError, text):
             with kv.attach(bloom):
                 pass

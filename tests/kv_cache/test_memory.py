@@ -13,19 +13,19 @@ from llmopt.kv_cache.memory import *
 def test_resident_bytes_are_the_predicted_pages():
     "Resident bytes are the predicted pages, growing and shrinking."
     for dtype in torch.float32, torch.bfloat16:
-        r = Region(6, 50_000, 48, dtype, populate=False)
+        r = PagedRows(6, 50_000, 48, dtype, prefault=False)
         for n in 1, 7, 500, 501, 4000, 300, 0, 90:
-            old = r.n
+            old = r.length
             r.resize(n)
             r.data[:, old:n] = 1
             test_eq(r.resident(), 6 * math.ceil(n * 48 * dtype.itemsize / PAGE) * PAGE)
 
 
-def test_populate_stays_within_one_page_a_row():
+def test_prefault_stays_within_one_page_a_row():
     "With the background at work there is at most one page more in a row, also after a shrink."
-    r = Region(6, 50_000, 48, populate=True)
+    r = PagedRows(6, 50_000, 48, prefault=True)
     for n in (1, 100, 101, 3000, 200, 210, 220, 0):
-        old = r.n
+        old = r.length
         r.resize(n)
         r.data[:, old:n] = 1
         need = 6 * math.ceil(n * 192 / PAGE) * PAGE
@@ -36,8 +36,8 @@ def test_populate_stays_within_one_page_a_row():
 def test_trim_rows():
     """Rows trimmed to lengths of their own keep what they have, hold just the pages of those lengths, and go on
     growing from the longest one."""
-    for populate in True, False:
-        r = Region(3, 50_000, 64, populate=populate)
+    for prefault in True, False:
+        r = PagedRows(3, 50_000, 64, prefault=prefault)
         r.resize(1000)
         r.data[:, :1000] = torch.arange(1000.0)[None, :, None]
         r.trim([1000, 17, 0])
@@ -45,7 +45,7 @@ def test_trim_rows():
         def pages(*ns):
             return sum(math.ceil(n * 256 / PAGE) for n in ns) * PAGE
 
-        test_eq((r.n, r.resident()), (1000, pages(1000, 17)))
+        test_eq((r.length, r.resident()), (1000, pages(1000, 17)))
         test_eq(r.data[1, :17, 3].tolist(), [*range(17)])
         r.resize(1001)
         r.data[0, 1000] = r.data[1, 17] = 1.0
@@ -59,14 +59,14 @@ def test_trim_rows():
 def test_reserving_takes_nothing():
     "Reserving 64 GiB takes less than 1 MiB."
     rss = psutil.Process().memory_info().rss
-    r = Region(16, 2**20, 1024)
+    r = PagedRows(16, 2**20, 1024)
     assert r.reserved == 2**36 and psutil.Process().memory_info().rss - rss < 2**20
     test_eq(r.resident(), 0)
 
 
 def test_content_and_address():
     "What was written stays through growth, at the same address; what was given back reads as zeros."
-    r = Region(2, 10_000, 32)
+    r = PagedRows(2, 10_000, 32)
     p = r.data.data_ptr()
     r.resize(100)
     r.data[:, :100] = torch.arange(100.0)[None, :, None]
@@ -87,9 +87,9 @@ def test_no_leaks():
         gc.collect()
         return sum(1 for _ in open("/proc/self/maps"))
 
-    Region(8, 4096, 64).resize(1)
+    PagedRows(8, 4096, 64).resize(1)
     before, proc = mappings(), psutil.Process()
-    r = Region(8, 4096, 64)
+    r = PagedRows(8, 4096, 64)
     for i in range(10_000):
         if i == 100:
             rss = proc.memory_info().rss
@@ -108,13 +108,13 @@ def test_no_leaks():
 
 def test_refusals():
     "Bad sizes and uses are refused."
-    r = Region(2, 100, 8)
+    r = PagedRows(2, 100, 8)
     with expect_fail(ValueError, "do not fit"):
         r.resize(-1)
     with expect_fail(ValueError, "reserve more"):
         r.resize(101)
     with expect_fail(ValueError, "at least 1"):
-        Region(2, -5, 8)
+        PagedRows(2, -5, 8)
     with expect_fail(TypeError, "pickled"):
         copy.copy(r)
     r.close()
@@ -125,20 +125,20 @@ def test_refusals():
 
 def test_copies():
     "A copy has memory of its own, and only as much as is in use."
-    r = Region(2, 10**6, 8, populate=False)
+    r = PagedRows(2, 10**6, 8, prefault=False)
     r.resize(10)
     r.data[:, :10] = 3.0
     c = copy.deepcopy(r)
     c.data[:, :10] = 4.0
-    test_eq((r.data[0, 0, 0].item(), c.n, c.resident()), (3.0, 10, 2 * PAGE))
+    test_eq((r.data[0, 0, 0].item(), c.length, c.resident()), (3.0, 10, 2 * PAGE))
 
 
 def test_both_backends_keep_the_same_content():
     "Both keep what was written, whatever the lengths."
-    a, b = Region(3, 5000, 8), DoublingRegion(3, 5000, 8)
+    a, b = PagedRows(3, 5000, 8), CopyingRows(3, 5000, 8)
     for n in (1, 16, 17, 900, 400, 100, 3, 0, 50, 5000):
         for r in (a, b):
-            old = r.n
+            old = r.length
             r.resize(n)
             r.data[:, old:n] = torch.arange(old, n).float()[None, :, None] if n > old else 0.0
         assert torch.equal(a.data[:, :n], b.data[:, :n])

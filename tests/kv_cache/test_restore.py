@@ -17,57 +17,10 @@ from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.core import load
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.eviction import Eviction, EvictingCache
-from llmopt.kv_cache.memory import PAGE, DoublingRegion
 from pathlib import Path
 from llmopt.errors import CorruptChunkError
-from llmopt.kv_cache.slab import SimpleVAttention, SlabCache
+from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.restore import *
-
-
-def test_slots_are_filled_in_any_order():
-    """Filled from the back, a slab holds what one filled from the front holds, on demand-paged memory and on the
-    buffer that doubles. Only pages that were written exist."""
-    torch.manual_seed(0)
-    k, v = torch.randn(2, 1, 2, 96, 64)
-    for doubling in (False, True):
-        s = SimpleVAttention(2, 64, 1, 1000, populate=False)
-        if doubling:
-            s.k, s.v = (DoublingRegion(2, 1000, 64) for _ in "kv")
-        s.hold(96)
-        s.place(k[:, :, 64:], v[:, :, 64:], 64)
-        if not doubling:
-            test_eq(s.resident(), 4 * 2 * PAGE)  # 16 tokens of 64 floats are a page
-        s.append(k[:, :, :32], v[:, :, :32])
-        s.place(k[:, :, 32:64], v[:, :, 32:64], 32)
-        s.advance(64)
-        assert torch.equal(s.keys, k[:, :, :64])
-        s.advance(96)
-        s.hold(0)
-        assert torch.equal(s.keys, k) and torch.equal(s.values, v)
-
-
-def test_slot_refusals():
-    "Slots that were not held are refused, negative ones too; held slots that were not used give their pages back."
-    s, t = SimpleVAttention(2, 8, 1, 100, populate=False), torch.ones(1, 2, 4, 8)
-    s.append(t, t)
-    s.hold(20)
-    for at in (-4, 3, 17, 40):
-        with expect_fail(ValueError, "not among the held"):
-            s.place(t, t, at)
-    with expect_fail(ValueError, "cannot take"):
-        s.place(t.double(), t, 8)
-    for n in (-1, 3, 21):
-        with expect_fail(ValueError, "cannot advance"):
-            s.advance(n)
-    with expect_fail(ValueError, "do not fit"):
-        s.hold(101)
-    wide = SimpleVAttention(2, 512, 1, 100, populate=False)
-    x = torch.ones(1, 2, 4, 512)
-    wide.hold(50)
-    wide.place(x, x, 40)
-    assert wide.resident()
-    wide.hold(0)
-    test_eq(wide.resident(), 0)
 
 
 SMALL = dict(

@@ -7,7 +7,7 @@ import transformers as T
 import torch
 from fastcore.test import expect_fail, test_eq
 from llmopt.core import load
-from llmopt.kv_cache.memory import PAGE
+from llmopt.kv_cache.memory import PAGE, CopyingRows
 from llmopt.kv_cache.slab import *
 
 
@@ -15,7 +15,7 @@ def test_append_equals_cat():
     "The slab is what `torch.cat` would have made, at a fixed address."
     torch.manual_seed(0)
     s, k, v = SimpleVAttention(3, 16, 2, 5000, value_size=24), torch.randn(2, 3, 900, 16), torch.randn(2, 3, 900, 24)
-    at = s._table(s.k).data_ptr()
+    at = s._table(s.key_rows).data_ptr()
     for a, b in (0, 1), (1, 300), (300, 301), (301, 900):
         ks, vs = s.append(k[:, :, a:b], v[:, :, a:b])
         assert torch.equal(ks, k[:, :, :b]) and torch.equal(vs, v[:, :, :b])
@@ -41,7 +41,7 @@ def test_select():
     test_eq(s.batch, 1)
     c = copy.deepcopy(s)
     c.append(k, v)
-    test_eq((s.n, c.n), (100, 200))
+    test_eq((s.seq_len, c.seq_len), (100, 200))
 
 
 def test_slab_refusals():
@@ -60,6 +60,53 @@ def test_slab_refusals():
     s.close()
     with expect_fail(RuntimeError, "closed"):
         s.append(t.detach(), t.detach())
+
+
+def test_slots_are_filled_in_any_order():
+    """Filled from the back, a slab holds what one filled from the front holds, on demand-paged memory and on the
+    buffer that doubles. Only pages that were written exist."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 1, 2, 96, 64)
+    for copying in (False, True):
+        s = SimpleVAttention(2, 64, 1, 1000, prefault=False)
+        if copying:
+            s.storage = [CopyingRows(2, 1000, 64) for _ in "kv"]
+        s.reserve_slots(96)
+        s.place(k[:, :, 64:], v[:, :, 64:], 64)
+        if not copying:
+            test_eq(s.resident(), 4 * 2 * PAGE)  # 16 tokens of 64 floats are a page
+        s.append(k[:, :, :32], v[:, :, :32])
+        s.place(k[:, :, 32:64], v[:, :, 32:64], 32)
+        s.advance_to(64)
+        assert torch.equal(s.keys, k[:, :, :64])
+        s.advance_to(96)
+        s.reserve_slots(0)
+        assert torch.equal(s.keys, k) and torch.equal(s.values, v)
+
+
+def test_slot_refusals():
+    """Slots that were not reserved are refused, negative ones too; reserved slots that were not used give their
+    pages back."""
+    s, t = SimpleVAttention(2, 8, 1, 100, prefault=False), torch.ones(1, 2, 4, 8)
+    s.append(t, t)
+    s.reserve_slots(20)
+    for at in (-4, 3, 17, 40):
+        with expect_fail(ValueError, "not among the reserved"):
+            s.place(t, t, at)
+    with expect_fail(ValueError, "cannot take"):
+        s.place(t.double(), t, 8)
+    for n in (-1, 3, 21):
+        with expect_fail(ValueError, "cannot advance"):
+            s.advance_to(n)
+    with expect_fail(ValueError, "do not fit"):
+        s.reserve_slots(101)
+    wide = SimpleVAttention(2, 512, 1, 100, prefault=False)
+    x = torch.ones(1, 2, 4, 512)
+    wide.reserve_slots(50)
+    wide.place(x, x, 40)
+    assert wide.resident()
+    wide.reserve_slots(0)
+    test_eq(wide.resident(), 0)
 
 
 def test_sizes_are_checked_at_once():
