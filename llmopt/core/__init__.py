@@ -11,3 +11,4 @@ from .measures import *
 from .model import *
 from .notebook import *
 from .prompt_inputs import *
+from .speculative import *
