@@ -7,3 +7,5 @@ __all__ = []
 
 # %% ../../nbs/10_benchmark/index.ipynb #2ab2eb47
 from .suites import *
+from .targets import *
+from .texts import *

@@ -6,29 +6,12 @@ import json
 import torch
 from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.core import load, TINY, user
-from pathlib import Path
 from llmopt.benchmark.larosa_ablation import Ladder
+from llmopt.benchmark.texts import read_texts
 from llmopt.errors import LlmoptError
 from llmopt.larosa.rotation import default_texts, windows
 from llmopt.benchmark.suites import *
 from llmopt.benchmark.suites import _Read
-
-
-def test_read_texts():
-    """The package ships sixty short passages with questions that no model of ours was trained on. Your own texts
-    come as JSON lines."""
-    with tempfile.TemporaryDirectory() as d:
-        p = Path(d) / "t.jsonl"
-        p.write_text('{"text": "One."}\n\n{"txt": 1}\n')
-        with expect_fail(LlmoptError, "line 3"):
-            read_texts(p)
-        p.write_text("")
-        with expect_fail(LlmoptError, "no texts"):
-            read_texts(p)
-        with expect_fail(LlmoptError, "No such file"):
-            read_texts(Path(d) / "none")
-    rows = read_texts()
-    assert all(r["questions"] and r["text"] for r in rows) and len(rows) >= 50
 
 
 def test_budgets():
