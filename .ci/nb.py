@@ -1,9 +1,10 @@
 """Notebooks in; library, tests, README and pages out: `python .ci/nb.py export|check|refresh|readme|docs`.
 
 The notebooks under `nbs/` are the source of everything generated here. `rebuild` says what the tree should hold, in a
-temporary copy; `export` writes that and `check` compares with it, so the two cannot disagree. Directives beyond nbdev's:
+temporary copy; `export` writes that and `check` compares with it, so the two cannot disagree. Directives of our own:
 
-- `#| test [name]`: the cell becomes a test function in `tests/<package>/test_<module>.py`, its docstring the prose before it;
+- `#| test [name]`: the cell becomes a test function in `tests/<package>/test_<module>.py`, its docstring the prose
+  before it;
 - `#| test_setup`: the cell is copied there as it stands, for data, fixtures and helpers that several tests share;
 - `#| slow`, `#| gpu`, `#| hub` beside `#| test` become pytest marks of that name.
 """
@@ -13,12 +14,14 @@ import ast
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import warnings
 from contextlib import chdir
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 
@@ -33,8 +36,9 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export, nbglob
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
-from nbdev.processors import FilterDefaults, _def_names, _want_doc
-from nbdev.serve import proc_nbs
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import Pages, definitions
 
 MARKS = "slow", "gpu", "hub"
 SETTINGS = Path(__file__).resolve().parent.parent / "ruff.toml"
@@ -308,6 +312,9 @@ def check(args):
         raise Problem("\n".join(crowded))
     have, want = generated(), rebuild()
     found = [*filter(None, (difference(p, have, want) for p in sorted(have | want)))]
+    index = get_config().nbs_path / get_config().readme_nb
+    if index.exists() and Path("README.md").read_text(encoding="utf-8") != readme_text():
+        found.append("README.md: differs from nbs/index.ipynb; to mend it: python .ci/nb.py readme")
     if found:
         raise Problem("\n".join(found) + "\nTo mend it: python .ci/nb.py export")
 
@@ -361,11 +368,11 @@ def refresh(args):
 # ## readme and docs
 
 
-def readme(args):
-    "Write README.md from the index notebook, as the documentation site would show it"
-    cfg, os.environ["IN_TEST"] = get_config(), "1"
+def readme_text():
+    "README.md as the index notebook says it"
+    cfg = get_config()
     nb = read_nb(cfg.nbs_path / cfg.readme_nb)
-    FilterDefaults()(nb)
+    Pages()(nb)
     front = nb.frontmatter_
     title = f"# {front['title']}\n\n" + (f"> {front['description']}\n\n" if "description" in front else "")
     nb.cells, nb.metadata["language_info"] = nb.cells[2:], {"name": "python"}  # less front matter and a remark of nbdev
@@ -377,24 +384,53 @@ def readme(args):
     text, resources = MarkdownExporter().from_notebook_node(nbformat.reads(nb2str(nb), as_version=4))
     if resources.get("outputs"):
         raise Problem(f"{cfg.readme_nb}: README.md cannot hold figures that cells draw")
-    Path("README.md").write_text(title + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8", newline="\n")
+    return title + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def undocumented(path, page):
-    "Exported symbols of notebook `path` that its processed `page` does not show"
-    nb = NBProcessor(path).nb
-    wanted = [n for c in nb.cells if _want_doc(c) for n in _def_names(c, ())]
-    shows = [c for c in read_nb(page).cells if c.cell_type == "code" and c.outputs]
-    shown = {m for c in shows for m in re.findall(r"^show_doc\(([\w.]+)", c.source, flags=re.MULTILINE)}
-    return [f"{path.as_posix()}: `{n}` is exported but not documented" for n in wanted if n not in shown]
+def readme(args):
+    "Write README.md from the index notebook, as the documentation site would show it"
+    Path("README.md").write_text(readme_text(), encoding="utf-8", newline="\n")
+
+
+def without_docstring(path):
+    "Public functions, classes and methods of notebook `path` that say nothing of themselves"
+    found = [(n, node) for c in NBProcessor(path).nb.cells for n, node in definitions(c)]
+    return [f"{path.as_posix()}: `{n}` has no docstring" for n, node in found if not ast.get_docstring(node)]
+
+
+def prose(page):
+    "The prose of a page, without code"
+    md = "\n".join(c.source for c in read_nb(page).cells if c.cell_type == "markdown")
+    return re.sub(r"^```.*?^```|`[^`\n]*`(?!\])", "", md, flags=re.MULTILINE | re.DOTALL)
+
+
+def heading_anchor(text):
+    "The anchor that pandoc gives a heading"
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", text)
+    text = re.sub(r"[^\w\s.-]", "", text.lower())
+    return re.sub(r"^[^a-z]+", "", "-".join(text.split()))
+
+
+@cache
+def anchors(page):
+    "All places of a page that a link can lead to"
+    md = "\n".join(c.source for c in read_nb(page).cells if c.cell_type == "markdown")
+    md = re.sub(r"^```.*?^```", "", md, flags=re.MULTILINE | re.DOTALL)
+    explicit = set(re.findall(r"\{#([\w.-]+)", md))
+    return explicit | {heading_anchor(h) for h in re.findall(r"^#+ (.*?)(?:\s*\{#.*)?$", md, flags=re.MULTILINE)}
 
 
 def dead_links(path, page):
-    "Relative links and images in the prose of `page` that lead nowhere"
-    md = "\n".join(c.source for c in read_nb(page).cells if c.cell_type == "markdown")
-    md = re.sub(r"^```.*?^```|`[^`\n]*`", "", md, flags=re.MULTILINE | re.DOTALL)
-    targets = (t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)", md) if not re.match(r"\w+:|#", t))
-    return [f"{path.as_posix()}: links to {t}, which is not there" for t in targets if not (page.parent / t).exists()]
+    "Relative links, images and anchors in the prose of `page` that lead nowhere"
+    for target in re.findall(r"\]\(([^)\s]+)", prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, at = target.partition("#")
+        to = page.parent / file if file else page
+        if not to.exists():
+            yield f"{path.as_posix()}: links to {target}, which is not there"
+        elif at and to.suffix == ".ipynb" and at not in anchors(to.resolve()):
+            yield f"{path.as_posix()}: links to {target}, but that page has no such place"
 
 
 def sidebar_entries(contents):
@@ -415,15 +451,29 @@ def sidebar_faults(nbs):
     return [f"_quarto.yml: names {e}, which is not there" for e in dead] + [f"{p}: not in the sidebar" for p in lost]
 
 
+def make_pages(nbs, cache):
+    "Write the pages of all notebooks, and what else lies beside them, into the folder `cache`"
+    shutil.rmtree(cache, ignore_errors=True)
+    for p in (
+        p for p in nbs.rglob("*") if p.is_file() and not any(f[0] in "._" for f in p.relative_to(nbs).parts[:-1])
+    ):
+        to = cache / p.relative_to(nbs)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if p.suffix == ".ipynb":
+            nb = read_nb(p)
+            Pages()(nb)
+            write_nb(nb, to)
+        elif p.suffix != ".pyc":
+            shutil.copy(p, to)
+    return cache
+
+
 def docs(args):
-    "Prepare the pages of the site up to the point where Quarto would render them, and check them"
+    "Prepare the pages of the site in `_proc`, up to the point where Quarto would render them, and check them"
     nbs = Path(get_config().nbs_path.name)
-    sys.path.append(
-        str((nbs / "models").resolve())
-    )  # import cells are run for the pages, those that import a script too
-    cache = proc_nbs(force=True)
+    cache = make_pages(nbs, Path("_proc").resolve())
     pages = {p: cache / p.relative_to(nbs) for p in notebooks()}
-    found = [f for path, page in pages.items() for f in undocumented(path, page) + dead_links(path, page)]
+    found = [f for path, page in pages.items() for f in [*without_docstring(path), *dead_links(path, page)]]
     found += sidebar_faults(nbs)
     if found:
         raise Problem("\n".join(found))

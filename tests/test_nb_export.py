@@ -202,3 +202,59 @@ def test_refresh_names_the_cell_that_fails_and_leaves_the_notebook(project):
         done.returncode == 1 and "Cell #13" in done.stderr and "ZeroDivisionError in nbs/00_words.ipynb" in done.stderr
     )
     assert NOTEBOOK.read_bytes() == before
+
+
+RECORD = """#| export
+@dataclass
+class Word:
+    "A word."
+
+    text: str  # as it stands
+    n: int = 0
+
+    @property
+    def short(self) -> bool:
+        "Has it few letters?"
+        return len(self.text) < 4
+
+    def _hidden(self): ...
+
+
+@patch(as_prop=True)
+def long(self: Word) -> bool:
+    "Not `Word.short`; see [the idea](#Dropping-words)."
+    return not self.short
+"""
+
+
+def page(*cells):
+    "The page of the notebook with `cells` behind the usual ones, as text, and what `docs` has to complain"
+    write([*CELLS, *cells])
+    Path("_quarto.yml").write_text("website: {sidebar: {contents: [00_words.ipynb]}}")
+    nb.get_config.cache_clear()
+    nb.anchors.cache_clear()
+    sys.modules["pages"].index.cache_clear()
+    try:
+        nb.docs(None)
+        found = ""
+    except nb.Problem as e:
+        found = str(e)
+    made = nbio.read_nb("_proc/00_words.ipynb").cells
+    return "\n".join(c.source for c in made if c.cell_type == "markdown"), found
+
+
+def test_a_page_shows_signatures_fields_and_properties_as_they_are_written(project):
+    text, found = page(("code", RECORD))
+    assert found == ""
+    assert "### `every_nth` {#every_nth}\n\n```python\ndef every_nth(text, n=3)\n```" in text
+    assert "class Word:\n    text: str  # as it stands\n    n: int = 0\n```" in text
+    assert "#### `Word.short` {#word.short}\n\n```python\nshort: bool\n```" in text
+    assert "[`Word.short`](#word.short)" in text and "(#dropping-words)" in text
+    assert "_hidden" not in text and "Call self" not in text
+
+
+def test_docs_names_what_has_no_docstring_and_what_leads_nowhere(project):
+    _, found = page(("code", "#| export\ndef silent(): ..."), ("markdown", "[a](#nowhere) [b](../gone.md) `every_nth`"))
+    assert "`silent` has no docstring" in found
+    assert "links to #nowhere, but that page has no such place" in found and "links to ../gone.md" in found
+    assert "every_nth" not in found
