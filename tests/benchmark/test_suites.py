@@ -3,69 +3,13 @@
 
 import tempfile
 import json
-import torch
 from fastcore.test import expect_fail, test_close, test_eq
-from llmopt.core import load, TINY, user
+from llmopt.core import load, TINY
 from llmopt.benchmark.larosa_ablation import Ladder
 from llmopt.benchmark.texts import read_texts
 from llmopt.errors import LlmoptError
 from llmopt.larosa.rotation import default_texts, windows
 from llmopt.benchmark.suites import *
-from llmopt.benchmark.suites import _Read
-
-
-def test_budgets():
-    """A budget is a promise. Random pieces of the texts, with random budgets and scorers: how often is one exceeded,
-    and how much of it is left unused?"""
-    lm = load("llmopt-tiny", "cpu")
-    b = budgets(read_texts(), lm.tokenizer, 60)[0]
-    test_eq(b["exceeded"], 0)
-    assert b["refused"] + b["exact"] <= 60 and b["unused_max"] >= 0
-
-
-def test_answers():
-    """Hundreds of prompts are asked for each passage. All those of one question are read side by side and only once,
-    for three uses: to be led along the answer, along the reference, and to answer."""
-    lm = load("llmopt-tiny", "cpu")
-    a = mean_answers(answers(read_texts()[:2], lm, rates=(0.5,), scorers=("every_nth", "coverage"), n=8))
-    by = {r["scorer"]: r for r in a}
-    same = [{k: v for k, v in read_texts()[0].items() if k != "id"}] * 2
-    test_eq(len(mean_answers(answers(same, lm, rates=(0.5,), scorers=("random",), n=2))), 3)
-    test_eq(set(by), {"whole passage", "no passage", "every_nth", "coverage"})
-    test_close(by["whole passage"]["kl"], 0, 1e-6)
-    test_eq(by["whole passage"]["recall_lost"], 0)
-    assert (
-        by["no passage"]["kl"] > 0
-        and by["no passage"]["tokens"] < by["coverage"]["tokens"] < by["whole passage"]["tokens"]
-    )
-
-
-def test_answers_side_by_side():
-    """Side by side or one by one, the numbers are the same, and they are those of a plain forward pass and of
-    `generate`."""
-    lm = load("llmopt-tiny", "cpu")
-    rows, kw = read_texts()[1:3], dict(rates=(0.25, 0.75), scorers=("every_nth", "idf", "self_information"), n=12)
-    many, one = answers(rows, lm, bs=7, **kw), answers(rows, lm, bs=1, **kw)
-    assert len(many) > 20
-    for a, b in zip(many, one):
-        test_eq(
-            {k: v for k, v in a.items() if k not in ("kl", "nll")},
-            {k: v for k, v in b.items() if k not in ("kl", "nll")},
-        )
-        test_close(a["kl"], b["kl"], 1e-4)
-        test_close(a["nll"], b["nll"], 1e-4)
-    ps = [lm.encode_chat([user(t)]) for t in ("Tell me about the moon.", "Why?", rows[0]["text"][:300])]
-    r = _Read(lm, ps)
-    for p, out, lp in zip(ps, r.answers(9), r.log_probs([40, 50, 60])):
-        x = torch.tensor([p])
-        test_eq(
-            out,
-            lm.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=9, do_sample=False)[
-                0, len(p) :
-            ].tolist(),
-        )
-        with torch.inference_mode():
-            test_close(lp, lm.model(torch.tensor([p + [40, 50, 60]])).logits[0, len(p) - 1 : -1].log_softmax(-1), 1e-3)
 
 
 def test_benchmark_kv():
