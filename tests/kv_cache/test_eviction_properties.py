@@ -8,15 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmopt.kv_cache.attention import packed
-from llmopt.kv_cache.eviction import (
-    POLICIES,
-    EvictingCache,
-    EvictingSlab,
-    Eviction,
-    apportion,
-    parse_budget,
-    sizes_for_mass,
-)
+from llmopt.kv_cache.budget import Eviction, apportion, parse_budget, sizes_for_mass
+from llmopt.kv_cache.evicting_slab import EvictingSlab
+from llmopt.kv_cache.eviction import EvictingCache
+from llmopt.kv_cache.policies import POLICIES
 
 settings.register_profile("eviction", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 quick, costly = (settings(settings.get_profile("eviction"), max_examples=n) for n in (150, 25))
