@@ -71,6 +71,30 @@ class LM:
     name: str  # the name it was asked for by
     source: str | None = None  # the folder or hub id that the weights came from
 
+# %% ../../nbs/00_core/02_model.ipynb #0bf2a427
+@patch(as_prop=True)
+def device(self: LM):
+    "Where the weights lie."
+    return self.model.device
+
+
+@patch(as_prop=True)
+def n_params(self: LM) -> int:
+    "Weights; those that are shared count once."
+    return sum(p.numel() for p in self.model.parameters())
+
+
+@patch(as_prop=True)
+def weight_bytes(self: LM) -> int:
+    "Bytes of the weights; those that are shared count once."
+    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}.values())
+
+
+@patch(as_prop=True)
+def rows(self: LM) -> int:
+    "Rows of the input embedding: the token ids that the model can read."
+    return self.model.get_input_embeddings().weight.shape[0]
+
 # %% ../../nbs/00_core/02_model.ipynb #5f22f006
 OFFLINE = (
     "couldn't connect",
@@ -150,30 +174,6 @@ def load(
             "texts that need the others are refused (`resize_token_embeddings` would make rows for them)"
         )
     return lm
-
-# %% ../../nbs/00_core/02_model.ipynb #0bf2a427
-@patch(as_prop=True)
-def device(self: LM):
-    "Where the weights lie."
-    return self.model.device
-
-
-@patch(as_prop=True)
-def n_params(self: LM) -> int:
-    "Weights; those that are shared count once."
-    return sum(p.numel() for p in self.model.parameters())
-
-
-@patch(as_prop=True)
-def weight_bytes(self: LM) -> int:
-    "Bytes of the weights; those that are shared count once."
-    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}.values())
-
-
-@patch(as_prop=True)
-def rows(self: LM) -> int:
-    "Rows of the input embedding: the token ids that the model can read."
-    return self.model.get_input_embeddings().weight.shape[0]
 
 # %% ../../nbs/00_core/02_model.ipynb #38101374
 def max_positions(config, default: int = sys.maxsize) -> int:  # tokens
