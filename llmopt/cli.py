@@ -156,7 +156,7 @@ def _ask(a):
 # %% ../nbs/09_cli.ipynb #7b4d819d
 def _chat(a):
     "`llmopt chat`"
-    from llmopt.engine.fused import EnhancedFusedLLMEngine, Recipe
+    from llmopt.engine import EnhancedFusedLLMEngine, Recipe
     from llmopt.errors import LlmoptError
 
     e = EnhancedFusedLLMEngine(

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 import llmopt.evaluation.results as R
 from ..core import ASSETS, TINY, kl, load
-from ..engine.fused import ComprehensiveChatEngine, EnhancedFusedLLMEngine, Recipe, known_methods
+from ..engine import ComprehensiveChatEngine, EnhancedFusedLLMEngine, Recipe, known_methods
 from ..errors import LlmoptError
 from .machine import PeakRSS, environment
 from .results import DEFINITIONS, Query, Results, Run

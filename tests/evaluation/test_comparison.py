@@ -8,7 +8,7 @@ import llmopt.evaluation.results as R
 from fastcore.test import expect_fail, test_close, test_eq
 from pathlib import Path
 from llmopt.core import load
-from llmopt.engine.fused import known_methods
+from llmopt.engine import known_methods
 from llmopt.errors import LlmoptError
 from llmopt.evaluation.results import Results, Run
 from llmopt.evaluation.comparison import *

@@ -7,7 +7,7 @@ import torch
 import transformers as T
 
 from llmopt.core import ASSETS, load
-from llmopt.engine.fused import EnhancedFusedLLMEngine, known_methods
+from llmopt.engine import EnhancedFusedLLMEngine, known_methods
 from llmopt.evaluation.comparison import compare
 from llmopt.larosa.rotation import bases, convert, moments
 
