@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ..adaptivocab.reader import Vocab
 from ..errors import ConfigError
-from ..kv_cache import KVCache
+from ..kv_cache import KVCacheConfig
 from ..larosa.rotation import LaRoSA
 from ..word_removal.compression import Words
 
@@ -34,7 +34,7 @@ SLOTS = (
     Slot("words", "words", "word_removal", Words),
     Slot("vocab", "vocab", "simple_adaptivocab", Vocab),
     Slot("larosa", "larosa", "larosa", LaRoSA),
-    Slot("cache", "kv", "hybrid_kv_cache", KVCache),
+    Slot("cache", "kv", "hybrid_kv_cache", KVCacheConfig),
 )
 
 # %% ../../nbs/05_engine/00_recipe.ipynb #9ab296fc
@@ -50,7 +50,7 @@ class Recipe:
     words: Words | None = None
     vocab: Vocab | None = None
     larosa: LaRoSA | None = None
-    cache: KVCache | None = None
+    cache: KVCacheConfig | None = None
 
     def __post_init__(self):
         for s in SLOTS:
