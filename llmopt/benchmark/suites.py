@@ -20,10 +20,11 @@ from transformers import DynamicCache
 
 import llmopt.benchmark.kv as kv_speed
 from .. import __version__
-from ..adaptivocab.drafts import PhraseDrafts, compare_drafts, extra_cost
+from ..adaptivocab.drafts import PhraseDrafts
 from ..adaptivocab.finetune import measure_tuning, question_and_answer
 from ..adaptivocab.rows import measure_reading
 from ..adaptivocab.tokenizer import PhraseTable, SimpleAdaptiVocab, compare_selection, fold_speed
+from .drafts import compare_drafts, measure_draft_cost
 from .larosa_ablation import Ladder
 from .restore import benchmark_restore
 from .targets import Targets
@@ -113,7 +114,7 @@ def _drafts(lm, train, rows, counts, n, other=()) -> list:  # a row for each way
         for q in ([f"{r['text']}\n\n{x['question']}" for x in r.get("questions", [])[:1]] or [_opening(r["text"])])
     ]
     prompts = [p for q in asked if len(p := lm.encode_chat([user(q)])) <= lm.context - n]
-    (start, cost), makers = extra_cost(lm.model, DynamicCache(config=lm.model.config)), {}
+    (start, cost), makers = measure_draft_cost(lm.model), {}
     for name, texts, k in [
         *((f"{k} phrases", train, k) for k in counts),
         *[("phrases of another domain", other, max(counts))] * bool(other),
