@@ -32,9 +32,7 @@ KNOWS = {  # a room and the rooms that it may import
 
 FOR_NOW = {  # what remains to be taken apart: an entry that no longer fails is an error
     "no circles",
-    "private llmopt.kv_cache.cuda",
     "private llmopt.larosa.sparse_gpu",
-    "patch llmopt.kv_cache.hybrid",
 }
 
 

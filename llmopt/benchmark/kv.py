@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 
 from ..core import fill, interleaved, reader, spread, threads
 from ..kv_cache.attention import PACKED
+from ..kv_cache.cache import SlabCache
 from ..kv_cache.eviction import EvictingCache, Eviction
-from ..kv_cache.memory import PAGE
-from ..kv_cache.slab import SimpleVAttention, SlabCache
+from ..kv_cache.residency import PAGE
+from ..kv_cache.slab import SimpleVAttention
 
 # %% ../../nbs/10_benchmark/04_kv.ipynb #452260ec
 def bench_model(layers=6, hidden=1024, heads=16, kv_heads=8, head_size=64, positions=2**16, dtype=torch.float32):

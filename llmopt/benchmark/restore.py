@@ -14,8 +14,8 @@ import torch
 
 from .kv import bench_model
 from ..core import interleaved, threads
+from ..kv_cache.cache import SlabCache
 from ..kv_cache.restore import PrefixStore, read_file
-from ..kv_cache.slab import SlabCache
 
 # %% ../../nbs/10_benchmark/05_restore.ipynb #0b692aeb
 def throttled(

@@ -7,10 +7,11 @@ __all__ = ['EvictingCache', 'Eviction', 'HybridKVCacheOptimizer', 'KVCacheConfig
            'install', 'installed', 'uninstall']
 
 # %% ../../nbs/04_kv_cache/index.ipynb #148d5f35
+from .cache import SlabCache, install, installed, uninstall
 from .eviction import EvictingCache, Eviction
 from .hybrid import HybridKVCacheOptimizer, KVCacheConfig
 from .restore import PrefixStore
-from .slab import SimpleVAttention, SlabCache, install, installed, uninstall
+from .slab import SimpleVAttention
 
 # %% ../../nbs/04_kv_cache/index.ipynb #0234e3f7
 _all_ = [

@@ -11,7 +11,7 @@ import copy
 import torch
 from fastcore.basics import patch
 
-from .memory import CopyingRows
+from .backends import CopyingRows
 from .slab import SimpleVAttention
 
 # %% ../../nbs/04_kv_cache/06_evicting_slab.ipynb #4f2ad333

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .attention import FEW, owned, packed_attention, packed_forward
+from .attention import FEW, owned, packed_attention, read_keys
 from .budget import Eviction, apportion, sizes_for_mass
+from .cache import SlabCache, SlabLayer
 from .evicting_slab import EvictingSlab, check_mask, slot_mask
 from .policies import POLICIES, Observed, dispersion, moments, seen_attention
-from .slab import SlabCache, SlabLayer
 
 # %% ../../nbs/04_kv_cache/07_eviction.ipynb #02153993
 class EvictingLayer(SlabLayer):
@@ -50,7 +50,7 @@ def attend(self: EvictingLayer, module, query, mask, scaling=None, dropout=0.0, 
     s, q = self.slab, query.shape[2]
     check_mask(mask, s, q)
     if s.p is None:
-        res = packed_forward(module, query, s.keys, s.values, mask, scaling, dropout, **kw)
+        res = read_keys(module, query, s.keys, s.values, mask, scaling, dropout, **kw)
     else:
         res = (
             packed_attention(query, s.keys, s.values, slot_mask(s, mask, q), scaling, dropout)

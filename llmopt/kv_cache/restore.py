@@ -18,9 +18,9 @@ import torch
 from fastcore.basics import patch
 
 from ..errors import CorruptChunkError
+from .cache import SlabCache
 from .eviction import EvictingCache
 from .prefix_key import chain, chain_root, facts
-from .slab import SlabCache
 from .store import ChunkStore, pack_chunk, read_file, unpack_chunk
 
 # %% ../../nbs/04_kv_cache/10_restore.ipynb #7a721954

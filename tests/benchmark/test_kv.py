@@ -5,7 +5,7 @@ import torch
 from fastcore.test import test_eq
 from transformers import DynamicCache
 from llmopt.core import fill
-from llmopt.kv_cache.slab import SlabCache
+from llmopt.kv_cache.cache import SlabCache
 from llmopt.benchmark.kv import *
 
 

@@ -9,7 +9,7 @@ import transformers as T
 
 from llmopt.core import load
 from llmopt.kv_cache.attention import packed
-from llmopt.kv_cache.slab import SlabCache
+from llmopt.kv_cache.cache import SlabCache
 
 SMALL = dict(
     vocab_size=256,

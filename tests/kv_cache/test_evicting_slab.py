@@ -6,7 +6,7 @@ import copy
 import torch
 from fastcore.test import expect_fail, test_eq
 from llmopt.kv_cache.attention import packed_attention, reference_attention
-from llmopt.kv_cache.memory import PAGE
+from llmopt.kv_cache.residency import PAGE
 from llmopt.kv_cache.evicting_slab import *
 
 

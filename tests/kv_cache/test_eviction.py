@@ -9,11 +9,12 @@ import transformers as T
 import copy
 import torch
 from fastcore.test import expect_fail, test_close, test_eq
+from llmopt.errors import LlmoptError
 from llmopt.kv_cache.attention import packed, reference_attention
-from llmopt.kv_cache.memory import PAGE, anonymous_bytes
 from llmopt.kv_cache.policies import POLICIES
+from llmopt.kv_cache.residency import PAGE, anonymous_bytes
 from llmopt.kv_cache.budget import Eviction
-from llmopt.kv_cache.slab import SlabCache
+from llmopt.kv_cache.cache import SlabCache
 from llmopt.kv_cache.eviction import *
 
 
@@ -290,7 +291,7 @@ def test_generation_and_refusals():
         cache.reset()
         test_eq((cache.get_seq_length(), cache.kv_bytes().live, cache.evictor.live), (0, 0, 0))
     for c in new(), fork:
-        with torch.no_grad(), expect_fail(RuntimeError, "kv.attach"):
+        with torch.no_grad(), expect_fail(LlmoptError, "kv.attach"):
             model(ids[:, :1], past_key_values=c)
     mistral = T.MistralConfig(
         vocab_size=64,

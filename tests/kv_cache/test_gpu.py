@@ -10,11 +10,12 @@ import torch.nn.functional as F
 import transformers as T
 
 from llmopt.kv_cache.attention import packed, reference_attention
+from llmopt.kv_cache.backends import backend
+from llmopt.kv_cache.cache import SlabCache
 from llmopt.kv_cache.eviction import EvictingCache, Eviction
 from llmopt.kv_cache.hybrid import HybridKVCacheOptimizer, cache_shape
-from llmopt.kv_cache.memory import backend
 from llmopt.kv_cache.restore import PrefixStore
-from llmopt.kv_cache.slab import SimpleVAttention, SlabCache
+from llmopt.kv_cache.slab import SimpleVAttention
 
 SMALL = dict(
     vocab_size=256,

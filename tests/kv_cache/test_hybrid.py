@@ -5,35 +5,25 @@ import gc
 import json
 import tempfile
 import torch
-import transformers as T
 from fastcore.test import expect_fail, test_eq
 from llmopt.core import load
 from llmopt.kv_cache.restore import PrefixStore
 from dataclasses import asdict
-from llmopt.kv_cache.slab import SimpleVAttention, SlabCache
+from llmopt.errors import ConfigError
 from llmopt.kv_cache.hybrid import *
 
 
 def test_configuration():
     "It survives JSON, and refuses what it cannot mean."
-    for c in (
-        KVCacheConfig(),
-        KVCacheConfig(4096, 64, False, "stock"),
-        KVCacheConfig(budget="25%", policy="snapkv"),
-        KVCacheConfig(budget=512),
-    ):
+    for c in KVCacheConfig(), KVCacheConfig(4096, 64, False, "stock"), KVCacheConfig(budget="25%", policy="snapkv"):
         test_eq(KVCacheConfig(**json.loads(json.dumps(asdict(c)))), c)
-    test_eq(len({KVCacheConfig(), KVCacheConfig()}), 1)
-    for kw in dict(attention="fast"), dict(page_tokens=-1), dict(max_seq_len=0), dict(prefault=2):
-        with expect_fail(ValueError, "must be"):
-            KVCacheConfig(**kw)
     for kw, text in (
+        (dict(attention="fast"), "must be"),
+        (dict(page_tokens=-1), "must be"),
         (dict(policy="cake"), "with a budget"),
         (dict(budget="25%", attention="stock"), "stock attention"),
-        (dict(budget=0), "more than nothing"),
-        (dict(budget="25%", policy="lru"), "known: cake"),
     ):
-        with expect_fail(ValueError, text):
+        with expect_fail(ConfigError, text):
             KVCacheConfig(**kw)
 
 
@@ -46,92 +36,49 @@ def test_memory_usage_and_savings():
     cache = opt.make_cache(lm)
     with torch.no_grad():
         lm.model(torch.full((2, 500), 9), past_key_values=cache)
-    u, s = opt.get_memory_usage(), opt.get_memory_savings()
-    test_eq(u["live"], 2 * 2 * 500 * shape["num_layers"] * shape["num_heads"] * shape["head_size"] * 4)
-    assert 0 <= u["fragmentation"] < 0.1 and u["reserved"] >= 8 * u["resident"] and u["resident"] >= u["live"]
-    assert (
-        abs(s["saved_vs_dynamic"]) < 0.1
-        and abs(s["saved_vs_static_exact"]) < 0.1
-        and s["saved_vs_static_longest"] > 0.8
-    )
+    usage, savings = opt.get_memory_usage(), opt.get_memory_savings()
+    test_eq(usage["live"], 2 * 2 * 500 * shape["num_layers"] * shape["num_heads"] * shape["head_size"] * 4)
+    assert 0 <= usage["fragmentation"] < 0.1 and usage["reserved"] >= 8 * usage["resident"]
+    assert abs(savings["saved_vs_dynamic"]) < 0.1 and savings["saved_vs_static_longest"] > 0.8
     cache.crop(-400)
-    u2 = opt.get_memory_usage()
-    assert u2["resident"] <= u["resident"] / 4 and u2["peak_live"] == u["live"]
-    del cache
-    gc.collect()
-    test_eq(opt.get_memory_usage()["caches"], 0)
+    assert opt.get_memory_usage()["resident"] <= usage["resident"] / 4
+    test_eq(opt.get_memory_usage()["peak_live"], usage["live"])
 
 
-def test_one_slab():
+def test_the_figures_of_the_last_cache_stay():
     "The numbers are those of the caches: they come with tokens and go with them."
-    s = SimpleVAttention(4, 64, 2, 5000, prefault=False)
-    test_eq((s.get_memory_usage()["resident"], s.get_memory_savings()["dynamic"]), (0, 0))
-    s.append(*torch.ones(2, 2, 4, 1000, 64))
-    u, v = s.get_memory_usage(), s.get_memory_savings()
-    test_eq((u["live"], u["peak_live"], v["slab"]), (2 * 2 * 4 * 1000 * 256, u["live"], u["resident"]))
-    assert u["live"] <= u["resident"] < u["reserved"] and 0 <= u["fragmentation"] < 0.05
-    assert (
-        abs(v["saved_vs_dynamic"]) < 0.05
-        and abs(v["saved_vs_static_exact"]) < 0.05
-        and 0.7 < v["saved_vs_static_longest"] < 0.85
-    )
-    s.truncate(100)
-    assert s.get_memory_usage()["resident"] < 0.15 * u["resident"] and s.get_memory_usage()["peak_live"] == u["live"]
+    lm = load("llmopt-tiny", "cpu")
+    opt = HybridKVCacheOptimizer(**cache_shape(lm.model), max_batch_size=1, max_seq_len=500)
+    x = torch.full((1, 20), 9)
+    with opt.attach(lm):
+        kw = dict(
+            attention_mask=torch.ones_like(x), max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=5
+        )
+        lm.model.generate(x, past_key_values=opt.make_cache(lm), **kw)
+    gc.collect()
+    usage, savings = opt.get_memory_usage(), opt.get_memory_savings()
+    test_eq((usage["caches"], usage["closed"]), (0, 1))
+    assert 0 < usage["live"] <= usage["resident"] == savings["slab"] and savings["saved_vs_static_longest"] > 0.5
+    cache = opt.make_cache(lm)  # now there is one to look at
+    test_eq((opt.get_memory_usage()["caches"], opt.get_memory_usage()["live"]), (1, 0))
 
 
 def test_optimizer_with_a_budget():
-    """With a budget of a quarter the same 500 tokens take about a quarter, the peak lies between that and all of
-    them, and the answers of caches without a budget are as before."""
+    """With a budget of a quarter the same 500 tokens take about a quarter; the peak lies between that and all of
+    them."""
     lm = load("llmopt-tiny", "cpu")
     shape = cache_shape(lm.model)
-    opt = HybridKVCacheOptimizer(
-        **shape, max_batch_size=2, max_seq_len=4096, config=KVCacheConfig(prefault=False), budget="25%", policy="snapkv"
-    )
+    size = dict(max_batch_size=2, max_seq_len=4096, config=KVCacheConfig(prefault=False))
+    opt = HybridKVCacheOptimizer(**shape, **size, budget="25%", policy="snapkv")
     cache = opt.make_cache(lm)
-    test_eq((cache.evictor.cfg.policy, KVCacheConfig().make_cache(lm).__class__), ("snapkv", SlabCache))
     with torch.no_grad(), opt.attach(lm):
         lm.model(torch.full((2, 500), 9), past_key_values=cache)
-    u, s, full = (
-        opt.get_memory_usage(),
-        opt.get_memory_savings(),
-        2 * 2 * 500 * shape["num_layers"] * shape["num_heads"] * shape["head_size"] * 4,
-    )
-    assert (
-        0.25 * full <= u["live"] <= 0.28 * full
-        and u["live"] <= u["resident"] <= 0.31 * full
-        and u["live"] < u["peak_live"] < 0.5 * full
-    )
-    assert u["evictions"] == 1 and 0 < u["lost"] < 1 and u["hit_rate"] is None
-    assert s["saved_vs_dynamic"] > 0.65 and s["saved_vs_static_exact"] > 0.65
-    with expect_fail(ValueError, "with a budget"):
-        HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=4096, policy="cake")
-
-
-def test_optimizer_refusals():
-    "A model of another shape, a batch too large and a sequence too long are refused."
-    lm = load("llmopt-tiny", "cpu")
-    shape = cache_shape(lm.model)
-    x = torch.full((2, 20), 9)
-    with expect_fail(ValueError, "does not fit"):
-        HybridKVCacheOptimizer(**{**shape, "num_heads": 3}, max_batch_size=1, max_seq_len=10).make_cache(lm)
-    with expect_fail(ValueError, "at least 1"):
-        HybridKVCacheOptimizer(**shape, max_batch_size=0, max_seq_len=10)
-    bloom = T.BloomForCausalLM(
-        T.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
-    )  # its attention cannot be replaced
-    for kv, text in (KVCacheConfig(), "use attention='stock'"), (KVCacheConfig(budget=99), "cannot have a budget"):
-        with expect_fail(ValueError, text):
-            with kv.attach(bloom):
-                pass
-    with torch.no_grad():
-        with expect_fail(ValueError, "max_batch_size=1"):
-            lm.model(
-                x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=1, max_seq_len=100).make_cache(lm)
-            )
-        with expect_fail(ValueError, "max_seq_len"):
-            lm.model(
-                x, past_key_values=HybridKVCacheOptimizer(**shape, max_batch_size=2, max_seq_len=10).make_cache(lm)
-            )
+    usage, savings = opt.get_memory_usage(), opt.get_memory_savings()
+    full = 2 * 2 * 500 * shape["num_layers"] * shape["num_heads"] * shape["head_size"] * 4
+    assert 0.25 * full <= usage["live"] <= 0.28 * full and usage["resident"] <= 0.31 * full
+    assert usage["live"] < usage["peak_live"] < 0.5 * full
+    assert usage["evictions"] == 1 and 0 < usage["lost"] < 1 and usage["hit_rate"] is None
+    assert savings["saved_vs_dynamic"] > 0.65 and savings["saved_vs_static_exact"] > 0.65
 
 
 def test_optimizer_with_a_store():

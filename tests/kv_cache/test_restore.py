@@ -17,9 +17,9 @@ from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.core import load
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.budget import Eviction
+from llmopt.kv_cache.cache import SlabCache
 from llmopt.kv_cache.eviction import EvictingCache
 from llmopt.kv_cache.prefix_key import chain, chain_root
-from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.store import read_file
 from llmopt.kv_cache.restore import *
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers as T
 
+from llmopt.kv_cache.cache import SlabCache
 from llmopt.kv_cache.prefix_key import chain, chain_root
 from llmopt.kv_cache.restore import PrefixStore
-from llmopt.kv_cache.slab import SlabCache
 from llmopt.kv_cache.store import unpack_chunk
 
 CHUNK, LIMIT = 16, 70_000  # bytes: room for about 15 of the 30 chunks
