@@ -8,6 +8,6 @@ from llmopt.kv_cache.residency import *
 def test_zeros_are_written_empty_tensors_are_not():
     """`torch.zeros`, on the other hand, writes all its zeros. That is what a `StaticCache` does for its longest
     case: everything is resident before the first token."""
-    empty, zeros = torch.empty(2**22), torch.zeros(2**22)
+    empty, zeros = torch.empty(2**24), torch.zeros(2**24)
     assert tensor_resident(empty) <= PAGE and tensor_resident(zeros) == zeros.nbytes
     assert tensor_resident(torch.empty(0)) == 0
