@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from ..adaptivocab.reader import PhraseReader, Vocab
+from ..adaptivocab.reader import PhraseReader
 from ..adaptivocab.tokenizer import SimpleAdaptiVocab
 from llmopt.core import (
     LM,
@@ -41,7 +41,7 @@ from llmopt.engine.decoding import (
     with_config,
 )
 from .metrics import ChatMetrics, Events, rates
-from .recipe import Recipe
+from .recipe import SLOTS, Recipe
 from .streaming import from_background, text_pieces
 from llmopt.errors import (
     BudgetError,
@@ -53,9 +53,7 @@ from llmopt.errors import (
     one_line,
     warn_once,
 )
-from ..kv_cache import KVCacheConfig
-from ..larosa.rotation import LaRoSA, traffic
-from ..word_removal.compression import Words
+from ..larosa.rotation import traffic
 
 # %% ../../nbs/05_engine/04_fused.ipynb #2891612a
 class EnhancedFusedLLMEngine:
@@ -95,14 +93,16 @@ class EnhancedFusedLLMEngine:
 # %% ../../nbs/05_engine/04_fused.ipynb #5bf85c90
 def _from_keywords(vocab, sparsity, cache, nth):
     "The recipe for the keyword form of the engine; a keyword that is just True takes the defaults."
-    words = Words() if nth is True else Words(n=whole_number(nth, "word_removal", 0)) if nth else None
-    phrases = _label(vocab) if isinstance(vocab, SimpleAdaptiVocab) else None
-    return Recipe(
-        words=words,
-        vocab=Vocab(phrases=phrases) if vocab else None,
-        larosa=LaRoSA(sparsity=sparsity) if sparsity else None,
-        cache=KVCacheConfig() if cache else None,
-    )
+    slots, on = {s.name: s for s in SLOTS}, {}
+    if nth:
+        on["words"] = {} if nth is True else dict(n=whole_number(nth, "word_removal", 0))
+    if vocab:
+        on["vocab"] = dict(phrases=_label(vocab)) if isinstance(vocab, SimpleAdaptiVocab) else {}
+    if sparsity:
+        on["larosa"] = dict(sparsity=sparsity)
+    if cache:
+        on["cache"] = {}
+    return Recipe(**{name: slots[name].make(**parameters) for name, parameters in on.items()})
 
 
 def _label(vocab):

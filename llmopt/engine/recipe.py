@@ -29,6 +29,16 @@ class Slot(NamedTuple):
     method: str  # the method id that switches on this slot alone
     config: type  # its configuration
 
+    def make(self, **parameters):
+        "The configuration of this slot; raises `ConfigError` for parameters that it does not have or that cannot be."
+        known = [f.name for f in fields(self.config)]
+        if unknown := [k for k in parameters if k not in known]:
+            raise ConfigError(f"bad parameters for {self.method}: no '{unknown[0]}'; it has {', '.join(known)}")
+        try:
+            return self.config(**parameters)
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"bad parameters for {self.method}: {e}") from None
+
 
 SLOTS = (
     Slot("words", "words", "word_removal", Words),
@@ -178,17 +188,6 @@ def _slot(name):
         f"unknown method '{name}'; known: {', '.join(known_methods())}, or {short} joined by '+', such as words:n=2+kv"
     )
 
-
-def _config(slot, args):
-    "The configuration of `slot` with the parameters `args`."
-    known = [f.name for f in fields(slot.config)]
-    if unknown := [k for k in args if k not in known]:
-        raise ConfigError(f"bad parameters for {slot.method}: no '{unknown[0]}'; it has {', '.join(known)}")
-    try:
-        return slot.config(**args)
-    except (TypeError, ValueError) as e:
-        raise ConfigError(f"bad parameters for {slot.method}: {e}") from None
-
 # %% ../../nbs/05_engine/00_recipe.ipynb #f1a69b6c
 @patch(cls_method=True)
 def parse(
@@ -201,7 +200,7 @@ def parse(
     if text.strip() == "baseline":
         return cls()
     if text.strip() == "all_combined":
-        return cls(**{s.name: s.config() for s in SLOTS})
+        return cls(**{s.name: s.make() for s in SLOTS})
     try:
         parts = _read_parts(text)
     except ConfigError as e:
@@ -211,7 +210,7 @@ def parse(
         slot = _slot(name)
         if slot.name in filled:
             raise ConfigError(f"'{text}' names {slot.method} twice; give it once, with all its parameters")
-        filled[slot.name] = _config(slot, args)
+        filled[slot.name] = slot.make(**args)
     return cls(**filled)
 
 # %% ../../nbs/05_engine/00_recipe.ipynb #255ae212
@@ -232,4 +231,4 @@ def from_dict(cls: Recipe, d: dict) -> Recipe:
     slots = {s.name: s for s in SLOTS}
     if not isinstance(d, dict) or not all(k in slots and isinstance(v, dict) for k, v in d.items()):
         raise ConfigError(f"a recipe as a dict has the keys {', '.join(slots)} and dicts of parameters, unlike {d!r}")
-    return cls(**{k: _config(slots[k], v) for k, v in d.items()})
+    return cls(**{k: slots[k].make(**v) for k, v in d.items()})

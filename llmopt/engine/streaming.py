@@ -89,6 +89,8 @@ class CleanUp:
         start = len(self.waiting)
         self.waiting += piece
         cut = self._cut(start)
+        if not cut:
+            return ""
         clean, self.waiting = self.clean(self.waiting[:cut]), self.waiting[cut:]
         return clean
 

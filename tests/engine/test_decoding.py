@@ -20,18 +20,6 @@ def test_the_model_stays_as_it_is():
     assert lm.model.generation_config.max_new_tokens is None and view.lm_head is lm.model.lm_head
 
 
-def test_choices():
-    """A model whose weights are not numbers, or whose float16 overflows, would answer with some token or other. It
-    is stopped instead."""
-    scores = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    choice = TokenChoice(temperature=1.0, seed=0)
-    drawn = torch.tensor([choice(None, scores).argmax(-1) for _ in range(2000)])
-    assert (drawn.bincount() / 2000 - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.04
-    test_eq(TokenChoice()(None, scores), scores)
-    with expect_fail(ModelError, "float16"):
-        TokenChoice()(None, torch.tensor([[1.0, torch.nan]]))
-
-
 def test_checked_values():
     "What is asked for is checked before any work, so that a wrong value is one line."
     test_eq(whole_number(torch.tensor(3).numpy(), "n", 1), 3)
@@ -42,6 +30,18 @@ def test_checked_values():
     for bad in (-1, float("nan"), float("inf"), None, "hot"):
         with expect_fail(ConfigError, "temperature"):
             checked_temperature(bad)
+
+
+def test_choices():
+    """A model whose weights are not numbers, or whose float16 overflows, would answer with some token or other. It
+    is stopped instead."""
+    scores = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    choice = TokenChoice(temperature=1.0, seed=0)
+    drawn = torch.tensor([choice(None, scores).argmax(-1) for _ in range(2000)])
+    assert (drawn.bincount() / 2000 - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.04
+    test_eq(TokenChoice()(None, scores), scores)
+    with expect_fail(ModelError, "float16"):
+        TokenChoice()(None, torch.tensor([[1.0, torch.nan]]))
 
 
 def test_stop_flag():

@@ -1,0 +1,129 @@
+"Nothing of a request lives on a shared model: threads, streams in turn, errors in the middle, a fork."
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from helpers import tiny
+from llmopt.core import weights_hash
+from llmopt.engine import EnhancedFusedLLMEngine
+from llmopt.errors import ConfigError, ModelError
+
+QUESTIONS = ["What is rain?", "What is a glacier?", "How do vaccines work?", "What is ice?"]
+RECIPES = ["baseline", "vocab", "words:n=3+vocab"]
+
+
+def engine(recipe="baseline", **kw):
+    "An engine around the one bundled model of this process."
+    return EnhancedFusedLLMEngine(tiny(), recipe=recipe, **{"max_new_tokens": 12} | kw)
+
+
+def state(model):
+    "What must be the same after a request."
+    return weights_hash(model), model.generation_config.to_dict(), model.config._attn_implementation
+
+
+@pytest.fixture
+def unchanged():
+    "Fails if a test leaves the shared model, or the random numbers of the process, other than they were."
+    before, random = state(tiny().model), torch.get_rng_state()
+    yield
+    assert state(tiny().model) == before and torch.equal(random, torch.get_rng_state())
+
+
+@pytest.fixture
+def switching():
+    "Threads take turns a hundred times more often than usual."
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(5e-5)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_threads_answer_as_one_alone_does(recipe, unchanged, switching):
+    questions = QUESTIONS * 2
+    alone = [engine(recipe).run(q).output_ids for q in questions]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda q: engine(recipe).run(q).output_ids, questions))
+    assert together == alone
+
+
+def test_samples_in_threads_keep_to_their_seeds(unchanged, switching):
+    def sampled(seed):
+        return engine().run("Tell me a story.", temperature=1.0, seed=seed).output_ids
+
+    alone = [sampled(s) for s in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(sampled, range(6))) == alone
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("other", ["baseline", "same"])
+def test_streams_read_in_turn(recipe, other, unchanged):
+    "Two iterators, a piece of the one and a piece of the other: each text is what it would be alone."
+    recipes, questions = [recipe, recipe if other == "same" else other], QUESTIONS[:2]
+    alone = [engine(r).run(q).output_text for r, q in zip(recipes, questions)]
+    streams = [engine(r).stream(q) for r, q in zip(recipes, questions)]
+    texts = ["", ""]
+    while any(pieces := [next(s, "") for s in streams]):
+        texts = [t + p for t, p in zip(texts, pieces)]
+    assert [t.strip() for t in texts] == alone
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_error_in_the_middle_leaves_all_as_it_was(recipe, unchanged):
+    e = engine(recipe)
+    e.chat("What is water?")
+    before, asked = list(e.history), []
+
+    def break_at_third(ids):
+        asked.append(ids)
+        if len(asked) == 3:
+            raise RuntimeError("broken pipe")
+
+    with pytest.raises(ModelError, match="broken pipe"):
+        e.chat("And what is ice?", on_token=break_at_third)
+    assert e.history == before
+    with pytest.raises(ConfigError):
+        list(e.stream("And what is ice?", max_new_tokens=0))
+    assert e.history == before
+    other = engine(recipe)
+    other.chat("What is water?")
+    assert e.chat("And what is ice?") == other.chat("And what is ice?")
+
+
+def test_a_stream_that_nobody_reads_on_ends(unchanged):
+    e = engine(max_new_tokens=400)
+    first = next(e.stream("Tell me a long story."))  # the iterator is dropped right away
+    assert first and e.history == []
+    assert e.chat("What is ice?", max_new_tokens=4)
+
+
+FORKS = """
+import multiprocessing, sys
+from llmopt.engine import EnhancedFusedLLMEngine
+engine = EnhancedFusedLLMEngine("llmopt-tiny", recipe=sys.argv[1], max_new_tokens=6)
+want = engine.run("What is ice?").output_ids
+
+def ask():
+    streamed = "".join(engine.stream("What is ice?")).strip()
+    sys.exit(0 if engine.run("What is ice?").output_ids == want and streamed else 1)
+
+child = multiprocessing.get_context("fork").Process(target=ask)
+child.start()
+child.join(60)
+sys.exit(2 if child.is_alive() and not child.kill() else child.exitcode)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("recipe", ["baseline"])
+def test_a_child_process_can_ask(recipe):
+    "As in servers and data loaders: the parent has answered, forks, and the child answers the same."
+    done = subprocess.run([sys.executable, "-c", FORKS, recipe], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
