@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .tokenizer import PhraseTable
+from .phrases import PhraseTable
 from ..core import LM, SpeculativeResult, prepare_to_crop, speculative_decode, speculative_steps
 from ..errors import ConfigError
 

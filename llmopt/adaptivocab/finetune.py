@@ -28,9 +28,10 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from .phrases import PhraseTable, bpe_merges
 from .reader import piece_weights
 from .rows import frozen, rise
-from .tokenizer import PhraseTable, SimpleAdaptiVocab, joins
+from .tokenizer import SimpleAdaptiVocab
 from ..core import LM
 from ..errors import LlmoptError
 
@@ -101,7 +102,7 @@ def mine_merges(
             ]
     name = dict(enumerate(tokenizer.convert_ids_to_tokens([*range(len(forbidden))])))
     merges = []
-    for new, a, b in joins(seqs, n, forbidden, max_len, min_count):
+    for new, a, b in bpe_merges(seqs, n, forbidden, max_len, min_count):
         merges.append((name[a], name[b]))
         name[new] = name[a] + name[b]
     return merges

@@ -18,15 +18,18 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .reader import PhraseReader, Reading, Vocab, fold_where, kl
+from .reader import PhraseReader, VocabConfig, fold_where
 from .tokenizer import SimpleAdaptiVocab
+from ..core import PromptInputs, kl, teacher_forced_logprobs
 from ..errors import LlmoptError
 
 # %% ../../nbs/02_adaptivocab/04_rows.ipynb #4ba41f55
 def composed_rows(reader: PhraseReader) -> torch.Tensor:  # (phrases, D)
     "The vectors that `reader` composes for its phrases."
     plain = PhraseReader(reader.model, reader.vocab, reader.cfg)
-    rows = [plain.compose(p, fold_where(p, [(0, len(p), 0)])).embeds[0] for p in reader.vocab.table.pieces]
+    rows = [
+        plain.compose(p, fold_where(p, [(0, len(p), 0)])).inputs["inputs_embeds"][0] for p in reader.vocab.table.pieces
+    ]
     return torch.cat(rows) if rows else torch.zeros(0, reader.model.get_input_embeddings().weight.shape[1])
 
 # %% ../../nbs/02_adaptivocab/04_rows.ipynb #4113102e
@@ -77,9 +80,7 @@ def distill_loss(reader: PhraseReader, emb, windows) -> torch.Tensor:  # scalar,
     x = x.index_put((phrase,), emb(w.read[phrase] - w.base).to(x.dtype))
 
     def logits(embeds, mask, positions):
-        return reader.model(
-            **Reading(embeds, mask.long(), positions, [], reader.numbered).inputs, use_cache=False
-        ).logits
+        return reader.model(**reader.forward_inputs(embeds, mask.long(), positions), use_cache=False).logits
 
     with torch.no_grad():
         teacher = logits(
@@ -208,10 +209,9 @@ def generate(self: LateMerger, ids: list, **kw) -> list:  # ids of the answer
 def score(self: LateMerger, ids: list, answer_ids: list) -> torch.Tensor:  # (n, vocabulary) log-probabilities
     "Log-probabilities before each token of `answer_ids` after the prompt `ids`."
     keep, n = self.keep(ids), len(answer_ids)
-    x = torch.tensor([[*ids, *answer_ids]], device=self.model.device)
+    x = torch.tensor([[*ids]], device=self.model.device)
     with late_merge(self.model, [*keep, *range(len(ids), len(ids) + n)], self.layer):
-        y = self.model(x, attention_mask=torch.ones_like(x), use_cache=False).logits[0]
-    return y[-n - 1 : -1].float().log_softmax(-1)
+        return teacher_forced_logprobs(self.model, x, answer_ids)
 
 # %% ../../nbs/02_adaptivocab/04_rows.ipynb #99593e50
 def deletion(
@@ -220,7 +220,7 @@ def deletion(
     n: int,  # tokens to delete
     how: str = "random",  # `random`, or `even`, at equal distances
     seed: int = 0,
-) -> Reading:
+) -> PromptInputs:
     "The prompt without `n` of its tokens."
     if how not in ("random", "even"):
         raise LlmoptError(f"deletion is 'random' or 'even', not '{how}'")
@@ -233,7 +233,7 @@ def deletion(
         else [may[int((i + 0.5) * len(may) / n)] for i in range(n)]
     )
     keep, r = sorted({*range(len(ids))} - {*gone}), reader.compose(ids, fold_where(ids, []))
-    return Reading(r.embeds[:, keep], r.mask[:, keep], r.positions[:, keep], [ids[i] for i in keep], r.numbered)
+    return PromptInputs({k: t[:, keep] for k, t in r.inputs.items()}, [ids[i] for i in keep], keep[-1] + 1)
 
 # %% ../../nbs/02_adaptivocab/04_rows.ipynb #ad43ff94
 def answer_bits(
@@ -271,14 +271,17 @@ def reading_ways(lm, v, rows) -> dict:  # name -> function of prompt and answer 
     def fewer(ids):
         return len(ids) - len(v.fold(ids).ids)
 
+    def forced(prompt, answer):
+        return teacher_forced_logprobs(lm.model, prompt.inputs, answer, next_position=prompt.next_position)
+
     r = readers["composed"]
     return {
         "plain": lambda i, a: r.score(i, a, fold=False),
         **{k: x.score for k, x in readers.items()},
-        "last piece": PhraseReader(lm.model, v, Vocab(embed="last")).score,
+        "last piece": PhraseReader(lm.model, v, VocabConfig(embed="last")).score,
         **{f"late merge, layer {l} of {n}": LateMerger(lm.model, v, l).score for l in range(1, n)},
         **{
-            f"{how} deletion": lambda i, a, how=how: r.led(deletion(r, i, fewer(i), how), a)
+            f"{how} deletion": lambda i, a, how=how: forced(deletion(r, i, fewer(i), how), a)
             for how in ("random", "even")
         },
         "no prompt": lambda i, a: r.score(i[:1], a, fold=False),

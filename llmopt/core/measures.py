@@ -148,9 +148,14 @@ def _bit_sums(t):
 
 
 @torch.no_grad()
-def weights_hash(model: torch.nn.Module) -> str:  # hexadecimal
+def weights_hash(
+    model: torch.nn.Module,
+    dtype: torch.dtype | None = None,  # hash the numbers as they are when rounded to this type; None: as they are
+) -> str:  # hexadecimal
     "A hash of all parameters and buffers of `model` as they are now: names, types, shapes and bits."
     h = hashlib.sha256()
     for name, t in sorted([*model.named_parameters(), *model.named_buffers()]):
+        if dtype is not None and t.is_floating_point():
+            t = t.to(dtype)
         h.update(f"{name} {t.dtype} {tuple(t.shape)};".encode() + _bit_sums(t))
     return h.hexdigest()

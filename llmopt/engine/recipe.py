@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fastcore.basics import patch
 
-from ..adaptivocab.reader import Vocab
+from ..adaptivocab import VocabConfig
 from ..errors import ConfigError
 from ..kv_cache import KVCacheConfig
 from ..larosa.rotation import LaRoSA
@@ -42,7 +42,7 @@ class Slot(NamedTuple):
 
 SLOTS = (
     Slot("words", "words", "word_removal", Words),
-    Slot("vocab", "vocab", "simple_adaptivocab", Vocab),
+    Slot("vocab", "vocab", "simple_adaptivocab", VocabConfig),
     Slot("larosa", "larosa", "larosa", LaRoSA),
     Slot("cache", "kv", "hybrid_kv_cache", KVCacheConfig),
 )
@@ -58,7 +58,7 @@ class Recipe:
     "Which optimizations are on, each by its own configuration; None is off. Raises `ConfigError` for anything else."
 
     words: Words | None = None
-    vocab: Vocab | None = None
+    vocab: VocabConfig | None = None
     larosa: LaRoSA | None = None
     cache: KVCacheConfig | None = None
 

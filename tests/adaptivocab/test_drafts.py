@@ -6,7 +6,7 @@ from fastcore.test import expect_fail, test_close, test_eq
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation import BaseStreamer
 from llmopt.core import TINY, load, speculative_decode, user
-from llmopt.adaptivocab.tokenizer import PhraseTable
+from llmopt.adaptivocab.phrases import PhraseTable
 from llmopt.errors import ConfigError
 from llmopt.adaptivocab.drafts import *
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from fastcore.test import expect_fail, test_close, test_eq
 from transformers import DynamicCache
-from llmopt.adaptivocab.reader import Vocab, load_rows, save_rows, PhraseReader, kl
+from llmopt.adaptivocab.reader import VocabConfig, load_rows, save_rows, PhraseReader
 from llmopt.adaptivocab.tokenizer import SimpleAdaptiVocab
-from llmopt.core import TINY, load, user
+from llmopt.core import TINY, load, user, kl, teacher_forced_logprobs
 from llmopt.errors import LlmoptError
 from llmopt.adaptivocab.rows import *
 
@@ -69,7 +69,7 @@ def test_late_merging():
     n = lm.model.config.num_hidden_layers
     kw = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
     ids = lm.encode_chat([user("Is machine learning a part of the work in the United States?")])
-    plain, last = PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer, [])), Vocab(embed="last")
+    plain, last = PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer, [])), VocabConfig(embed="last")
     test_eq(LateMerger(lm.model, r.vocab, n).generate(ids, **kw), plain.generate(ids, **kw))
     assert torch.equal(LateMerger(lm.model, r.vocab, n).score(ids, [5, 6]), plain.score(ids, [5, 6]))
     test_close(
@@ -100,11 +100,13 @@ def test_deletion():
     lm, r = small_reader()
     ids = lm.encode_chat([user("Is machine learning a part of the work?")])
     test_eq(deletion(r, ids, 0).ids, ids)
-    assert torch.equal(r.led(deletion(r, ids, 0), [5]), r.score(ids, [5], fold=False))
+    assert torch.equal(
+        teacher_forced_logprobs(lm.model, deletion(r, ids, 0).inputs, [5]), r.score(ids, [5], fold=False)
+    )
     for how in ("random", "even"):
         d = deletion(r, ids, 5, how)
         test_eq(len(d.ids), len(ids) - 5)
-        test_eq([ids[i] for i in d.positions[0]], d.ids)
+        test_eq([ids[i] for i in d.inputs["position_ids"][0]], d.ids)
         test_eq([i for i in d.ids if i in r.vocab._never], [i for i in ids if i in r.vocab._never])
     with expect_fail(LlmoptError, "cannot be deleted"):
         deletion(r, ids, len(ids))

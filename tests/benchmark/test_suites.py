@@ -107,11 +107,6 @@ def test_run():
         r = json.loads(p.read_text())
         test_eq(
             (r["benchmark"], p.name, set(r["tables"])),
-            ("vocab", "benchmark_vocab.json", {"bars", "saved", "speed", "overhead", "read", "tuned", "drafts"}),
+            ("vocab", "benchmark_vocab.json", {"targets", "saved", "speed", "overhead", "read", "tuned", "drafts"}),
         )
-        t = r["tables"]
-        test_eq([x["identical"] for x in t["drafts"]], [2] * 4)
-        assert t["overhead"][0]["fold_ms"] > 0
-        test_eq({x["way"] for x in t["read"]} > {"plain", "distilled", "random deletion"}, True)
-        test_eq([x["model"] for x in t["tuned"]], ["as bundled", "no new tokens", "appended, with prior"])
         assert r["environment"]["cpu_model"] and r["seconds"] > 0
