@@ -12,7 +12,7 @@ import transformers as T
 from helpers import FAMILIES, random_ids, small_model, tiny
 from llmopt.adaptivocab import PhraseDrafts, PhraseTable, SimpleAdaptiVocab
 from llmopt.adaptivocab.drafts import DraftSession, prefix_counts
-from llmopt.adaptivocab.reader import Vocab
+from llmopt.adaptivocab.reader import VocabConfig
 from llmopt.core import LM, load, speculative_decode, user
 from llmopt.errors import ConfigError, LlmoptError, UnsupportedModelError
 from llmopt.kv_cache import KVCacheConfig
@@ -48,7 +48,7 @@ def knows(lm, prompt, said, **kw):
 def test_the_same_text_with_every_cache_and_reading_phrases():
     lm = tiny()
     prompts = [lm.encode_chat([user(p)]) for p in PROMPTS]
-    d, kv, reader = right_and_wrong(lm.model, prompts), KVCacheConfig(), Vocab().reader(lm)
+    d, kv, reader = right_and_wrong(lm.model, prompts), KVCacheConfig(), VocabConfig().reader(lm)
     for p in prompts:
         want = plain(lm.model, p)
         assert d.generate(lm, p, 16).ids == want
