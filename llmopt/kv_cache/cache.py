@@ -40,9 +40,8 @@ class SlabLayer(CacheLayerMixin):
         max_batch_size: int | None = None,
         page_tokens: int = 0,
         prefault: bool = True,
-        attention: str = "stock",
     ):
-        self.max_seq_len, self.max_batch_size, self.attention = max_seq_len, max_batch_size, attention
+        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.kw = dict(page_tokens=page_tokens, prefault=prefault)  # for the slab
         self.slab, self.closed, self.peak = None, False, 0  # peak: most live bytes
 
@@ -64,9 +63,9 @@ class SlabLayer(CacheLayerMixin):
         "Append tokens; all keys and values (batch, heads, tokens, width), as views."
         if self.slab is None:
             self.lazy_initialization(key_states, value_states)
-        k, v = self.slab.append(key_states, value_states)
+        keys_and_values = self.slab.append(key_states, value_states)
         self.peak = max(self.peak, self.slab.live)
-        return read_packed(k) if self.attention == "packed" else k, v
+        return keys_and_values
 
     def get_seq_length(self):
         "Tokens seen."
@@ -160,7 +159,7 @@ class SlabCache(DynamicCache):
         if attention not in ATTENTIONS:
             raise ConfigError(f"attention must be 'packed' or 'stock', not {attention!r}")
         self.attention, self.closed = attention, False
-        slab_layer = functools.partial(SlabLayer, n, max_batch_size, page_tokens, prefault, attention)
+        slab_layer = functools.partial(SlabLayer, n, max_batch_size, page_tokens, prefault)
         kinds = DYNAMIC_LAYER_TYPE_MAPPING | dict(full_attention=slab_layer)
         layers = [kinds[kind](**kw) for kind, kw in zip(*get_layer_types_and_kwargs(config))]
         Cache.__init__(self, layers=layers)  # not that of `DynamicCache`, which makes stock layers
@@ -168,6 +167,13 @@ class SlabCache(DynamicCache):
             warnings.warn("this model has no full-attention layers: its cache is the stock one, without slabs")
 
 # %% ../../nbs/04_kv_cache/06_cache.ipynb #684da322
+@patch
+def update(self: SlabCache, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple:
+    "Append the tokens of one layer; all its keys and values (batch, heads, tokens, width)."
+    k, v = Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
+    return read_packed(k) if self.attention == "packed" else k, v
+
+
 @patch(as_prop=True)
 def slab_layers(self: SlabCache) -> list:
     "The layers that lie in slabs."
