@@ -154,7 +154,7 @@ def mapped_tensor(rows: int, row_bytes: int, tokens: int, width: int, dtype) -> 
     nbytes = rows * row_bytes
     a = reserve(nbytes)
     buf = (ctypes.c_char * nbytes).from_address(a)
-    weakref.finalize(buf, unreserve, a, nbytes).atexit = False
+    weakref.finalize(buf, libc().munmap, a - PAGE, nbytes + 2 * PAGE).atexit = False  # as `unreserve`
     with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside of it
         flat = torch.frombuffer(buf, dtype=dtype)
         return a, flat.as_strided((rows, tokens, width), (row_bytes // dtype.itemsize, width, 1))

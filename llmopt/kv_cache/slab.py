@@ -253,8 +253,13 @@ def _resident_in(layer, held):
 
 
 def _free_memory(device):
-    "Bytes that are free on `device`."
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    "Bytes that are free on `device`; 0 where nobody tells."
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return psutil.virtual_memory().available
+    except OSError:  # a container without /proc
+        return 0
 
 
 @torch.no_grad()

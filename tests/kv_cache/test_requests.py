@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers as T
-from helpers import random_ids, small_model
 
+from helpers import random_ids, small_model
 from llmopt.engine import EnhancedFusedLLMEngine, Recipe
 from llmopt.errors import LlmoptError, UnsupportedModelError
 from llmopt.kv_cache import EvictingCache, Eviction, KVCacheConfig, SlabCache
