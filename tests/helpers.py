@@ -4,6 +4,7 @@ Everything is seeded and takes milliseconds. `tiny()` is the bundled model, load
 `load()` where a test does.
 """
 
+import types
 from functools import cache
 from pathlib import Path
 
@@ -73,3 +74,39 @@ def save_model(folder, model, tok=None):
 def random_ids(n, vocabulary=4096, seed=0):
     "(1, n) random token ids."
     return torch.randint(vocabulary, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def in_float64(model):
+    "`model` in float64 throughout: transformers' RMSNorm computes in float32 whatever the model is, so it is replaced."
+
+    def norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for m in model.double().eval().modules():
+        if hasattr(m, "variance_epsilon"):
+            m.forward = types.MethodType(norm, m)
+    return model
+
+
+def exact_model(family="llama", seed=0, **changes):
+    "A small float64 model whose parameters are all away from 0 and 1, so that nothing drops out of a formula."
+    model = in_float64(small_model(family, seed, **changes))
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return model
+
+
+@torch.inference_mode()
+def logits(model, ids):
+    "(n, length, V) logits of `ids` (n, length), without a cache."
+    return model(ids, use_cache=False).logits
+
+
+@torch.inference_mode()
+def cached_logits(model, ids, prompt=7):
+    "The same with a KV cache: the first `prompt` tokens in one pass, the others one by one."
+    cache, out = T.DynamicCache(config=model.config), []
+    for a, b in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+        out.append(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(out, 1)

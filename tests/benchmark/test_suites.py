@@ -5,10 +5,10 @@ import tempfile
 import json
 from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.core import load, TINY
-from llmopt.benchmark.larosa_ablation import Ladder
+from llmopt.benchmark.larosa_ablation import Ablation
 from llmopt.benchmark.texts import read_texts
 from llmopt.errors import LlmoptError
-from llmopt.larosa.rotation import default_texts, windows
+from llmopt.larosa import default_texts, windows
 from llmopt.benchmark.suites import *
 
 
@@ -51,22 +51,22 @@ def test_sparse_answers():
     the package, of which no passage is part."""
     lm = load(TINY, "cpu", dtype="float32")
     rows = read_texts()[:2]
-    ladder = Ladder(
+    ablation = Ablation(
         lm.model,
         windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16),
         windows([r["text"] for r in rows], lm.tokenizer, 64, 4),
     )
     dense, none, half, cut = (
-        sparse_answers(lm, ladder, rows, (0.0, 0.8), ("basis learned", "top-k"), 8)[:1]
-        + sparse_answers(lm, ladder, rows, (0.0,), ("basis learned",), 8)[1:]
-        + sparse_answers(lm, ladder, rows, (0.5, 0.9), ("basis learned",), 8)[1:]
+        sparse_answers(lm, ablation, rows, (0.0, 0.8), ("basis learned", "top-k"), 8)[:1]
+        + sparse_answers(lm, ablation, rows, (0.0,), ("basis learned",), 8)[1:]
+        + sparse_answers(lm, ablation, rows, (0.5, 0.9), ("basis learned",), 8)[1:]
     )
     test_eq(dense["keyword_recall"], none["keyword_recall"])
     assert (
         none["kl"] < 1e-5 < half["kl"] < cut["kl"] and half["kl_1_2"] < half["kl"]
     )  # the first token follows a dense prompt
     test_eq(dense["answers"], sum(len(r["questions"]) for r in rows))
-    test_eq(sparse_answers(lm, ladder, [dict(text="No questions.")]), [])
+    test_eq(sparse_answers(lm, ablation, [dict(text="No questions.")]), [])
 
 
 def test_benchmark_larosa():
@@ -98,7 +98,7 @@ def test_run():
     """The products and steps do what was asked, but for one within noise; the bytes are read nearly as fast as a
     plain read in float32, at three quarters to five sixths of it in bfloat16, and around the products a step has
     its norms, attention and selections. `published` is better than top-k only if its adapters are not counted
-    ([the ladder](03_larosa_ablation.ipynb)). In answers, keyword recall at 50 % is that of the dense model (.15
+    ([the ablation](03_larosa_ablation.ipynb)). In answers, keyword recall at 50 % is that of the dense model (.15
     and .14), and the divergence does not grow along the answer."""
     with tempfile.TemporaryDirectory() as d:
         with expect_fail(LlmoptError, "known: words"):

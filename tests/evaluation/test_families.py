@@ -1,7 +1,5 @@
 "The whole comparison runs on every supported family, on tiny models with random weights that are made here."
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers as T
@@ -9,7 +7,6 @@ import transformers as T
 from llmopt.core import ASSETS, load
 from llmopt.engine import EnhancedFusedLLMEngine, known_methods
 from llmopt.evaluation.comparison import compare
-from llmopt.larosa.rotation import bases, convert, moments
 
 SMALL = dict(
     vocab_size=4096,
@@ -91,25 +88,3 @@ def test_engine_equals_generate(name, folder):
 def test_hub_models(name):
     "With network: real checkpoints load and answer."
     assert EnhancedFusedLLMEngine(name).run("What is the capital of France?", max_new_tokens=8).output_text
-
-
-def test_a_model_that_others_trained_converts_exactly():
-    "stories260k: eight query heads on four KV heads, where the folder with it is at hand."
-    path = next(
-        (
-            p / "shared/data/models/stories260k"
-            for p in Path(__file__).resolve().parents
-            if (p / "shared/data/models/stories260k").exists()
-        ),
-        None,
-    )
-    if path is None:
-        pytest.skip("no folder shared/data/models/stories260k in any folder above this one")
-    from test_larosa import double, head_bases, logits
-
-    model = double(T.AutoModelForCausalLM.from_pretrained(path))
-    torch.manual_seed(0)
-    ids = torch.randint(3, 512, (2, 100))
-    want, seen = logits(model, ids), moments(model, ids)
-    for rot in ("layer", "block"):
-        assert (logits(convert(model, bases(seen, rot), head_bases(model)), ids) - want).abs().max() < 1e-9

@@ -11,14 +11,14 @@ from functools import cache
 from torch import nn
 from transformers import DynamicCache
 from llmopt.core import fill, threads
-from llmopt.larosa.sparse_cpu import _BITS, _select_torch, _generate_arms
+from llmopt.larosa.sparse_cpu import _BITS, _select_torch
 
 
 def test_selection():
     """Both ways keep the same, with few distinct values (nearly all ties), zeros, NaN, in every precision, and for
     any shape in front."""
     torch.manual_seed(0)
-    test_eq(select(torch.tensor([1.0, -3.0, 2.0, 3.0, -2.0]), 3).tolist(), [1, 2, 3])
+    test_eq(topk_channels(torch.tensor([1.0, -3.0, 2.0, 3.0, -2.0]), 3).tolist(), [1, 2, 3])
     for dt in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for x in (
             torch.randn(3, 67, dtype=dt),
@@ -30,7 +30,7 @@ def test_selection():
         ):
             D = x.shape[-1]
             for k in (0, 1, D // 3, D - 1, D):
-                kept = select(x, k)
+                kept = topk_channels(x, k)
                 if 0 < k < D:
                     assert torch.equal(
                         kept,
@@ -44,10 +44,10 @@ def test_selection():
                 out = torch.ones_like(x, dtype=torch.bool).scatter(-1, kept, False)
                 if 0 < k < D and not x.isnan().any():
                     assert (x.gather(-1, kept).abs().amin(-1) >= x.abs().masked_fill(~out, 0).amax(-1)).all()
-    assert 1 in select(torch.tensor([[5.0, float("nan"), 6.0], [1.0, 1.0, 1.0]]), 1)[0]
+    assert 1 in topk_channels(torch.tensor([[5.0, float("nan"), 6.0], [1.0, 1.0, 1.0]]), 1)[0]
     for bad in (-1, 6, 2.5, True):
         with expect_fail(ValueError, "from 0 to D=5"):
-            select(torch.randn(5), bad)
+            topk_channels(torch.randn(5), bad)
 
 
 def test_pieces():
@@ -98,7 +98,7 @@ def test_equals_the_masked_dense_product():
                 lin, x = SparseLinear(w, bias), torch.randn(D, B).to(dt).t()
                 with threads(n):
                     for k in {0, 1, D // 2, D}:
-                        kept = select(x, k)
+                        kept = topk_channels(x, k)
                         test_close(lin.sparse(x, kept), masked_linear(x, w, kept, bias), eps=eps * (1 + D) ** 0.5)
                 test_close(lin(x), F.linear(x, w, bias), eps=eps * (1 + D) ** 0.5)
                 assert torch.equal(lin.weight, w)
@@ -107,7 +107,7 @@ def test_equals_the_masked_dense_product():
 def test_shapes():
     "One token may come without a batch, tokens may come as `(B, 1, D)`, and one selection may serve all of them."
     lin, x = SparseLinear(torch.randn(20, 12)), torch.randn(3, 1, 12)
-    kept = select(x, 5)
+    kept = topk_channels(x, 5)
     test_eq(lin.sparse(x, kept).shape, (3, 1, 20))
     test_eq(lin.sparse(x[1, 0], kept[1, 0]).shape, (20,))
     test_close(lin.sparse(x, kept)[1, 0], lin.sparse(x[1, 0], kept[1, 0]), eps=1e-6)
@@ -167,7 +167,7 @@ def test_kernels_agree():
             rows = torch.randn(90, 256).to(dt)
             for B, k, n in ((1, 0, 1), (1, 5, 2), (3, 90, 1), (4, 47, 2)):
                 x = torch.randn(B, 90).to(dt)
-                kept = select(x, k)
+                kept = topk_channels(x, k)
                 with threads(n):
                     for p in (1, 2, 4):
                         test_close(axpy_product(rows, kept, x, p), bag_product(rows, kept, x.gather(1, kept)), eps=eps)
@@ -196,7 +196,7 @@ def test_threads_share_a_product():
             (torch.float64, 4160, 1e-10),
         ):
             rows, x = torch.randn(70, N).to(dt), torch.randn(2, 70).to(dt)
-            kept = select(x, 41)
+            kept = topk_channels(x, 41)
             want = bag_product(rows, kept, x.gather(1, kept))
             for n in (1, 2, 3):
                 test_close(axpy_product(rows, kept, x, n), want, eps=eps)
@@ -209,7 +209,7 @@ def test_fused():
     selection, one launch, and longer rows."""
     q, k, v = nn.Linear(16, 24), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)
     x = torch.randn(1, 16)
-    kept = select(x, 6)
+    kept = topk_channels(x, 6)
     with torch.no_grad():
         for y, l in zip(fused(q, k, v).sparse(x, kept).split([24, 8, 8], -1), (q, k, v)):
             test_close(y, masked_linear(x, l.weight, kept, l.bias), eps=1e-5)
@@ -244,7 +244,7 @@ def test_dense_ways_agree():
                 test_close(DENSE[way](w)(x), F.linear(x, w), eps=eps)
     w, x = w.float(), torch.randn(3, 96)
     test_close(panels(w)(x), F.linear(x, w), eps=1e-3)
-    test_close(panels(w)(x, select(x, 40)), masked_linear(x, w, select(x, 40)), eps=1e-3)
+    test_close(panels(w)(x, topk_channels(x, 40)), masked_linear(x, w, topk_channels(x, 40)), eps=1e-3)
 
 
 def test_kernel_benchmark():
@@ -288,8 +288,8 @@ def masked(level):
 
     def hook(module, args):
         (x,) = args
-        kept = select(x, round((1 - level) * x.shape[-1]))
-        return (torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept)),)
+        kept = topk_channels(x, round((1 - level) * x.shape[-1]))
+        return (keep_channels(x, kept),)
 
     return hook
 
@@ -328,31 +328,6 @@ def test_bytes_of_a_step():
     weights = sum(p.nbytes for n, p in model.named_parameters() if "norm" not in n and "embed" not in n)
     test_eq(decode_bytes(model.config, 0, 4), weights + 2 * 2 * 2 * 8 * 4)
     test_eq(decode_bytes(model.config, 0, 4, 0.5), (weights - 32 * 100 * 4) // 2 + 32 * 100 * 4 + 2 * 2 * 2 * 8 * 4)
-
-
-def test_step_benchmark():
-    "The bound: bytes of all products, the head, and the cache."
-    rows = benchmark_step(
-        (0.5,), "float32", 1, rounds=2, context=5, hidden=32, layers=1, intermediate=64, heads=4, kv_heads=2, vocab=64
-    )
-    table = pd.DataFrame(rows).set_index(["arm", pd.Index([r["sparsity"] for r in rows], name="s")])
-    test_eq([a for a, _ in table.index], ["stock", "linear", "best_dense", "sparse", "sparse", "generate", "generate"])
-    for arm in ("sparse", "generate"):
-        assert table.loc[(arm, 0.5)].bytes < table.loc[(arm, 0.0)].bytes == table.loc["stock"].bytes.iloc[0]
-    assert (table.median_ms > 0).all()
-    test_eq(table.vs_stock.iloc[0], 1.0)
-    test_close(table.bound_ms / table.median_ms, table.share_of_bound, eps=1e-9)
-
-
-def test_generate_arms_equal_sparse_steps():
-    "The `generate` arms compute what our sparse step does."
-    model, _, step = tiny_step()
-    s = step(SparseLinear)
-    s.head = model.lm_head
-    for level in (0.0, 0.4):
-        s.level, f = level, _generate_arms(model, 7, (0.4,))[f"generate {level:g}"]
-        with torch.inference_mode():
-            assert (f()[:, 0] - s(7)).abs().max() < 1e-6
 
 
 def test_triton_is_optional():
