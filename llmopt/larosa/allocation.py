@@ -41,7 +41,7 @@ def allocate_by_rule(
     ratio = dict(uniform=(1, 1), published=(0.8, 1.2), neutral=(1 / (1 + w / 2), 1.5 / (1 + w / 2)))[rule]
     of_writers = min(ratio[1] * p, HIGHEST)
     of_readers = (p - w * of_writers) / (1 - w) if rule == "neutral" else ratio[0] * p
-    return {n: of_writers if n in write else of_readers for n in size}
+    return {n: of_writers if n in write else min(of_readers, 1.0) for n in size}
 
 # %% ../../nbs/03_larosa/04_allocation.ipynb #d29a0ab8
 @torch.inference_mode()

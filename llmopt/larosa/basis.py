@@ -87,9 +87,9 @@ def _descend(q, cost, steps, lr):
         g = q.T @ g
         g = g - g.T  # the gradient along rotations
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
-        direction = (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-12)
         rate = lr * (1 - t / (steps + 1)) / len(q) ** 0.5
-        q, r = torch.linalg.qr(q - q @ (rate * direction))
+        step = rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-12)
+        q, r = torch.linalg.qr(q - q @ step)
         q = q * r.diagonal().sign()
     return q
 
