@@ -31,7 +31,6 @@ KNOWS = {  # a room and the rooms that it may import
 
 
 FOR_NOW = {  # what remains to be taken apart: an entry that no longer fails is an error
-    "no circles",
     "private llmopt.larosa.sparse_gpu",
 }
 

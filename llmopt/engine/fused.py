@@ -53,7 +53,7 @@ from llmopt.errors import (
     one_line,
     warn_once,
 )
-from ..larosa.rotation import traffic
+from ..larosa import traffic
 
 # %% ../../nbs/05_engine/04_fused.ipynb #2891612a
 class EnhancedFusedLLMEngine:
