@@ -19,7 +19,8 @@ from transformers import DynamicCache
 
 import llmopt.benchmark.kv as kv_speed
 from .. import __version__
-from .larosa_ablation import Ladder
+from .larosa_ablation import Ablation
+from .larosa_step import benchmark_step
 from .restore import benchmark_restore
 from .targets import Targets
 from .texts import read_texts
@@ -30,8 +31,8 @@ from ..errors import LlmoptError
 from ..evaluation.comparison import keyword_recall
 from ..evaluation.machine import environment
 from ..evaluation.results import check_writable, now, write_text
-from ..larosa.rotation import default_texts, windows
-from ..larosa.sparse_cpu import benchmark_kernel, benchmark_step
+from ..larosa import default_texts, windows
+from ..larosa.sparse_cpu import benchmark_kernel
 
 # %% ../../nbs/10_benchmark/01_suites.ipynb #c07d4c88
 def kv_bars(
@@ -132,10 +133,10 @@ def _answer(lm, prompt, n):
     ].tolist()
 
 
-def _written(ladder, arm, p, lm, asked, n):
-    "One row: keywords in the answers of one arm, and KL along the dense answers, of which `asked` holds ids and log-probabilities."
+def _written(ablation, variant, p, lm, asked, n):
+    "One row: keywords in the answers of one variant, and KL along the dense answers, of which `asked` holds ids and log-probabilities."
     cols, recall = [], []
-    with ladder.arm(arm, p, "decode") as (model, _):
+    with ablation.variant(variant, p, "decode") as (model, _):
         for prompt, keywords, ids, lp in asked:
             recall.append(
                 keyword_recall(
@@ -154,7 +155,7 @@ def _written(ladder, arm, p, lm, asked, n):
         if any(len(c) > lo for c in cols)
     }
     return dict(
-        arm=arm,
+        arm=variant,
         p=p,
         answers=len(asked),
         keyword_recall=statistics.fmean(recall),
@@ -166,13 +167,13 @@ def _written(ladder, arm, p, lm, asked, n):
 # %% ../../nbs/10_benchmark/01_suites.ipynb #3961b5ce
 def sparse_answers(
     lm,
-    ladder: Ladder,
+    ablation: Ablation,
     rows: list,  # what `read_texts` returned; those with questions that have keywords count
     shares=(0.25, 0.4, 0.5, 0.6),
     arms=("top-k", "published", "basis learned"),
     n: int = 32,  # tokens of an answer, divisible by 4
     processes: int = 1,
-) -> list:  # one dict an arm and share; the first is the dense model
+) -> list:  # one dict a variant and share; the first is the dense model
     "Questions about passages, answered with dense prompts and sparse new tokens."
     asked = []
     for r, q in [(r, q) for r in rows for q in r.get("questions", []) if q.get("keywords")]:
@@ -187,7 +188,7 @@ def sparse_answers(
     jobs = [(a, p, replace(lm, model=None), asked, n) for p in shares for a in arms]
     return [
         dict(arm="dense", p=0.0, answers=len(asked), keyword_recall=found, kl=0.0, kl_p99=0.0),
-        *ladder.each(_written, jobs, processes),
+        *ablation.each(_written, jobs, processes),
     ]
 
 # %% ../../nbs/10_benchmark/01_suites.ipynb #15829e05
@@ -238,11 +239,11 @@ def larosa_bars(
 
 # %% ../../nbs/10_benchmark/01_suites.ipynb #3435b915
 def benchmark_larosa(
-    texts=None,  # see `read_texts`: what the ladder is tested on, and asked about
+    texts=None,  # see `read_texts`: what the ablation is tested on, and asked about
     model=TINY,
     quick: bool = False,
     processes: int
-    | None = None,  # for ladder and answers; None is one a core, but one for models that do not ship with the package
+    | None = None,  # for ablation and answers; None is one a core, but one for models that do not ship with the package
 ) -> dict:  # table -> rows
     "LaRoSA: products and whole steps beside dense ones and the byte bound; the loss of each part of the method at equal bytes, and what answers lose."
     rows, lm = read_texts(texts), load(model, "cpu", dtype="float32")
@@ -250,7 +251,7 @@ def benchmark_larosa(
     width, most = (64, 4) if quick else (256, 64)
     test = windows([r["text"] for r in rows], lm.tokenizer, width, 4 if quick else 24)
     if not len(test):
-        raise LlmoptError(f"the ladder needs at least {width} tokens of text")
+        raise LlmoptError(f"the ablation needs at least {width} tokens of text")
     kernel = benchmark_kernel(((256, 512),), (0.5,), rounds=2, nbytes=2**20) if quick else benchmark_kernel()
     small = dict(hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=128) if quick else {}
     step = [
@@ -260,21 +261,21 @@ def benchmark_larosa(
             n_threads=n, **(dict(sparsities=(0.5,), rounds=2, context=16) if quick else {}), **small
         )
     ]
-    ladder = Ladder(
+    ablation = Ablation(
         lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, most * (width // 16 if quick else 1)), test
     )
     climbed = (
-        ladder.climb((0.5,), ("threshold", "top-k", "published", "basis learned"))
+        ablation.run((0.5,), ("threshold", "top-k", "published", "basis learned"))
         if quick
-        else ladder.climb(processes=processes)
+        else ablation.run(processes=processes)
     )
     res = dict(
         kernel=kernel,
         step=step,
         ladder=climbed,
-        answers=sparse_answers(lm, ladder, rows[:2], (0.5,), n=8)
+        answers=sparse_answers(lm, ablation, rows[:2], (0.5,), n=8)
         if quick
-        else sparse_answers(lm, ladder, rows, processes=processes),
+        else sparse_answers(lm, ablation, rows, processes=processes),
     )
     return dict(bars=larosa_bars(res), **res)
 

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..adaptivocab import VocabConfig
 from ..errors import ConfigError
 from ..kv_cache import KVCacheConfig
-from ..larosa.rotation import LaRoSA
+from ..larosa import LaRoSAConfig
 from ..word_removal.compression import Words
 
 # %% ../../nbs/05_engine/00_recipe.ipynb #0e7801b7
@@ -43,7 +43,7 @@ class Slot(NamedTuple):
 SLOTS = (
     Slot("words", "words", "word_removal", Words),
     Slot("vocab", "vocab", "simple_adaptivocab", VocabConfig),
-    Slot("larosa", "larosa", "larosa", LaRoSA),
+    Slot("larosa", "larosa", "larosa", LaRoSAConfig),
     Slot("cache", "kv", "hybrid_kv_cache", KVCacheConfig),
 )
 
@@ -59,7 +59,7 @@ class Recipe:
 
     words: Words | None = None
     vocab: VocabConfig | None = None
-    larosa: LaRoSA | None = None
+    larosa: LaRoSAConfig | None = None
     cache: KVCacheConfig | None = None
 
     def __post_init__(self):
