@@ -11,13 +11,13 @@ import torch
 
 from ..adaptivocab import PhraseTable, SimpleAdaptiVocab
 from ..adaptivocab.drafts import PhraseDrafts
-from ..adaptivocab.finetune import measure_tuning, question_and_answer
-from ..adaptivocab.rows import measure_reading
 from .clock import time_interleaved
 from .drafts import compare_drafts, measure_draft_cost
 from .targets import Targets
 from .texts import read_texts
+from .vocab_reading import measure_reading
 from .vocab_selection import compare_selection, fold_speed
+from .vocab_tuning import measure_tuning, question_and_answer
 from ..core import TINY, load, user
 from ..errors import LlmoptError
 
@@ -125,7 +125,9 @@ def _tuned(lm, train, test, n_new, steps, per_step) -> list:  # a row for each m
     "Models tuned with and without new tokens; one row with the reason if this tokenizer cannot be given any."
     kinds = "no new tokens", "appended, with prior"
     try:
-        rows = measure_tuning(lm, train, test, n_new, steps, arms=kinds, what="all", per_step=per_step, progress=False)
+        rows = measure_tuning(
+            lm, train, test, n_new, steps, variants=kinds, what="all", per_step=per_step, progress=False
+        )
     except LlmoptError as e:
         return [dict(model="none", why=str(e))]
     return [{k: x for k, x in r.items() if k != "curve"} for r in rows]
