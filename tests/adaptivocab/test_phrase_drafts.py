@@ -45,6 +45,11 @@ def knows(lm, prompt, said, **kw):
     return PhraseDrafts(PhraseTable([tuple(prompt[-2:] + said)], lm.rows), **dict(cost=0) | kw)
 
 
+def hooks(model):
+    "Hooks on any module of `model`"
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
 def test_the_same_text_with_every_cache_and_reading_phrases():
     lm = tiny()
     prompts = [lm.encode_chat([user(p)]) for p in PROMPTS]
@@ -261,14 +266,14 @@ def test_an_exception_in_the_middle_leaves_drafts_and_model_usable():
     lm = tiny()
     prompt = lm.encode_chat([user(PROMPTS[0])])
     want = plain(lm.model, prompt)
-    d = knows(lm, prompt, want)
+    d, before = knows(lm, prompt, want), hooks(lm.model)
 
     def stop(step):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
         d.generate(lm, prompt, 16, on_step=stop)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    assert hooks(lm.model) == before
     assert d.generate(lm, prompt, 16).ids == want
 
 
