@@ -12,37 +12,6 @@ from llmopt.larosa import default_texts, windows
 from llmopt.benchmark.suites import *
 
 
-def test_benchmark_kv():
-    "What is expected of the cache, and what came out."
-    r = benchmark_kv(quick=True)
-    test_eq(
-        {(x["cache"], x["dtype"]) for x in r["decode"]},
-        {(c, d) for c in ("dynamic_sdpa", "static_sdpa", "slab_packed") for d in ("float32", "bfloat16")},
-    )
-    assert all(x["median_ms"] > 0 and x["bytes_per_step"] > 0 for x in r["decode"]) and len(r["append"]) == 4
-    test_eq((len(r["bars"]), {x["met"] for x in r["bars"]} <= {True, False, None}, len(r["fronts"])), (12, True, 4))
-    assert (
-        {x["arm"] for x in r["evict"]} >= {"dynamic_sdpa", "evicted"}
-        and all(x["overhead"] > -1 for x in r["prefill"])
-        and r["restore"][0]["chunks"] == 4
-    )
-
-
-def test_bars_of_the_kv_cache():
-    "What is expected of the cache, and what came out."
-    t = dict(
-        decode=[dict(cache="slab_packed", context=8, dtype="float32", slab_vs_dynamic=2.4, slab_time_vs_static=1.04)],
-        evict=[dict(arm="evicted", context=8, held=1, dtype="float32", faster=6.0, returned=None)],
-        append=[dict(cache="slab", context=n, median_ms=m) for n, m in ((1, 2.0), (9, 3.1))],
-        prefill=[dict(arm="cake", overhead=0.1)],
-        restore=[
-            dict(speed=s, time_vs_better=x, speedup_vs_compute=c, speedup_vs_load=1.7)
-            for s, x, c in ((1, 0.6, 1.5), (2, 1.11, 1.0))
-        ],
-    )
-    test_eq([r["met"] for r in kv_bars(t)], [False, True, False, True, None, True, False, False])
-
-
 def test_sparse_answers():
     """A loss that is averaged over a text hides what happens when a model *writes*: there each token is one that the
     sparse model chose. So it also answers the questions about the passages, prompts dense and every new token

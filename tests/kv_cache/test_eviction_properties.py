@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmopt.kv_cache.attention import packed
-from llmopt.kv_cache.budget import Eviction, apportion, parse_budget, sizes_for_mass
+from llmopt.kv_cache.budget import EvictionConfig, apportion, parse_budget, sizes_for_mass
 from llmopt.kv_cache.evicting_slab import EvictingSlab
 from llmopt.kv_cache.eviction import EvictingCache
 from llmopt.kv_cache.policies import POLICIES
@@ -107,7 +107,7 @@ def model():
 )
 def test_any_history_keeps_what_must_stay(model, policy, budget, window, first, slack, unit, pieces, pad):
     "The first tokens and the window are there, positions increase, no row holds padding once it was cut, and all layers together hold what the budget says."
-    cache, n = EvictingCache(model.config, Eviction(budget, policy, window, first, slack, unit)), sum(pieces)
+    cache, n = EvictingCache(model.config, EvictionConfig(budget, policy, window, first, slack, unit)), sum(pieces)
     mask, at, rounds = torch.ones(2, n, dtype=torch.long), 0, 0
     mask[1, : min(pad, pieces[0] - 1)] = 0
     ids = torch.randint(0, 64, (2, n), generator=torch.Generator().manual_seed(n))
@@ -150,5 +150,5 @@ def _check_budget(cache, visible):
     limits = e.limits(visible)
     for b, (limit, _) in enumerate(limits):
         held = sum(s.sizes[b] for s in cache.slabs)
-        if cache.slabs[0].p is not None:
+        if cache.slabs[0].position_rows is not None:
             assert held <= limit * len(cache.slabs), (held, limit)

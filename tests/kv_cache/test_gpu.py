@@ -11,8 +11,9 @@ import transformers as T
 
 from llmopt.kv_cache.attention import packed, reference_attention
 from llmopt.kv_cache.backends import backend
+from llmopt.kv_cache.budget import EvictionConfig
 from llmopt.kv_cache.cache import SlabCache
-from llmopt.kv_cache.eviction import EvictingCache, Eviction
+from llmopt.kv_cache.eviction import EvictingCache
 from llmopt.kv_cache.hybrid import HybridKVCacheOptimizer, cache_shape
 from llmopt.kv_cache.restore import PrefixStore
 from llmopt.kv_cache.slab import SimpleVAttention
@@ -166,7 +167,7 @@ def test_a_budget_equals_full_attention_under_its_mask(policy, budget):
     pad, cuts = torch.ones_like(ids), [0, 100, 200, 205, 206, 290, *range(291, 305)]
     pad[1, :40] = 0
     cache, full, pos, gone = (
-        EvictingCache(model.config, Eviction(budget, policy, window=8, slack=4, unit=1)),
+        EvictingCache(model.config, EvictionConfig(budget, policy, window=8, slack=4, unit=1)),
         T.DynamicCache(config=model.config),
         (pad.cumsum(-1) - 1).clamp(min=0),
         [],
@@ -212,7 +213,7 @@ def test_a_budget_gives_memory_back():
     for name, make in dict(
         warm=lambda: SlabCache(c),
         all=lambda: SlabCache(c),
-        tenth=lambda: EvictingCache(c, Eviction("10%"), prefault=False),
+        tenth=lambda: EvictingCache(c, EvictionConfig("10%"), prefault=False),
     ).items():
         cache = make()
         with torch.no_grad(), packed(model):
@@ -306,7 +307,8 @@ def test_restore_is_equal_at_every_meeting_point(tmp_path):
     store.prefill(model, first, ids)
     for meet in range(7):
         cache = SlabCache(model.config)
-        r = store.prefill(model, cache, ids, meet)
+        store.meet_at = meet
+        r = store.prefill(model, cache, ids)
         assert (r.computed, r.loaded) == (meet, 6 - meet) and cache.get_seq_length() == 96
         assert all(
             torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in zip(cache.slabs, first.slabs)

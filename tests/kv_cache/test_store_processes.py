@@ -8,7 +8,7 @@ import torch
 import transformers as T
 
 from llmopt.kv_cache.cache import SlabCache
-from llmopt.kv_cache.prefix_key import chain, chain_root
+from llmopt.kv_cache.prefix_key import chunk_names, model_key
 from llmopt.kv_cache.restore import PrefixStore
 from llmopt.kv_cache.store import unpack_chunk
 
@@ -50,7 +50,8 @@ def work(folder, rounds=30):
     model, store = make_model(), PrefixStore(folder, LIMIT, CHUNK)
     for i in range(rounds):
         ids, cache = prompt(i % 5), SlabCache(model.config)
-        store.prefill(model, cache, ids, meet=i % 3)
+        store.meet_at = i % 3
+        store.prefill(model, cache, ids)
         check(model, ids, cache)
     assert store.writable, "stopped writing"
     assert store.stats()["evicted"], store.stats()
@@ -100,13 +101,14 @@ def test_writers_leave_nothing_damaged(folder):
 
 def test_half_a_file_is_never_a_chunk(folder):
     assert len([*folder.glob("*.tmp")]) == 1
-    PrefixStore(folder)._sweep(age=0)
+    PrefixStore(folder).sweep(age=0)
     assert not [*folder.glob("*.tmp")]
     model, ids = make_model(), prompt(99)
-    names, store = chain(chain_root(model, CHUNK), ids[0], CHUNK), PrefixStore(folder, LIMIT, CHUNK)
+    names, store = chunk_names(model_key(model, CHUNK, attention="packed"), ids[0], CHUNK), PrefixStore(folder, LIMIT, CHUNK)
     assert not store.path(names[2]).exists()
     cache = SlabCache(model.config)
-    report = store.prefill(model, cache, ids, meet=0)
+    store.meet_at = 0  # load all that is there
+    report = store.prefill(model, cache, ids)
     check(model, ids, cache)
     assert report.damaged == 0 and report.computed >= 4 and store.path(names[2]).exists()
 
@@ -114,8 +116,9 @@ def test_half_a_file_is_never_a_chunk(folder):
 def test_what_one_process_wrote_another_loads(folder):
     model, hits = make_model(), 0
     for seed in range(5):
-        cache = SlabCache(model.config)
-        hits += PrefixStore(folder, 10 * LIMIT, CHUNK).prefill(model, cache, prompt(seed), meet=0).loaded
+        cache, store = SlabCache(model.config), PrefixStore(folder, 10 * LIMIT, CHUNK)
+        store.meet_at = 0
+        hits += store.prefill(model, cache, prompt(seed)).loaded
         check(model, prompt(seed), cache)
     assert hits
 
