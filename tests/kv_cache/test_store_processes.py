@@ -104,7 +104,8 @@ def test_half_a_file_is_never_a_chunk(folder):
     PrefixStore(folder).sweep(age=0)
     assert not [*folder.glob("*.tmp")]
     model, ids = make_model(), prompt(99)
-    names, store = chunk_names(model_key(model, CHUNK, attention="packed"), ids[0], CHUNK), PrefixStore(folder, LIMIT, CHUNK)
+    store = PrefixStore(folder, LIMIT, CHUNK)
+    names = chunk_names(model_key(model, CHUNK, attention="packed"), ids[0], CHUNK)
     assert not store.path(names[2]).exists()
     cache = SlabCache(model.config)
     store.meet_at = 0  # load all that is there
