@@ -18,7 +18,7 @@ from ..adaptivocab import VocabConfig
 from ..errors import ConfigError
 from ..kv_cache import KVCacheConfig
 from ..larosa import LaRoSAConfig
-from ..word_removal.compression import Words
+from ..word_removal import WordRemovalConfig
 
 # %% ../../nbs/05_engine/00_recipe.ipynb #0e7801b7
 class Slot(NamedTuple):
@@ -41,7 +41,7 @@ class Slot(NamedTuple):
 
 
 SLOTS = (
-    Slot("words", "words", "word_removal", Words),
+    Slot("words", "words", "word_removal", WordRemovalConfig),
     Slot("vocab", "vocab", "simple_adaptivocab", VocabConfig),
     Slot("larosa", "larosa", "larosa", LaRoSAConfig),
     Slot("cache", "kv", "hybrid_kv_cache", KVCacheConfig),
@@ -57,7 +57,7 @@ def known_methods() -> list:  # of method ids
 class Recipe:
     "Which optimizations are on, each by its own configuration; None is off. Raises `ConfigError` for anything else."
 
-    words: Words | None = None
+    words: WordRemovalConfig | None = None
     vocab: VocabConfig | None = None
     larosa: LaRoSAConfig | None = None
     cache: KVCacheConfig | None = None
