@@ -44,7 +44,6 @@ from .metrics import ChatMetrics, Events, rates
 from .recipe import SLOTS, Recipe
 from .streaming import from_background, text_pieces
 from llmopt.errors import (
-    BudgetError,
     ConfigError,
     ContextError,
     LlmoptError,
@@ -178,14 +177,12 @@ def shorten(
     words, tok, notes = self.recipe.words, self.lm.tokenizer, []
     if words is None:
         return messages, notes
-    apply = getattr(words, "apply_to_turn", words.apply) if conversation else words.apply
+    apply = words.apply_to_turn if conversation else words.apply
 
     def short(text):
-        try:
-            return apply(text, tokenizer=tok).text
-        except BudgetError as e:
-            notes.append(f"word removal: {e}; the text is sent whole")
-            return text
+        result = apply(text, tokenizer=tok)
+        notes.extend(f"word removal: {w}" for w in result.warnings)
+        return result.text
 
     return [dict(m, content=short(m["content"])) if m["role"] == "user" else m for m in messages], notes
 

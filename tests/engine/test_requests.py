@@ -67,7 +67,7 @@ def test_samples_in_threads_keep_to_their_seeds(unchanged, switching):
 def test_streams_read_in_turn(recipe, other, unchanged):
     "Two iterators, a piece of the one and a piece of the other: each text is what it would be alone."
     recipes, questions = [recipe, recipe if other == "same" else other], QUESTIONS[:2]
-    alone = [engine(r).run(q).output_text for r, q in zip(recipes, questions)]
+    alone = [engine(r).chat(q) for r, q in zip(recipes, questions)]
     streams = [engine(r).stream(q) for r, q in zip(recipes, questions)]
     texts = ["", ""]
     while any(pieces := [next(s, "") for s in streams]):
