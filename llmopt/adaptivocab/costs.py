@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['phrase_costs', 'phrases_below_kl']
 
-# %% ../../nbs/02_adaptivocab/03_costs.ipynb #72b9a4f6
+# %% ../../nbs/02_adaptivocab/03_costs.ipynb #b72f8f91
 import math
 from typing import NamedTuple
 

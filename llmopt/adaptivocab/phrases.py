@@ -6,7 +6,7 @@
 __all__ = ['SEGMENTATIONS', 'Trie', 'check_phrases', 'PhraseTable', 'Folded', 'check_segmentation', 'bpe_merges', 'bpe_phrases',
            'usage_counts', 'mine_phrases', 'saved_share']
 
-# %% ../../nbs/02_adaptivocab/00_phrases.ipynb #f0bf2c62
+# %% ../../nbs/02_adaptivocab/00_phrases.ipynb #1e028810
 import heapq
 import operator
 from itertools import chain
@@ -112,7 +112,7 @@ class PhraseTable:
     def __len__(self):
         return len(self.pieces)
 
-# %% ../../nbs/02_adaptivocab/00_phrases.ipynb #24ce5523
+# %% ../../nbs/02_adaptivocab/00_phrases.ipynb #d4d595f9
 def _as_ids(ids, top, why):
     "`ids` as an array of integers from 0 to `top - 1`; `ConfigError` if they are something else."
     try:

@@ -85,6 +85,13 @@ class VocabConfig:
             raise ConfigError(f"rows are a folder or None, not {type(self.rows).__name__}")
 
 # %% ../../nbs/02_adaptivocab/02_reader.ipynb #1b2abd1b
+def _per_layer_embeddings(model):
+    "Does each layer look up an embedding of its own by token id, as in Gemma 3n and 4?"
+    config = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return bool(getattr(config, "hidden_size_per_layer_input", 0))
+
+
 class PhraseReader:
     "Lets an unmodified causal language model read phrases in its prompt."
 
@@ -99,6 +106,8 @@ class PhraseReader:
         takes = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in takes:
             raise UnsupportedModelError(f"{name} takes no inputs_embeds, so it cannot read phrases")
+        if _per_layer_embeddings(model):
+            raise UnsupportedModelError(f"{name} looks up embeddings in every layer, and phrases have none there")
         self.numbered = "position_ids" in takes
         if self.cfg.positions == "gapped" and not self.numbered:
             raise UnsupportedModelError(f"{name} takes no position_ids; use positions='contiguous'")
@@ -161,7 +170,7 @@ def compose(
     inputs = self.forward_inputs(x[None], torch.ones_like(positions), positions)
     return PromptInputs(inputs, f.ids.tolist(), int(positions[0, -1]) + 1)
 
-# %% ../../nbs/02_adaptivocab/02_reader.ipynb #55bf27b1
+# %% ../../nbs/02_adaptivocab/02_reader.ipynb #f7fc9d95
 @patch
 def read(
     self: PhraseReader,
@@ -204,7 +213,7 @@ def reader(
         r.rows = load_rows(self.rows, r)
     return r
 
-# %% ../../nbs/02_adaptivocab/02_reader.ipynb #5d18c391
+# %% ../../nbs/02_adaptivocab/02_reader.ipynb #2eee8d9f
 @patch
 def content_hash(self: VocabConfig) -> str:  # 16 hexadecimal digits
     "A hash of all that changes what a model reads, with the content of the files that are named."
@@ -214,7 +223,7 @@ def content_hash(self: VocabConfig) -> str:  # 16 hexadecimal digits
         parts["rows"] = [hashlib.sha256(b).hexdigest() for b in _row_files(self.rows)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/02_adaptivocab/02_reader.ipynb #ff12e570
+# %% ../../nbs/02_adaptivocab/02_reader.ipynb #93c41c41
 class _AfterPrompt(LogitsProcessor):
     "A logits processor that sees the unfolded prompt before the tokens that were generated."
 

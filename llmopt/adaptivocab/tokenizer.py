@@ -224,7 +224,7 @@ def _pad(self: SimpleAdaptiVocab, rows, padding, max_length):
         spans.append(fill + r["offset_mapping"] if left else r["offset_mapping"] + fill)
     return out | dict(offset_mapping=spans)
 
-# %% ../../nbs/02_adaptivocab/01_tokenizer.ipynb #1d0d82e2
+# %% ../../nbs/02_adaptivocab/01_tokenizer.ipynb #22c900ff
 @patch
 def _rows(self: SimpleAdaptiVocab, texts, add_special_tokens, room):
     "A folded row for each of `texts`."
@@ -383,7 +383,7 @@ class PhraseSet:
 
     __repr__ = __str__
 
-# %% ../../nbs/02_adaptivocab/01_tokenizer.ipynb #ff38c7d4
+# %% ../../nbs/02_adaptivocab/01_tokenizer.ipynb #ac2dd491
 @patch
 def phrase_set(self: SimpleAdaptiVocab) -> PhraseSet:
     "The phrases as they are now, without the tokenizer."
@@ -424,7 +424,7 @@ def save(
     except (OSError, ValueError, TypeError) as e:
         raise ConfigError(f"cannot write phrases to '{path}': {getattr(e, 'strerror', None) or e}") from None
 
-# %% ../../nbs/02_adaptivocab/01_tokenizer.ipynb #f4410d54
+# %% ../../nbs/02_adaptivocab/01_tokenizer.ipynb #b125b831
 @patch(cls_method=True)
 def read(
     cls: PhraseSet,
@@ -450,7 +450,7 @@ def read(
     except ConfigError as e:
         raise ConfigError(f"'{path}' is damaged: {e}") from None
 
-# %% ../../nbs/02_adaptivocab/01_tokenizer.ipynb #78f70eef
+# %% ../../nbs/02_adaptivocab/01_tokenizer.ipynb #15d19ef2
 @patch(cls_method=True)
 def load(
     cls: SimpleAdaptiVocab,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['static_phrases', 'algorithm_1', 'compare_selection', 'split_documents', 'fold_speed']
 
-# %% ../../nbs/10_benchmark/08_vocab_selection.ipynb #e3bc4907
+# %% ../../nbs/10_benchmark/08_vocab_selection.ipynb #bd9ef592
 import time
 
 import numpy as np

@@ -108,6 +108,16 @@ def test_a_model_that_takes_no_vectors_is_refused():
         PhraseReader(IdsOnly(), SimpleAdaptiVocab(tokenizer()))
 
 
+def test_a_model_that_looks_up_embeddings_in_every_layer_is_refused():
+    "Gemma 4 says so itself, deep inside; Gemma 3n would answer without them."
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    config = T.Gemma4TextConfig(
+        vocab_size=4096, hidden_size_per_layer_input=8, vocab_size_per_layer_input=4096, **sizes
+    )
+    with pytest.raises(UnsupportedModelError, match="in every layer"):
+        PhraseReader(T.AutoModelForCausalLM.from_config(config), SimpleAdaptiVocab(tokenizer()))
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ConfigError, match="nothing to read"):
         VocabConfig().reader(tiny()).read([])
