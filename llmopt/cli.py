@@ -15,24 +15,26 @@ from pathlib import Path
 from .errors import ResultsError
 
 # %% ../nbs/09_cli.ipynb #44237027
-def _common(p, tokens):
+def _common(p, tokens, default=None):
     "Options that `compare`, `ask` and `chat` share."
     p.add_argument(
         "--model", default="llmopt-tiny", help="bundled model, local folder, or hub id (default: %(default)s)"
     )
     p.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: %(default)s)")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: %(default)s)")
-    p.add_argument("--max-new-tokens", type=int, default=tokens, help="length of an answer (default: %(default)s)")
+    p.add_argument(
+        "--max-new-tokens", type=int, default=tokens, help=f"length of an answer (default: {default or tokens})"
+    )
 
 # %% ../nbs/09_cli.ipynb #37c4cf23
 def _measured(p, output):
     "Options that `compare` and `ask` share."
-    _common(p, 64)
+    _common(p, None, "64, or 30 with --quick")
     p.add_argument(
         "--methods", nargs="+", metavar="M", help="method ids, or combinations such as words:n=2 (default: all)"
     )
     p.add_argument("--quick", action="store_true", help="30 new tokens and one round")
-    p.add_argument("--rounds", type=int, default=5, help="times each cell is timed (default: %(default)s)")
+    p.add_argument("--rounds", type=int, help="times each cell is timed (default: 5, or 1 with --quick)")
     p.add_argument("--seed", type=int, default=0, help="order of the methods (default: %(default)s)")
     p.add_argument("--no-memory", action="store_true", help="skip the memory arm (one fresh process a method)")
     p.add_argument("--output", default=output, help="results file (default: %(default)s)")
@@ -104,28 +106,15 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/09_cli.ipynb #774a591b
 def _finish(res, path):
     "Print the table, what it means, and where the file is."
-    import pandas as pd
+    from llmopt.evaluation import summary_text
 
-    from llmopt.evaluation.comparison import table
-
-    with pd.option_context("display.width", None, "display.max_columns", None):
-        print(table(res).T.to_string())
-    print(
-        "\nbaseline* is the baseline a second time; a ratio in (parentheses) is within that noise. Medians over queries and rounds; [95 % interval]."
-    )
-    for w in res.warnings:
-        if w not in _noted:
-            print(f"note: {w}")
-    for r in res.runs:
-        if r.error:
-            print(f"failed: {r.arm} arm, query {r.query}, {r.method}: {r.error}")
-    print(f"results: {path}")
+    print(summary_text(res, path, leave_out=_noted))
     return 1 if all(r.error for r in res.runs) else 0
 
 # %% ../nbs/09_cli.ipynb #99d86f45
 def _compare(a, queries=None, kind="compare"):
     "`llmopt compare`"
-    from llmopt.evaluation.comparison import compare
+    from llmopt.evaluation import compare
 
     res = compare(
         queries or a.queries,

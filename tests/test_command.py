@@ -58,11 +58,20 @@ def compared(tmp_path_factory):
 def test_compare(compared):
     d, p = compared
     assert p.returncode == 0, p.stderr
-    for s in ("baseline", "word_removal", "TTFT", "peak MiB", "multi_query_results.json", "100%"):
+    for s in (
+        "baseline",
+        "word_removal",
+        "TTFT",
+        "peak",
+        "multi_query_results.json",
+        "100%",
+        "kind input_output_pairs",
+    ):
         assert s in p.stdout + p.stderr
+    assert max(map(len, p.stdout.split("\n\n")[0].splitlines())) <= 100
     r = json.loads((d / "multi_query_results.json").read_text())
     assert (
-        r["schema_version"] == 1
+        r["schema_version"] == 2
         and r["kind"] == "compare"
         and {x["arm"] for x in r["runs"]} == {"speed", "quality", "memory"}
     )
@@ -130,7 +139,7 @@ def test_bad_results_files(tmp_path, compared):
     text = (compared[0] / "multi_query_results.json").read_text()
     for name, t, says in (
         ("half.json", text[: len(text) // 2], "truncated"),
-        ("v9.json", text.replace('"schema_version": 1', '"schema_version": 9', 1), "version 9"),
+        ("v9.json", text.replace('"schema_version": 2', '"schema_version": 9', 1), "version 9"),
         ("x.json", "{}", "no llmopt results"),
     ):
         (tmp_path / name).write_text(t)
@@ -186,10 +195,10 @@ def test_interrupt_and_resume(tmp_path):
         text=True,
         preexec_fn=listen,
     )
-    f, t = tmp_path / "r.json", time.time()
+    f, journal, t = tmp_path / "r.json", tmp_path / "r.json.journal", time.time()
 
     def speed():
-        return f.exists() and sum(r["arm"] == "speed" for r in json.loads(f.read_text())["runs"]) >= 6
+        return journal.exists() and journal.read_text().count('{"run": {"arm": "speed"') >= 6
 
     while not speed() and time.time() - t < 120:
         time.sleep(0.1)
@@ -199,7 +208,7 @@ def test_interrupt_and_resume(tmp_path):
     half = json.loads(f.read_text())
     assert any("interrupted" in w for w in half["warnings"]) and len(half["runs"]) >= 6
     refused(*(a.replace("30", "31") for a in args), "--resume", cwd=tmp_path, says=["other rounds"])
-    assert llmopt(*args, "--resume", cwd=tmp_path).returncode == 0
+    assert fresh(*args, "--resume", cwd=tmp_path).returncode == 0 and not journal.exists()
     whole, n = json.loads(f.read_text()), len(half["runs"])
     assert whole["runs"][:n] == half["runs"] and not any("interrupted" in w for w in whole["warnings"])
     methods = {r["method"] for r in whole["runs"]}

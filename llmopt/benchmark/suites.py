@@ -27,9 +27,9 @@ from .vocab import benchmark_vocab
 from .words import benchmark_words, passage_prompt
 from ..core import TINY, kl, load
 from ..errors import LlmoptError
-from ..evaluation.comparison import keyword_recall
-from ..evaluation.machine import environment
-from ..evaluation.results import check_writable, now, write_text
+from ..evaluation import environment, keyword_recall
+from ..evaluation.files import check_writable, write_text
+from ..evaluation.results import now
 from ..larosa import default_texts, windows
 from ..larosa.sparse_cpu import benchmark_kernel
 
