@@ -6,7 +6,6 @@
 __all__ = ['EnhancedFusedLLMEngine', 'Prompt']
 
 # %% ../../nbs/05_engine/04_fused.ipynb #3343752b
-import hashlib
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -16,8 +15,6 @@ import torch
 from fastcore.basics import patch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from ..adaptivocab.reader import PhraseReader
-from ..adaptivocab.tokenizer import SimpleAdaptiVocab
 from llmopt.core import (
     LM,
     TINY,
@@ -61,7 +58,7 @@ class EnhancedFusedLLMEngine:
     def __init__(
         self,
         model_name=TINY,  # name, folder or hub id; or a loaded `LM`
-        simple_adaptivocab: bool = False,  # phrases as single tokens; or a `SimpleAdaptiVocab` with phrases of your own
+        simple_adaptivocab: bool = False,  # phrases as single tokens; or a `SimpleAdaptiVocab`, or a file of phrases
         larosa_sparsity: float = 0.0,  # share of the weight bytes that a new token skips
         vattention_enabled: bool = False,  # hybrid KV cache
         word_removal: int = 0,  # drop every n-th word; 0 is off
@@ -71,7 +68,6 @@ class EnhancedFusedLLMEngine:
         max_new_tokens: int = 256,  # default length of an answer
         system: str | None = None,  # system message of the chat
     ):
-        phrases = simple_adaptivocab if isinstance(simple_adaptivocab, SimpleAdaptiVocab) else None
         keywords = simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal
         if recipe is None:
             recipe = _from_keywords(*keywords)
@@ -84,7 +80,7 @@ class EnhancedFusedLLMEngine:
         self.checkpoint_decoding = checkpoint_decoding(self.lm.model)  # what the checkpoint asks for, and does not get
         if self.recipe.larosa:
             self.lm = _sparse(self.recipe.larosa, self.lm)
-        self.reader = _reader(self.recipe.vocab, self.lm, phrases) if self.recipe.vocab else None
+        self.reader = self.recipe.vocab.reader(self.lm) if self.recipe.vocab else None
         self.stop_ids = self.lm.stop_ids
         self.last = None  # `ChatMetrics` of the last answer in the chat
         self.reset()
@@ -96,18 +92,12 @@ def _from_keywords(vocab, sparsity, cache, nth):
     if nth:
         on["words"] = {} if nth is True else dict(n=whole_number(nth, "word_removal", 0))
     if vocab:
-        on["vocab"] = dict(phrases=_label(vocab)) if isinstance(vocab, SimpleAdaptiVocab) else {}
+        on["vocab"] = {} if vocab is True else dict(phrases=vocab)
     if sparsity:
         on["larosa"] = dict(sparsity=sparsity)
     if cache:
         on["cache"] = {}
     return Recipe(**{name: slots[name].make(**parameters) for name, parameters in on.items()})
-
-
-def _label(vocab):
-    "What stands in a recipe for phrases that are in memory and in no file: different phrases, different recipes."
-    content = hashlib.sha256(repr((vocab.base, vocab.table.pieces)).encode()).hexdigest()
-    return f"memory:{content[:12]}"
 
 # %% ../../nbs/05_engine/04_fused.ipynb #295c78cf
 def _sparse(cfg, lm):
@@ -116,17 +106,6 @@ def _sparse(cfg, lm):
         return cfg.prepare(lm)
     except LlmoptError as e:
         raise (LlmoptError if cfg.artifact else UnsupportedModelError)(str(e)) from None
-
-# %% ../../nbs/05_engine/04_fused.ipynb #331ff6d6
-def _reader(cfg, lm, vocab=None):
-    "The reader that folds phrases for `lm`: those of the object `vocab`, or those that `cfg` names."
-    if vocab is None:
-        return cfg.reader(lm)
-    if vocab.tokenizer is not lm.tokenizer and vocab.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise ConfigError(
-            f"these phrases belong to another tokenizer than that of '{lm.name}'; mine them again with `fit`"
-        )
-    return PhraseReader(lm.model, vocab, cfg)
 
 # %% ../../nbs/05_engine/04_fused.ipynb #2f48dd1d
 @patch
@@ -223,10 +202,7 @@ def inputs(
     ids: list,  # token ids of a prompt
 ) -> PromptInputs:
     "What the model is fed for a prompt."
-    if self.reader is None:
-        return prompt_inputs(ids, self.lm.device)
-    read = self.reader.read(ids)
-    return read if isinstance(read, PromptInputs) else PromptInputs(read.inputs, read.ids, read.next)
+    return self.reader.read(ids) if self.reader else prompt_inputs(ids, self.lm.device)
 
 # %% ../../nbs/05_engine/04_fused.ipynb #06996fed
 @patch

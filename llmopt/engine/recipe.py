@@ -101,12 +101,16 @@ def read_value(text: str):
 
 
 def write_value(value) -> str:
-    "What `read_value` reads as `value`, with quotes only where they are needed."
+    "What `read_value` reads as `value`, with quotes only where they are needed; a label for what is no JSON."
     if isinstance(value, float):
         return json.dumps(value).replace("+", "")  # 1e16, not 1e+16: a plus parts methods
-    if isinstance(value, str) and PLAIN.fullmatch(value) and value.isprintable() and read_value(value) == value:
-        return value
-    return json.dumps(value)
+    try:
+        written = json.dumps(value)
+    except TypeError:
+        value = str(value)
+        written = json.dumps(value)
+    plain = isinstance(value, str) and PLAIN.fullmatch(value) and value.isprintable()
+    return value if plain and read_value(value) == value else written
 
 
 PLAIN = re.compile(r'[^\s,+"\[{]([^,+]*[^\s,+])?')  # begins no JSON, holds neither `,` nor `+`, has no space around it

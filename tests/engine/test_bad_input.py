@@ -1,6 +1,7 @@
 "What cannot be answered is refused in one line of the family of errors; what can be is answered with right numbers."
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from helpers import tiny
 from llmopt.adaptivocab import SimpleAdaptiVocab
-from llmopt.core import LM
+from llmopt.core import LM, user
 from llmopt.engine import ComprehensiveChatEngine, EnhancedFusedLLMEngine, Recipe
 from llmopt.errors import ConfigError, ContextError, LlmoptError, ModelError, UnsupportedModelError
 
@@ -185,11 +186,12 @@ def test_phrases_in_memory_are_used():
     own, usual = engine(simple_adaptivocab=v), engine(simple_adaptivocab=True)
     assert own.run(question).prompt_tokens < usual.run(question).prompt_tokens
     assert own.recipe != usual.recipe
-    assert own.run(question).method.startswith("simple_adaptivocab:phrases=memory:")
+    assert "-phrases-" in own.run(question).method
     again = SimpleAdaptiVocab(lm.tokenizer, [" old mill by the river"])
     assert engine(simple_adaptivocab=again).recipe == own.recipe
-    with pytest.raises(LlmoptError, match="memory"):
-        engine(own.recipe)
+    stored = Recipe.from_dict(json.loads(json.dumps(own.recipe.to_dict())))
+    assert stored == own.recipe
+    assert engine(stored).run(question).output_ids == own.run(question).output_ids
 
 
 def test_phrases_of_another_tokenizer():
@@ -267,3 +269,22 @@ def test_an_artifact_that_cannot_be_read_ends_it_before_it_begins(artifact):
     "You named it, so it is no property of the model."
     with pytest.raises(LlmoptError, match="LaRoSA artifact"):
         ComprehensiveChatEngine(tiny(), ["baseline", f"larosa:artifact={artifact}"])
+
+
+# ## Words
+
+
+def test_a_budget_of_words_that_cannot_be_met():
+    "The text is sent whole, and the answer carries a note."
+    with pytest.warns(UserWarning, match="sent whole"):
+        m = engine("words:target_tokens=1").run("What is the difference between rain and snow?")
+    assert m.prompt_tokens == m.prompt_tokens_base and "sent whole" in m.notes[0]
+
+
+def test_the_short_question_of_a_turn_is_never_shortened():
+    e = engine("words:n=2")
+    messages = [user("My name is Ann and I like to walk in the hills."), dict(role="assistant", content="Nice.")]
+    assert "What is my name?" in e.run([*messages, user("What is my name?")]).prompt_text
+    e.chat("What is my name?")
+    assert "What is my name?" in e.last.prompt_text
+    assert "What is my name?" not in e.run("What is my name?").prompt_text

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from helpers import tiny
-from llmopt.core import weights_hash
+from llmopt.core import load, weights_hash
 from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.errors import ConfigError, ModelError
 
 QUESTIONS = ["What is rain?", "What is a glacier?", "How do vaccines work?", "What is ice?"]
-RECIPES = ["baseline", "vocab", "words:n=3+vocab"]
+RECIPES = ["baseline", "vocab", "kv", "kv:budget=40", "larosa", "words:n=3+vocab+larosa+kv"]
 
 
 def engine(recipe="baseline", **kw):
     "An engine around the one bundled model of this process."
-    return EnhancedFusedLLMEngine(tiny(), recipe=recipe, **{"max_new_tokens": 12} | kw)
+    return EnhancedFusedLLMEngine(tiny(), recipe=recipe, **{"max_new_tokens": 8} | kw)
 
 
 def state(model):
@@ -51,6 +51,14 @@ def test_threads_answer_as_one_alone_does(recipe, unchanged, switching):
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda q: engine(recipe).run(q).output_ids, questions))
     assert together == alone
+
+
+def test_engines_made_at_once():
+    "Four threads make the first sparse engines of a model at the same moment: they share one conversion."
+    lm = load("llmopt-tiny", "cpu")
+    with ThreadPoolExecutor(4) as pool:
+        engines = list(pool.map(lambda _: EnhancedFusedLLMEngine(lm, recipe="larosa"), range(4)))
+    assert len({id(e.lm.model) for e in engines}) == 1
 
 
 def test_samples_in_threads_keep_to_their_seeds(unchanged, switching):
@@ -107,12 +115,12 @@ def test_a_stream_that_nobody_reads_on_ends(unchanged):
 FORKS = """
 import multiprocessing, sys
 from llmopt.engine import EnhancedFusedLLMEngine
-engine = EnhancedFusedLLMEngine("llmopt-tiny", recipe=sys.argv[1], max_new_tokens=6)
-want = engine.run("What is ice?").output_ids
+engines = [EnhancedFusedLLMEngine("llmopt-tiny", recipe=r, max_new_tokens=6) for r in sys.argv[1:]]
+want = [e.run("What is ice?").output_ids for e in engines]
 
 def ask():
-    streamed = "".join(engine.stream("What is ice?")).strip()
-    sys.exit(0 if engine.run("What is ice?").output_ids == want and streamed else 1)
+    streamed = all("".join(e.stream("What is ice?")).strip() for e in engines)
+    sys.exit(0 if [e.run("What is ice?").output_ids for e in engines] == want and streamed else 1)
 
 child = multiprocessing.get_context("fork").Process(target=ask)
 child.start()
@@ -122,8 +130,9 @@ sys.exit(2 if child.is_alive() and not child.kill() else child.exitcode)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.parametrize("recipe", ["baseline"])
-def test_a_child_process_can_ask(recipe):
+def test_a_child_process_can_ask():
     "As in servers and data loaders: the parent has answered, forks, and the child answers the same."
-    done = subprocess.run([sys.executable, "-c", FORKS, recipe], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, "baseline", "kv", "larosa"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
