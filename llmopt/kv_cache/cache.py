@@ -32,6 +32,8 @@ from .slab import SimpleVAttention, resident_bytes
 class SlabLayer(CacheLayerMixin):
     "A full-attention layer on a slab, made at the first update."
 
+    # more than 40 lines: transformers wants these methods in the body of the class
+
     is_sliding, is_croppable, is_compileable, slab_type = False, True, False, SimpleVAttention
 
     def __init__(
@@ -164,7 +166,9 @@ class SlabCache(DynamicCache):
         layers = [kinds[kind](**kw) for kind, kw in zip(*get_layer_types_and_kwargs(config))]
         Cache.__init__(self, layers=layers)  # not that of `DynamicCache`, which makes stock layers
         if not self.slab_layers:
-            warnings.warn("this model has no full-attention layers: its cache is the stock one, without slabs")
+            warnings.warn(
+                "this model has no full-attention layers: its cache is the stock one, without slabs", stacklevel=2
+            )
 
 # %% ../../nbs/04_kv_cache/06_cache.ipynb #684da322
 @patch
@@ -210,7 +214,7 @@ def close(self: SlabCache):
 
 # %% ../../nbs/04_kv_cache/06_cache.ipynb #eec744ce
 class KVBytes(SimpleNamespace):
-    "`live` and `reserved` bytes, and `resident`, which is measured when it is first read (None where the system does not tell)."
+    "`live` and `reserved` bytes, and `resident`, measured when it is first read (None where the system does not tell)."
 
     def __getattr__(self, name):
         "Measure `resident`."

@@ -66,7 +66,7 @@ def create(self: Driver, nbytes: int):
         torch.cuda.empty_cache()
     return self("cuMemCreate", nbytes, self.prop, 0)
 
-
+# %% ../../nbs/04_kv_cache/02_cuda.ipynb #c0de0002
 @patch
 def reserve(self: Driver, nbytes: int) -> int:
     "The address of `nbytes` without memory."
@@ -135,7 +135,7 @@ def get_driver(index: int) -> Driver:
 
 # %% ../../nbs/04_kv_cache/02_cuda.ipynb #04465ff2
 class Pages:
-    "Reserved device addresses, the first of them with memory behind; everything goes back with the last tensor over them."
+    "Reserved device addresses, the first of them with memory; everything goes back with the last tensor over them."
 
     def __init__(self, driver, nbytes: int, page: int):  # both sizes are multiples of `driver.page`
         self.driver, self.nbytes, self.page, self.mapped = driver, nbytes, page, []  # addresses of the pages

@@ -117,7 +117,7 @@ def libc():
 
 # %% ../../nbs/04_kv_cache/01_memory.ipynb #833bc0e6
 def reserve(nbytes: int) -> int:  # address
-    "Reserve `nbytes` of addresses between two guard pages, without memory. Raises `ConfigError` if there are not so many."
+    "Reserve `nbytes` of addresses between two guard pages, without memory. Raises `ConfigError` if that is too much."
     too_much = f"this system cannot reserve {nbytes:,} bytes of addresses; ask for a shorter max_seq_len"
     if nbytes > MOST_BYTES:
         raise ConfigError(too_much)

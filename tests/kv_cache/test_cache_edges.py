@@ -1,4 +1,4 @@
-"The slab cache at its limits: sizes, other ways to generate, installed caches, encoder-decoders, families of odd shape."
+"The slab cache at its limits: sizes, slots, installed caches, encoder-decoders, memory that goes when it must."
 
 import gc
 import weakref

@@ -1,41 +1,24 @@
-"No budget, no difference: whatever `generate` does, the slab cache gives what `DynamicCache` gives, to the bit with stock attention."
+"No budget, no difference: whatever `generate` does, the slab cache gives what `DynamicCache` gives."
 
+import copy
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as T
 
-from llmopt.core import load
+from helpers import small_config, tiny
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.cache import SlabCache
 
-SMALL = dict(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=3,
-    pad_token_id=5,
-)
 CONFIGS = {
-    "llama": lambda: T.LlamaConfig(**SMALL),
-    "qwen3": lambda: T.Qwen3Config(**SMALL, head_dim=8),
-    "qwen3_mixed": lambda: T.Qwen3Config(
-        **SMALL, head_dim=8, sliding_window=16, use_sliding_window=True, max_window_layers=1
-    ),
-    "mistral": lambda: T.MistralConfig(**SMALL, sliding_window=16, head_dim=8),
-    "gpt2": lambda: T.GPT2Config(
-        vocab_size=256, n_embd=32, n_layer=3, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=3, pad_token_id=5
-    ),
-    "phi": lambda: T.PhiConfig(**{**SMALL, "num_key_value_heads": 4}),
+    "llama": lambda: small_config("llama"),
+    "qwen3": lambda: small_config("qwen3"),
+    "qwen3_mixed": lambda: small_config("qwen3", sliding_window=16, use_sliding_window=True, max_window_layers=1),
+    "mistral": lambda: small_config("mistral"),
+    "gpt2": lambda: small_config("gpt2", pad_token_id=5),
+    "phi": lambda: small_config("phi2"),
     "bundled": None,
-    "stories260k": None,
 }
 MODES = {
     "greedy": dict(do_sample=False),
@@ -55,19 +38,7 @@ def model_of(name, dtype=torch.float32):
     if (name, dtype) not in _models:
         torch.manual_seed(0)
         if name == "bundled":
-            m = load("llmopt-tiny", "cpu").model
-        elif name == "stories260k":  # a model that others have trained, where the folder with it is at hand
-            folder = next(
-                (
-                    p / "shared/data/models" / name
-                    for p in Path(__file__).resolve().parents
-                    if (p / "shared/data/models" / name).exists()
-                ),
-                None,
-            )
-            if folder is None:
-                pytest.skip("no folder shared/data/models/stories260k in any folder above this one")
-            m = T.AutoModelForCausalLM.from_pretrained(folder)
+            m = copy.deepcopy(tiny().model)
         else:
             m = T.AutoModelForCausalLM.from_config(CONFIGS[name]())
             for p in m.parameters():
@@ -120,7 +91,7 @@ def both(attention, model):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_stock_attention_is_equal_to_the_bit(name, mode, dtype):
+def test_stock_attention_is_bit_identical(name, mode, dtype):
     model, (ids, mask) = model_of(name, dtype), prompt(1 if mode == "prompt_lookup" else 2)
     same(generate(model, SlabCache, ids, mask, **MODES[mode]), generate(model, dynamic, ids, mask, **MODES[mode]))
 

@@ -1,6 +1,8 @@
 "The KV cache on a CUDA device: what `generate` does with it, budgets, restore, and a device that is full."
 
 import gc
+import math
+import random
 import threading
 from contextlib import nullcontext
 
@@ -11,8 +13,9 @@ import transformers as T
 
 from llmopt.kv_cache.attention import packed, reference_attention
 from llmopt.kv_cache.backends import backend
-from llmopt.kv_cache.budget import EvictionConfig
 from llmopt.kv_cache.cache import SlabCache
+from llmopt.kv_cache.cuda import CudaRows
+from llmopt.kv_cache.budget import EvictionConfig
 from llmopt.kv_cache.eviction import EvictingCache
 from llmopt.kv_cache.hybrid import HybridKVCacheOptimizer, cache_shape
 from llmopt.kv_cache.restore import PrefixStore
@@ -138,6 +141,63 @@ def test_generate_makes_slabs_when_installed():
     }
 
 
+MARGIN = 2**24  # what the driver takes for itself: kernels it loads, page tables
+
+
+def filled(r, n):
+    "`r` with `n` tokens of ones."
+    r.resize(n)
+    r.data[:, :n] = 1
+    return r
+
+
+@pytest.mark.parametrize("dtype, longest", [(torch.float32, 100_000), (torch.bfloat16, 3000)])
+def test_appending_is_cat(dtype, longest):
+    "At a fixed address, and a cropped slab goes on from where it is."
+    s = SimpleVAttention(3, 128, 2, longest, dtype, "cuda")
+    k, v = torch.randn(2, 2, 3, 2900, 128, device="cuda").to(dtype)
+    at = s.key_rows.data.data_ptr()
+    assert s.key_rows.backend == "cuda"
+    for a, b in (0, 1), (1, 900), (900, 901), (901, 2900):
+        ks, vs = s.append(k[:, :, a:b], v[:, :, a:b])
+        assert torch.equal(ks, k[:, :, :b]) and torch.equal(vs, v[:, :, :b])
+    s.truncate(100)
+    s.append(v[:, :, :50], k[:, :, :50])
+    assert torch.equal(s.keys, torch.cat([k[:, :, :100], v[:, :, :50]], 2)) and s.keys.data_ptr() == at
+
+
+def test_resident_bytes_are_what_the_device_misses():
+    "It reports as much less free memory as the rows hold, and all of it after closing; reserving takes nothing."
+    filled(CudaRows(16, 100, 128, torch.bfloat16), 100).close()
+    before = free_bytes()
+    r = CudaRows(16, 2**20, 128, torch.bfloat16, prefault=False)
+    assert r.reserved == 2**32 and before - free_bytes() < MARGIN
+    for n in 1, 20_480, 20_481, 400_000, 51_200, 0:
+        filled(r, n)
+        assert r.resident() == math.ceil(n * 16 * 256 / r.page) * r.page
+        assert abs(before - free_bytes() - r.resident()) < MARGIN
+    filled(r, 100_000).close()
+    assert before - free_bytes() < MARGIN
+
+
+def test_a_thousand_times_up_and_down_leaks_nothing():
+    "And kernels that are still queued when their pages are given back have read the right numbers."
+    filled(CudaRows(4, 100, 128), 100).data.sum().item()
+    before = free_bytes()
+    rnd, r = random.Random(0), CudaRows(4, 100_000, 128, prefault=False)
+    for _ in range(1000):
+        n = rnd.randint(1000, 30_000)
+        ones = filled(r, n).data[:, :n].sum()
+        r.resize(1)
+        assert ones.item() == 4 * 128 * n  # nobody has waited for the sum before
+    assert before - free_bytes() < MARGIN
+    view = filled(r, 30_000).data[:, :9]
+    r.close()
+    assert r.resident() >= 30_000 * 4 * 512 and view.mean().item() == 1
+    del view
+    assert r.resident() == 0 and before - free_bytes() < MARGIN
+
+
 def kept(cache):
     "For each layer (B, H, seen): what it still has."
     res = []
@@ -239,7 +299,7 @@ def free_bytes():
 
 
 def test_appending_takes_no_memory_but_the_token():
-    "One more token at 30,000 allocates next to nothing, where `torch.cat` allocates everything anew; calls to the driver come with the pages."
+    "One more token at 30,000 allocates next to nothing; calls to the driver come with the pages."
     s, calls = SimpleVAttention(8, 128, 1, 40_000, torch.bfloat16, "cuda"), []
     k = torch.ones(1, 8, 30_000, 128, dtype=torch.bfloat16, device="cuda")
     s.append(k, k)
@@ -259,7 +319,7 @@ def test_appending_takes_no_memory_but_the_token():
 
 
 def test_a_full_device_changes_nothing():
-    "When the device has no memory left, growing raises and what was there stays; memory that PyTorch has let go of is used."
+    "With no memory left, growing raises and what was there stays; memory that PyTorch has let go of is used."
     s, t = (
         SimpleVAttention(8, 128, 1, 400_000, torch.bfloat16, "cuda"),
         torch.ones(1, 8, 1000, 128, dtype=torch.bfloat16, device="cuda"),

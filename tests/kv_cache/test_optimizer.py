@@ -1,4 +1,4 @@
-"What the optimizer reports: caches that are alive, the one that was closed last, shapes of odd families, sizes that cannot be."
+"What the optimizer reports: open caches, the one that was closed last, shapes of odd families, impossible sizes."
 
 import copy
 import gc

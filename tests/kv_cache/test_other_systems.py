@@ -1,4 +1,4 @@
-"Systems that hide what Linux shows: no /proc, no madvise, no fork. Answers are the same; what cannot be measured is None, with a reason."
+"Systems without /proc, madvise or fork: answers are the same, and what cannot be measured is None, with a reason."
 
 import builtins
 import mmap
@@ -163,13 +163,14 @@ WINDOWS = """
     import warnings
     warnings.simplefilter("ignore")
     for recipe in "baseline", "kv", "kv:budget=64":
-        m = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu", recipe=Recipe.parse(recipe)).run("Hello", max_new_tokens=4)
+        engine = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu", recipe=Recipe.parse(recipe))
+        m = engine.run("Hello", max_new_tokens=4)
         assert m.kv_bytes_live > 0 and m.kv_bytes_resident in (None, 0), m.kv_bytes_resident
     print("answered")
 """
 
 
 def test_a_process_that_finds_itself_on_windows():
-    "No `resource`, no fork, no calls for memory: the package imports and the engine answers, with and without a budget."
+    "No `resource`, no fork, no calls for memory: the package imports and the engine answers, with a budget, too."
     out = subprocess.run([sys.executable, "-c", textwrap.dedent(WINDOWS)], capture_output=True, text=True, timeout=120)
     assert out.stdout.strip() == "answered", out.stderr[-2000:]

@@ -1,4 +1,4 @@
-"Nothing of a request lives on a shared model: blocks overlap, threads and engines differ, errors happen, processes fork."
+"Nothing of a request lives on a shared model: blocks overlap, threads and engines differ, processes fork."
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
@@ -187,7 +187,7 @@ def ask(e, queue):
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 @pytest.mark.parametrize("recipe", ["kv", "kv:budget=64"])
 def test_a_forked_child_answers(recipe):
-    "After an engine has answered once, a child process says the same; before, it waited for a thread that it does not have."
+    "After an engine has answered once, a child says the same, and does not wait for a thread that it does not have."
     e = engine(recipe)
     want = e.run("Tell me about a dog.", max_new_tokens=6).output_text
     threads = torch.get_num_threads()
