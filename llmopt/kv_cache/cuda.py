@@ -152,8 +152,9 @@ def _unmap(driver, page, mapped, count):
         mapped.pop()
 
 
-def _free(driver, address, nbytes, page, mapped):
-    if sys.is_finalizing():
+def _free(driver, address, nbytes, page, mapped, at_the_end=sys.is_finalizing):
+    "Give all back. The name `sys` may be gone when this is called."
+    if at_the_end():
         return  # the end of the process frees all, and the driver may be gone already
     _unmap(driver, page, mapped, 0)
     driver.free(address, nbytes)

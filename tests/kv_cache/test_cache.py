@@ -26,6 +26,27 @@ def test_same_logits_as_dynamic():
         assert torch.equal(a, b)
 
 
+def test_mixed_layers():
+    "In a model with both kinds of layers, full-attention layers get slabs and sliding ones stay stock."
+    config = T.Qwen3Config(num_hidden_layers=4, sliding_window=8, use_sliding_window=True, max_window_layers=2)
+    kinds = [type(layer).__name__ for layer in SlabCache(config).layers]
+    test_eq(kinds, ["SlabLayer"] * 2 + ["DynamicSlidingWindowLayer"] * 2)
+
+
+def test_resident_bytes_of_a_cache():
+    "What the system counts for a cache is what its length says, within one page for each row."
+    lm = load("llmopt-tiny", "cpu")
+    c, page = lm.model.config, 4096
+    rows = 2 * c.num_hidden_layers * 2 * c.num_key_value_heads  # keys and values, two sequences
+    cache = SlabCache(c)
+    for n in (1, 100, 300):
+        with torch.no_grad():
+            lm.model(torch.full((2, n), 9), past_key_values=cache)
+        need = rows * -(-cache.get_seq_length() * c.head_dim * 4 // page) * page
+        assert need <= cache.kv_bytes().resident <= need + rows * page
+    test_eq(cache.kv_bytes().live, rows * 401 * c.head_dim * 4)
+
+
 def test_life_of_a_cache():
     """A cache made in inference mode can be used outside of it, copied, reset and used again with another batch;
     when it is closed it has nothing left."""
@@ -49,24 +70,3 @@ def test_life_of_a_cache():
     test_eq(cache.kv_bytes().reserved, 0)
     with torch.no_grad(), expect_fail(LlmoptError, "closed"):
         lm.model(x, past_key_values=cache)
-
-
-def test_mixed_layers():
-    "In a model with both kinds of layers, full-attention layers get slabs and sliding ones stay stock."
-    config = T.Qwen3Config(num_hidden_layers=4, sliding_window=8, use_sliding_window=True, max_window_layers=2)
-    kinds = [type(layer).__name__ for layer in SlabCache(config).layers]
-    test_eq(kinds, ["SlabLayer"] * 2 + ["DynamicSlidingWindowLayer"] * 2)
-
-
-def test_resident_bytes_of_a_cache():
-    "What the system counts for a cache is what its length says, within one page for each row."
-    lm = load("llmopt-tiny", "cpu")
-    c, page = lm.model.config, 4096
-    rows = 2 * c.num_hidden_layers * 2 * c.num_key_value_heads  # keys and values, two sequences
-    cache = SlabCache(c)
-    for n in (1, 100, 300):
-        with torch.no_grad():
-            lm.model(torch.full((2, n), 9), past_key_values=cache)
-        need = rows * -(-cache.get_seq_length() * c.head_dim * 4 // page) * page
-        assert need <= cache.kv_bytes().resident <= need + rows * page
-    test_eq(cache.kv_bytes().live, rows * 401 * c.head_dim * 4)

@@ -121,6 +121,7 @@ def test_few_calls():
         r.resize(3 * edge + 1)
         r.resize(3 * edge)
     test_eq(d.calls["create"], 1 + 4)
+    r.close()
 
 
 def test_content_and_address_on_a_gpu():
@@ -139,3 +140,4 @@ def test_content_and_address_on_a_gpu():
     test_eq(r.resident(), 0)
     r.resize(full)
     test_eq(r.data[:, :full].sum().item(), 0.0)
+    r.close()
