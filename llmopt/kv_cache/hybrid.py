@@ -61,7 +61,7 @@ class KVCacheConfig:
             why = "stock attention cannot read what an eviction leaves"
             raise ConfigError(f"attention must be 'packed' with a budget: {why}")
         if self.budget is not None:
-            self.eviction  # refuses what is no budget or no policy
+            EvictionConfig(self.budget, self.policy or "cake")  # refuses what is no budget or no policy
 
     @property
     def eviction(self) -> EvictionConfig | None:
@@ -91,7 +91,7 @@ def make_cache(
 
 @patch
 def attach(self: KVCacheConfig, model):  # a transformers model, or an `LM`
-    "Context manager: caches of this configuration are read as it says inside the block. Raises `UnsupportedModelError`."
+    "Context manager: inside it, caches are read as this configuration says. Raises `UnsupportedModelError`."
     model = _model(model)
     if self.attention == "stock":
         return nullcontext(model)
@@ -163,7 +163,7 @@ _shapes = weakref.WeakKeyDictionary()  # model -> its shape
 def cache_shape(
     model,  # a transformers model, or an `LM`
 ) -> dict:  # `num_layers`, `num_heads` (key-value heads) and `head_size`
-    "The shape of the cache of `model`: what it caches for one token, or what its configuration says if it cannot read one."
+    "The shape of the cache of `model`: what it caches for a token, or what its configuration says."
     model = _model(model)
     if model not in _shapes:
         try:

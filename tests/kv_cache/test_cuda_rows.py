@@ -14,9 +14,10 @@ from helpers import small_model
 from llmopt.errors import ConfigError, LlmoptError
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.backends import backend, make_rows
+from llmopt.kv_cache.budget import EvictionConfig
 from llmopt.kv_cache.cache import SlabCache
 from llmopt.kv_cache.cuda import CudaRows
-from llmopt.kv_cache.eviction import EvictingCache, Eviction
+from llmopt.kv_cache.eviction import EvictingCache
 from llmopt.kv_cache.residency import PAGE
 
 from .test_cuda import StandIn
@@ -172,7 +173,7 @@ def test_caches_do_not_notice(longest):
 def test_eviction_does_not_notice(budget, kw):
     "It leaves rows of unequal lengths, reorders them and grows them again."
     m = small_model()
-    here, there = (EvictingCache(m.config, Eviction(budget, window=4, slack=4, unit=1)) for _ in range(2))
+    here, there = (EvictingCache(m.config, EvictionConfig(budget, window=4, slack=4, unit=1)) for _ in range(2))
     with packed(m):
         a = logits(m, here, **kw)
     with packed(m), on(StandIn(page=PAGE)):

@@ -13,9 +13,9 @@ import transformers as T
 
 from llmopt.kv_cache.attention import packed, reference_attention
 from llmopt.kv_cache.backends import backend
+from llmopt.kv_cache.budget import EvictionConfig
 from llmopt.kv_cache.cache import SlabCache
 from llmopt.kv_cache.cuda import CudaRows
-from llmopt.kv_cache.budget import EvictionConfig
 from llmopt.kv_cache.eviction import EvictingCache
 from llmopt.kv_cache.hybrid import HybridKVCacheOptimizer, cache_shape
 from llmopt.kv_cache.restore import PrefixStore

@@ -10,7 +10,7 @@ import transformers as T
 from helpers import random_ids, small_model
 from llmopt.engine import EnhancedFusedLLMEngine, Recipe
 from llmopt.errors import LlmoptError, UnsupportedModelError
-from llmopt.kv_cache import EvictingCache, Eviction, KVCacheConfig, SlabCache
+from llmopt.kv_cache import EvictingCache, EvictionConfig, KVCacheConfig, SlabCache
 from llmopt.kv_cache.attention import NAMES, PACKED, packed, packed_attention
 
 
@@ -156,7 +156,7 @@ def test_threads_with_different_attention_share_a_model():
 def test_a_budget_outside_its_block_is_refused():
     m = small_model()
     with pytest.raises(LlmoptError, match="kv.attach"):
-        decode(m, EvictingCache(m.config, Eviction(36)))
+        decode(m, EvictingCache(m.config, EvictionConfig(36)))
 
 
 def engine(recipe):
