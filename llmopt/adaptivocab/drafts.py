@@ -248,7 +248,7 @@ def decode(
 # %% ../../nbs/02_adaptivocab/04_drafts.ipynb #87409f3d
 @patch
 def using(self: PhraseDrafts, streamer=None) -> dict:  # arguments for `model.generate`
-    "What makes `generate` decode with these drafts; `generate` then raises `ConfigError` for anything but one greedy text."
+    "What makes `generate` decode with these drafts; it then raises `ConfigError` for anything but one greedy text."
     if streamer is None:
         return dict(custom_generate=self.decode)
     return dict(custom_generate=self.decode, streamer=streamer, sink=streamer)

@@ -136,7 +136,7 @@ def _check_training(docs, steps, per_step, size):
         raise ConfigError("there is no document to train on")
     return docs, steps, per_step, size
 
-
+# %% ../../nbs/02_adaptivocab/09_finetune.ipynb #19a0440a
 @torch.inference_mode(False)
 @torch.enable_grad()
 def finetune(
@@ -195,7 +195,7 @@ def save_model(
     lm: LM,
     folder,  # is made
 ) -> None:
-    "Write model and tokenizer to `folder`, for `from_pretrained`; raises `ConfigError` if they cannot be written there."
+    "Write model and tokenizer to `folder`, for `from_pretrained`; raises `ConfigError` if that cannot be written."
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lm.model.save_pretrained(folder)

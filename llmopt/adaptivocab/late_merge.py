@@ -10,6 +10,7 @@ import copy
 import operator
 
 import torch
+from fastcore.basics import patch
 from transformers import DynamicCache, PreTrainedModel
 
 from .tokenizer import SimpleAdaptiVocab
@@ -85,7 +86,8 @@ def late_merged(
     layer: int,  # the first layer that sees only them; the number of layers changes nothing
 ) -> PreTrainedModel:
     """A view of `model` for one prompt: its first forward goes on from `layer` with `keep` only, later ones read what
-    that left in the cache. Raises `UnsupportedModelError` for other models, `ConfigError` for other positions or layers."""
+    that left in the cache. Raises `UnsupportedModelError` for other models, `ConfigError` for positions or a layer that
+    cannot be."""
     late = _LateReading(_check_late(model, keep, n, layer), layer)
     layers = _view_of(model.model.layers)
     for i, m in enumerate(model.model.layers):
@@ -130,14 +132,16 @@ class LateMerger:
             return []
         return view.generate(**prompt.inputs, **kw)[0, len(ids) :].tolist()
 
-    @torch.inference_mode()
-    def score(
-        self,
-        ids: list,  # prompt, in the tokenizer's own vocabulary
-        answer_ids: list,  # at least one
-    ) -> torch.Tensor:  # (n, V) log-probabilities
-        "Log-probabilities before each token of the answer, teacher-forced; raises `ConfigError` for an empty answer."
-        n = len(ids) + len(answer_ids)
-        keep = [*self.keep(ids), *range(len(ids), n)]
-        view = late_merged(self.model, keep, n, self.layer)
-        return teacher_forced_logprobs(view, prompt_inputs(ids, self.model.device).inputs, answer_ids)
+# %% ../../nbs/02_adaptivocab/06_late_merge.ipynb #84b27034
+@patch
+@torch.inference_mode()
+def score(
+    self: LateMerger,
+    ids: list,  # prompt, in the tokenizer's own vocabulary
+    answer_ids: list,  # at least one
+) -> torch.Tensor:  # (n, V) log-probabilities
+    "Log-probabilities before each token of the answer, teacher-forced; raises `ConfigError` for an empty answer."
+    n = len(ids) + len(answer_ids)
+    keep = [*self.keep(ids), *range(len(ids), n)]
+    view = late_merged(self.model, keep, n, self.layer)
+    return teacher_forced_logprobs(view, prompt_inputs(ids, self.model.device).inputs, answer_ids)

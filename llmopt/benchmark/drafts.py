@@ -99,7 +99,7 @@ def _totals(way, results, seconds, plain, plain_seconds):
         time_over_plain=round(seconds / plain_seconds, 4) if plain_seconds else None,
     )
 
-
+# %% ../../nbs/10_benchmark/06_drafts.ipynb #ebc73020
 def compare_drafts(
     lm: LM,
     prompts,  # lists of ids

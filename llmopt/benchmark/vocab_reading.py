@@ -99,7 +99,7 @@ def split_document(
     a, b = (tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in (doc[:cut], doc[cut:]))
     return [*start, *a], b, len(doc[cut:].encode())
 
-
+# %% ../../nbs/10_benchmark/07_vocab_reading.ipynb #e10baaa4
 def reading_ways(
     lm: LM,
     v: SimpleAdaptiVocab,
@@ -145,7 +145,7 @@ def measure_reading(
     steps: int,  # of distillation
     **kw,  # as for `distill`
 ) -> tuple:  # rows of a table, and what the distillation was
-    "Distil rows for phrases mined on `train`, and score `test` in all ways; raises `ConfigError` without texts to score."
+    "Distil rows for phrases mined on `train`, and score `test` in all ways; raises `ConfigError` if none can be."
     v, (pairs, size) = SimpleAdaptiVocab(lm.tokenizer, []).fit(train, n_new=n_new), _scored_halves(lm, test)
     began = time.perf_counter()
     rows, losses = distill(PhraseReader(lm.model, v), v.tokens(train), steps=steps, **kw)

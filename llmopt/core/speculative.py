@@ -63,7 +63,8 @@ def prepare_to_crop(cache) -> None:
     "Make `cache` keep what a crop may need; raises `UnsupportedModelError` if it cannot be cropped."
     if not getattr(cache, "is_croppable", False):
         raise UnsupportedModelError(
-            f"{type(cache).__name__} cannot be cropped after a wrong draft; give a cache that grows, such as DynamicCache"
+            f"{type(cache).__name__} cannot be cropped after a wrong draft; "
+            "give a cache that grows, such as DynamicCache"
         )
     cache.activate_past_recording()
 
@@ -128,7 +129,7 @@ class SpeculativeResult(NamedTuple):
     accepted: int  # of these, right
     passes: int  # forward passes of the model that verifies, the one over the prompt among them
 
-
+# %% ../../nbs/00_core/05_speculative.ipynb #7b38dedb
 @torch.inference_mode()
 def speculative_decode(
     model,  # a transformers causal LM

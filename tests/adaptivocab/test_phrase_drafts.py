@@ -1,4 +1,4 @@
-"Phrase drafts write what plain greedy decoding writes, in every family, for several answers at once, and keep their account."
+"Phrase drafts: the text of plain greedy decoding, in every family, for several answers at once, and an honest account."
 
 import random
 import sys
