@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 from fastcore.test import test_eq
+from llmopt.cli.entry import main
 from llmopt.cli import *
 
 
@@ -17,6 +18,8 @@ def run(*args):
         os.chdir(d)
         try:
             code = main(args)
+        except SystemExit as e:  # of argparse
+            code = e.code
         finally:
             os.chdir(here)
     return code, out.getvalue(), err.getvalue()
@@ -32,7 +35,7 @@ def test_one_line_for_each_mistake():
         (["benchmark", "speed"], "known: words"),
         (["benchmark", "words", "--texts", "none"], "cannot read texts"),
         (["ask", "--message", "Why?", "--methods", "larosa:artifact=none"], "no LaRoSA artifact"),
-        (["compare", "--quick", "--methods", "larosa:artifact=none"], "no LaRoSA artifact"),
+        (["compare", "--rounds", "0"], "at least 1"),
     ):
         code, out, err = run(*args)
         test_eq(code, 2)
@@ -44,5 +47,6 @@ def test_benchmark_names():
     """The names of the benchmarks are written down twice, so that the parser answers without loading torch; they are
     the same."""
     from llmopt.benchmark.suites import SUITES
+    from llmopt.cli.parser import BENCHMARKS
 
     test_eq(BENCHMARKS, tuple(SUITES))
