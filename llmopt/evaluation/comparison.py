@@ -352,13 +352,15 @@ def setup(self: Comparison):
     self.engines[SECOND_BASELINE] = make_engine(self.lm, recipes["baseline"])
     self.config |= _described(self.lm, self.live is not None, recipes.values())
     asked = getattr(self.engines["baseline"], "checkpoint_decoding", None) or {}
+    asked = {k: v for k, v in asked.items() if not k.startswith("output_")}  # what is returned, not what is chosen
     self.config["checkpoint_decoding"] = {k: str(v) for k, v in asked.items()}
     res.config, res.environment = dict(self.config), environment()
     res.llmopt_version, res.created = llmopt.__version__, now()
     self._warn_of_the_model(asked)
     for q in self.queries:
         q.sha256 = hashlib.sha256(q.text.encode()).hexdigest()
-        q.prompt_tokens_base, _ = _try(lambda: self.lm.count(self.lm.chat_text([user(q.text)])))
+        prompt, _ = _try(self.lm.chat_text, [user(q.text)])
+        q.prompt_tokens_base = self.lm.count(prompt) if prompt else None
 
 
 @patch
@@ -475,7 +477,7 @@ def memory_arm(self: Comparison):
 # %% ../../nbs/06_evaluation/08_comparison.ipynb #41e6dc65
 @patch
 def run(self: Comparison) -> Results:
-    "Measure what is still missing, summarize, write the file. Raises `LlmoptError` for what makes all of it impossible."
+    "Measure what is missing, summarize, write the file. Raises `LlmoptError` for what makes all of it impossible."
     journal = Journal(self.output) if self.output and destination(self.output)[1] else None
     with journal or nullcontext():
         self.journal = journal

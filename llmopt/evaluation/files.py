@@ -99,11 +99,11 @@ def write_text(path, text: str) -> Path:
     return Path(path)
 
 # %% ../../nbs/06_evaluation/00_files.ipynb #ef110018
-def keep_aside(path) -> Path | None:  # where it went; None if there was no file
+def keep_aside(path) -> Path | None:  # where it went; None if there was no file, or an empty one
     "Rename the file at `path` to the first free of `NAME.1.json`, `NAME.2.json`, …"
     with said_of(path, "rename"):
         p, plain = destination(path)
-        if not plain or not p.exists():
+        if not plain or not p.exists() or not p.stat().st_size:
             return None
         n = 1
         while (aside := p.with_name(f"{p.stem}.{n}{p.suffix}")).exists():

@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
-from fastcore.basics import patch
 
 from ..core import ASSETS
 
@@ -24,9 +23,11 @@ from ..core import ASSETS
 def _cpu_name():
     "The processor's own name for itself."
     try:
-        return next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _git_sha():
@@ -47,10 +48,18 @@ def _accelerators():
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return [str(torch.accelerator.current_accelerator())] if torch.accelerator.is_available() else []
 
+# %% ../../nbs/06_evaluation/02_machine.ipynb #ma000001
+def _on_battery():
+    "Does the machine run on its battery? None where there is none, or the system does not say."
+    try:
+        battery = psutil.sensors_battery()
+    except (AttributeError, OSError, RuntimeError):
+        return None
+    return None if battery is None else not battery.power_plugged
+
 # %% ../../nbs/06_evaluation/02_machine.ipynb #a6fbffc8
 def environment() -> dict:
     "What a measurement depends on: versions, processor, threads, memory (bytes), accelerators, battery, commit."
-    battery = getattr(psutil, "sensors_battery", lambda: None)()
     return dict(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -63,19 +72,36 @@ def environment() -> dict:
         cores_physical=psutil.cpu_count(logical=False),
         ram_bytes=psutil.virtual_memory().total,
         accelerators=_accelerators(),
-        on_battery=None if battery is None else not battery.power_plugged,
+        on_battery=_on_battery(),
         git_sha=_git_sha(),
     )
 
 # %% ../../nbs/06_evaluation/02_machine.ipynb #f4ea1928
+def _high_water_mark():
+    "The most bytes of memory that were resident since the mark was reset; None where the system keeps no mark."
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def _reset_mark():
+    "Start the high-water mark anew; False where the system does not do that."
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _high_water_mark() is not None
+
+# %% ../../nbs/06_evaluation/02_machine.ipynb #dbefa27d
 class PeakRSS:
     "Context manager: `peak` resident bytes inside the block, and `delta` over the start."
 
     def __enter__(self):
-        self.start, self.stop, self.seen, self.thread = psutil.Process().memory_info().rss, threading.Event(), 0, None
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
+        self.start, self.seen = psutil.Process().memory_info().rss, 0
+        self.stop, self.thread = threading.Event(), None
+        if not _reset_mark():
             self.thread = threading.Thread(target=self._watch, daemon=True)
             self.thread.start()
         return self
@@ -86,13 +112,11 @@ class PeakRSS:
             self.thread.join()
             self.peak = max(self.seen, self.start)
         else:
-            self.peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+            self.peak = _high_water_mark()
         self.delta = max(0, self.peak - self.start)
 
-# %% ../../nbs/06_evaluation/02_machine.ipynb #dbefa27d
-@patch
-def _watch(self: PeakRSS):
-    "Sample resident memory every 10 ms until told to stop."
-    process = psutil.Process()
-    while not self.stop.wait(0.01):
-        self.seen = max(self.seen, process.memory_info().rss)
+    def _watch(self):
+        "Sample resident memory every 10 ms until told to stop."
+        process = psutil.Process()
+        while not self.stop.wait(0.01):
+            self.seen = max(self.seen, process.memory_info().rss)

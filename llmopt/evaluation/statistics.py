@@ -73,7 +73,7 @@ def ratio_interval(
     seed: int = 0,
     n: int = 2000,
 ) -> tuple:  # (ratio, low, high); low and high are None for a single block
-    "exp of the median of `log_ratios`, with a 95 % bootstrap interval over queries (over blocks, if there is one query)."
+    "exp of the median of `log_ratios`, with a 95 % interval over queries; over blocks, if there is one query."
     groups = [g.to_numpy() for _, g in log_ratios.groupby(level="query")]
     if len(groups) < 2:
         groups = list(log_ratios.to_numpy())

@@ -1,0 +1,140 @@
+"Models that cannot, break, or ask for something: a row with the reason, never a traceback, never a perfect score."
+
+import pytest
+import torch
+import transformers as T
+
+from helpers import save_model, small_model, tokenizer
+from llmopt.adaptivocab import SimpleAdaptiVocab
+from llmopt.core import LM, load
+from llmopt.errors import LlmoptError
+from llmopt.evaluation import compare, summary_text
+from llmopt.evaluation import comparison as C
+from llmopt.evaluation.results import Method, Query, Run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def quick(lm, queries=("What is rain?",), methods=("baseline",), tokens=4):
+    "A comparison of a few tokens on a model in memory."
+    return compare(list(queries), list(methods), lm, rounds=1, max_new_tokens=tokens, memory=False, progress=False)
+
+
+def small(**changes):
+    "A small random model with the bundled tokenizer."
+    return LM(small_model(**changes), tokenizer(), "small")
+
+
+def test_a_token_without_embedding_ends_the_rows_of_its_query():
+    "Somebody added a token and forgot `resize_token_embeddings`."
+    lm = small()
+    lm.tokenizer.add_tokens(["<tool>"])
+    df = quick(lm, ["What is rain?", "use <tool> now"]).frame
+    assert df[df["query"] == "q1"].error.isna().all()
+    assert df[df["query"] == "q2"].error.str.contains("<tool>").all()
+
+
+def test_a_method_that_does_not_know_the_model_has_error_rows():
+    "Bloom keeps its keys and positions in its own way: what cannot be set up says so, the others are measured."
+    tok = tokenizer()
+    config = T.BloomConfig(vocab_size=len(tok), hidden_size=32, n_layer=1, n_head=2, eos_token_id=3)
+    res = quick(LM(T.BloomForCausalLM(config).eval(), tok, "bloom"), methods=["simple_adaptivocab", "word_removal"])
+    df = res.frame
+    assert df[df.method == "simple_adaptivocab"].error.notna().all()
+    assert df[df.method.isin(["baseline", "word_removal"])].error.isna().all()
+    assert "failed: simple_adaptivocab, quality and speed arm" in summary_text(res)
+
+
+def test_any_exception_at_setting_up_is_that_methods_rows(monkeypatch):
+    "Even one that no one foresaw; what the user got wrong ends the comparison at its start."
+    made = C.EnhancedFusedLLMEngine
+
+    def odd(lm, recipe):
+        if recipe.on:
+            raise ZeroDivisionError("nobody foresaw this")
+        return made(lm, recipe=recipe)
+
+    monkeypatch.setattr(C, "EnhancedFusedLLMEngine", odd)
+    df = quick(small(), methods=["kv"]).frame
+    assert df[df.method == "kv"].error.str.contains("ZeroDivisionError: nobody foresaw this").all()
+    monkeypatch.undo()
+    with pytest.raises(LlmoptError, match="none"):
+        quick(small(), methods=["larosa:artifact=none"])
+
+
+def broken(value=float("nan"), dtype=torch.float32):
+    "A small model of which one weight is no number, or overflows."
+    lm = small()
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[7, 3] = value
+    lm.model.to(dtype)
+    return lm
+
+
+@pytest.mark.parametrize(
+    "lm", [broken(), broken(float("inf")), broken(1e30, torch.float16)], ids=["nan", "inf", "half"]
+)
+def test_a_broken_model_is_no_perfect_one(lm):
+    "Weights that are NaN, infinite, or overflow in float16: error rows that say what to do, no KL, no agreement."
+    res = quick(lm)
+    assert all(r.error and "not numbers" in r.error and "float32" in r.error for r in res.runs)
+    assert all(r.kl_mean is None and r.top1_agree is None for r in res.runs)
+    assert "failed" in summary_text(res).split("\n\n")[0]
+
+
+def test_what_the_checkpoint_asks_for_is_named():
+    "A repetition penalty is not obeyed, and the settings and a warning say so; answers are those without it."
+    lm, plain = small(), quick(small())
+    lm.model.generation_config.repetition_penalty = 1.3
+    res = quick(lm)
+    assert res.config["checkpoint_decoding"] == {"repetition_penalty": "1.3"}
+    assert any("repetition_penalty=1.3" in w for w in res.warnings)
+    assert [r.output_text for r in res.runs] == [r.output_text for r in plain.runs]
+
+
+def test_a_template_that_fails_is_rows():
+    "The query cannot be written as a prompt: its rows say so."
+    lm = small()
+    lm.tokenizer.chat_template = "{{ raise_exception('no messages today') }}"
+    assert all("no messages today" in r.error for r in quick(lm).runs)
+
+
+def test_a_prompt_of_one_token_and_an_answer_of_one_token(tmp_path):
+    "The quality arm may end after one token: its divergence is a number, its rates are not asked for."
+    lm = small()
+    lm.tokenizer.chat_template = "{{ messages[0].content }}"
+    lm.model.generation_config.eos_token_id = list(range(4096))  # whatever comes ends the answer
+    rows = [r for r in quick(lm, ["a"]).runs if r.arm == "quality"]
+    assert all(r.completion_tokens == 1 and r.kl_mean == pytest.approx(0, abs=1e-6) and r.top1_agree == 1 for r in rows)
+
+
+def test_resident_bytes_that_the_system_does_not_count(monkeypatch):
+    "Without them a paged cache is measured all the same, and the results say what is missing."
+    c = C.Comparison([Query(id="q1", text="?")], ["kv"], small(), memory=False)
+    c.results.methods = [Method(id="kv", factors=dict(cache=1))]
+    c.results.runs = [Run(arm="speed", query="q1", method="kv", kv_bytes_live=8)]
+    c.finish()
+    assert any("kv_bytes_resident is null" in w for w in c.results.warnings)
+
+
+def test_other_weights_and_other_phrases_are_another_experiment(tmp_path):
+    "A folder that was trained further, and a file of phrases that was mined again: resuming refuses."
+    lm, phrases, folder = load("llmopt-tiny", "cpu"), tmp_path / "p.json", tmp_path / "m"
+    save_model(folder, lm.model, lm.tokenizer)
+    SimpleAdaptiVocab(lm.tokenizer, [" is a"]).save(phrases)
+
+    def run(resume):
+        method, settings = f"vocab:phrases={phrases}", dict(rounds=1, max_new_tokens=4, memory=False, progress=False)
+        return compare(["Why?"], [method], str(folder), output=tmp_path / "r.json", resume=resume, **settings)
+
+    first = run(False)
+    assert run(True).runs == first.runs
+    SimpleAdaptiVocab(lm.tokenizer, [" of a"]).save(phrases)
+    with pytest.raises(LlmoptError, match="other files_sha"):
+        run(True)
+    SimpleAdaptiVocab(lm.tokenizer, [" is a"]).save(phrases)
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight.add_(0.01)
+    save_model(folder, lm.model, lm.tokenizer)
+    with pytest.raises(LlmoptError, match="other weights_sha256"):
+        run(True)
