@@ -26,7 +26,9 @@ class _LateReading:
 
     def narrow(self, i, x, kw):
         "Input and arguments of layer `i` in the first forward."
-        keep, mask = self.keep.to(x.device), kw.get("attention_mask")
+        keep, mask, cache = self.keep.to(x.device), kw.get("attention_mask"), kw.get("past_key_values")
+        if cache is not None and cache.is_compileable:
+            raise UnsupportedModelError(f"late merging needs a cache that grows, not {type(cache).__name__}")
         kw["position_embeddings"] = tuple(t[:, keep] for t in kw["position_embeddings"])
         if kw.get("position_ids") is not None:
             kw["position_ids"] = kw["position_ids"][:, keep]

@@ -63,8 +63,8 @@ def prepare_to_crop(cache) -> None:
     "Make `cache` keep what a crop may need; raises `UnsupportedModelError` if it cannot be cropped."
     if not getattr(cache, "is_croppable", False):
         raise UnsupportedModelError(
-            f"{type(cache).__name__} cannot be cropped after a wrong draft; "
-            "give a cache that grows, such as DynamicCache"
+            f"this {type(cache).__name__} cannot be cropped after a wrong draft: it holds recurrent states or is of a "
+            "fixed size; a DynamicCache of a model with attention alone can"
         )
     cache.activate_past_recording()
 

@@ -135,6 +135,8 @@ def test_what_cannot_be_merged_is_refused():
     for keep in ([], [0, 1], [3, 1, 8], [1, 1, 8], [-1, 8], [8, 9]):
         with pytest.raises(ConfigError, match="positions that go on"):
             late_merged(lm.model, keep, 9, 2)
+    with pytest.raises(UnsupportedModelError, match="cache that grows, not StaticCache"):
+        LateMerger(lm.model, v, 2).generate(ids, cache_implementation="static", **KW)
     for family in ("gpt2", "mistral"):
         with pytest.raises(UnsupportedModelError):
             LateMerger(small_model(family), v, 1).generate(ids)
