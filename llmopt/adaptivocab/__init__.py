@@ -13,11 +13,13 @@ from .drafts import PhraseDrafts
 from .expansion import Expansion, expand_tokenizer
 from .finetune import finetune, save_model
 from .late_merge import LateMerger
+from .mining import mine_phrases, saved_share
 from .new_rows import expand
-from .phrases import Folded, PhraseTable, mine_phrases, saved_share
+from .phrase_set import PhraseSet
+from .phrases import Folded, PhraseTable
 from .reader import PhraseReader, VocabConfig, load_rows, save_rows
 from .rows import distill
-from .tokenizer import DEFAULT_PHRASES, PhraseSet, SimpleAdaptiVocab
+from .tokenizer import DEFAULT_PHRASES, SimpleAdaptiVocab
 
 # %% ../../nbs/02_adaptivocab/index.ipynb #1a9f2ae3
 _all_ = [

@@ -21,7 +21,7 @@ from fastcore.basics import chunked
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from .phrases import bpe_merges
+from .mining import bpe_merges
 from .tokenizer import SimpleAdaptiVocab
 from ..core import plain_text
 from ..errors import ConfigError, UnsupportedModelError

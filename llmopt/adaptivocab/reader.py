@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from .phrase_set import PhraseSet
 from .phrases import Folded, check_segmentation
-from .tokenizer import PhraseSet, SimpleAdaptiVocab
+from .tokenizer import SimpleAdaptiVocab
 from ..core import PromptInputs, prompt_inputs, teacher_forced_logprobs, weights_hash
 from ..errors import ConfigError, UnsupportedModelError
 
@@ -58,7 +59,7 @@ def _phrase_source(phrases):
             raise ConfigError("these phrases are not what `PhraseSet` holds") from None
     raise ConfigError(f"phrases are a file, a `SimpleAdaptiVocab` or None, not {type(phrases).__name__}")
 
-
+# %% ../../nbs/02_adaptivocab/02_reader.ipynb #6ca7313b
 @dataclass(frozen=True)
 class VocabConfig:
     "How a model reads phrases; `VocabConfig()` is the method `simple_adaptivocab`. `ConfigError` for what cannot be."
@@ -91,7 +92,7 @@ def _per_layer_embeddings(model):
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return bool(getattr(config, "hidden_size_per_layer_input", 0))
 
-
+# %% ../../nbs/02_adaptivocab/02_reader.ipynb #5384e277
 class PhraseReader:
     "Lets an unmodified causal language model read phrases in its prompt."
 

@@ -47,7 +47,7 @@ def _model_targets(targets, t):
                 targets.add(what, r[k], at_least=0.25)
             targets.add("the same: rise of bits per byte over the model tuned as long", r["rise"], at_most=0.01)
 
-
+# %% ../../nbs/10_benchmark/09_vocab.ipynb #5c5bc694
 def _draft_targets(targets, t):
     "Drafts of phrases: the same answers, fewer passes, no time lost where nothing matches."
     drafted = [r for r in t["drafts"] if r["way"] not in ("plain", "prompt lookup")]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmopt.adaptivocab.phrases import PhraseTable, Trie, bpe_phrases, mine_phrases, saved_share, usage_counts
+from llmopt.adaptivocab.mining import bpe_phrases, mine_phrases, saved_share, usage_counts
+from llmopt.adaptivocab.phrases import PhraseTable, Trie
 from llmopt.errors import ConfigError
 
 BASE = 6
