@@ -153,7 +153,7 @@ def rank(self: EvictingLayer, o: Observed, score: torch.Tensor) -> torch.Tensor:
     "Rank of each slot in its row."
     cfg, total = self.evictor.cfg, o.total[:, None, None]
     safe = (o.order >= 0) & ((o.order < cfg.first) | (o.order >= total - cfg.window))
-    score = score.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    score = score.float().nan_to_num(nan=torch.finfo(torch.float32).min)  # a policy may return anything
     score = score.masked_fill(safe, torch.inf).masked_fill(o.order < 0, -torch.inf)
     best = score.sort(dim=-1, descending=True, stable=True).indices
     ranks = torch.arange(best.shape[-1], device=best.device).expand_as(best)
