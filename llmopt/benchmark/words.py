@@ -147,7 +147,7 @@ def passage_prompt(
 
 # %% ../../nbs/10_benchmark/02_words.ipynb #8b542efe
 class PromptBatch:
-    "Several prompts of a model, read once, side by side: padded on the left, so that their answers begin at the same place."
+    "Several prompts of a model, read once, side by side; padded on the left, so that all answers begin there."
 
     @torch.inference_mode()
     def __init__(

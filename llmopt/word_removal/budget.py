@@ -7,6 +7,7 @@ __all__ = ['count_each', 'count_tokens', 'token_counter', 'largest_fit', 'top_up
 
 # %% ../../nbs/01_word_removal/08_budget.ipynb #4c4f8da4
 import re
+from array import array
 from bisect import bisect_right, insort
 from collections.abc import Callable
 from itertools import accumulate, islice
@@ -36,12 +37,12 @@ def count_each(tokenizer, texts: list, batch: int = 4096) -> list:
     return counts
 
 # %% ../../nbs/01_word_removal/08_budget.ipynb #0ce23d39
-_PIECE, _AROUND = 50_000, 100  # characters of a piece; and around a cut that tell whether it is one
+_PIECE, _AROUND = 20_000, 100  # characters of a piece; and around a cut that tell whether it is one
 _SEAM = re.compile(r"(?<=\S)(?=\s\S)|(?<=[。！？，、；：])(?=\S)")
 
 
 def _cut(encode, text, after):
-    "`(end, start)` of the pieces before and behind the first place behind `after` where `text` may be cut; None if there is none."
+    "Where the pieces before and behind the first possible cut behind `after` end and start; None if there is none."
     for m in islice(_SEAM.finditer(text, after, after + 5000), 8):
         at = m.end()
         left = text[at - _AROUND : at]
@@ -75,8 +76,8 @@ def token_counter(
         len(_encode(tokenizer, "a"))
     except Exception as e:  # whatever somebody's own object raises
         raise ConfigError(
-            f"{type(tokenizer).__name__} cannot count tokens ({type(e).__name__}: {e}); give a tokenizer that is called as "
-            "tokenizer(text, add_special_tokens=False) and answers with input_ids"
+            f"{type(tokenizer).__name__} cannot count tokens ({type(e).__name__}: {e}); give a tokenizer that is called "
+            "as tokenizer(text, add_special_tokens=False) and answers with input_ids"
         ) from None
     return lambda text: count_tokens(lambda t: _encode(tokenizer, t), text)
 
@@ -87,13 +88,14 @@ def largest_fit(
     target: int,  # tokens
     size_0: int,  # `size(0)`, at most `target`
     size_n: int,  # `size(n)`
-    about: list | None = None,  # n + 1 numbers that grow about as `size`; None: it grows evenly
+    about=None,  # n + 1 numbers that grow about as `size`; None: it grows evenly
+    slack: int = 0,  # tokens that may stay unused
 ) -> tuple:  # (k, size(k))
     "The largest `k` in `0…n` that a search finds with `size(k) <= target`."
     if size_n <= target:
         return n, size_n
     low, high, turn, about = 0, n, 0, about or range(n + 1)
-    while high - low > 1 and size_0 < target:
+    while high - low > 1 and size_0 < target - slack:
         if turn % 3 == 2:
             k = (low + high) // 2
         else:
@@ -126,9 +128,9 @@ def top_up(size, kept, rest, total, target, cost, tries=8) -> tuple:
 # %% ../../nbs/01_word_removal/08_budget.ipynb #68895f13
 def _spread(n):
     "For each of `n` positions its place in an order that fills a line evenly."
-    places = [0]
+    places = array("q", [0])
     while len(places) < n:
-        places = [2 * x for x in places] + [2 * x + 1 for x in places]
+        places = array("q", [2 * x for x in places]) + array("q", [2 * x + 1 for x in places])
     return places[:n]
 
 
@@ -196,9 +198,10 @@ def choose_words(
     gaps: list,  # white space to use
     target: int,  # tokens at most
     count: Callable | None = None,  # text -> tokens; None counts words
+    whole: int | None = None,  # tokens of the text with all words, if known
 ) -> tuple:  # (indices of the words kept, the text of them, its tokens)
     "Which words to keep, so that their text has at most `target` tokens; `BudgetError` if the fixed ones have more."
-    rank = [-1] * len(p)
+    rank = array("q", [-1]) * len(p)
     for k, i in enumerate(order):
         rank[i] = k
 
@@ -211,9 +214,11 @@ def choose_words(
     low = size(best(0))
     _check_low(low, target)
     about = _about(p, count)
-    grown = [*accumulate((about[i] for i in order), initial=0)]
-    k, total = largest_fit(lambda k: size(best(k)), len(order), target, low, size(best(len(order))), grown)
+    grown = array("q", accumulate((about[i] for i in order), initial=0))
+    slack = target // 500 if len(p) >= 4_000 else 0  # in a long text each count takes long
+    whole = size(best(len(order))) if whole is None else whole
+    k, total = largest_fit(lambda k: size(best(k)), len(order), target, low, whole, grown, slack)
     kept, rest, total = _fill(p, size, best(k), order[k:], total, target)
-    tries = 8 if len(p) < 20_000 else 4
-    kept, total = top_up(size, kept, rest[:64], total, target, about, tries)
+    if total < target - slack:
+        kept, total = top_up(size, kept, rest[:64], total, target, about)
     return kept, p.render(kept, p.fixed, gaps), total

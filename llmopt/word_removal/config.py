@@ -9,13 +9,20 @@ __all__ = ['FLOOR', 'WordRemovalConfig', 'passage_of']
 import re
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral
 
 from fastcore.basics import patch
 
 from ..errors import BudgetError, ConfigError
 from .budget import token_counter
-from .compression import Compressed, check_budget, check_scorer, compress, lost_runs, make_result
+from llmopt.word_removal.compression import (
+    Compressed,
+    check_budget,
+    check_scorer,
+    check_seed,
+    compress,
+    lost_runs,
+    make_result,
+)
 from .every_nth import check_n, drop_every_nth
 from .protection import compile_protect, split_protect
 from .rendering import SplitText
@@ -24,7 +31,7 @@ from .text import BLANK, is_question, paragraph_starts, readable
 # %% ../../nbs/01_word_removal/10_config.ipynb #bddcd26d
 @dataclass(frozen=True)
 class WordRemovalConfig:
-    "Which words to remove from a prompt; the default is every third. Raises `ConfigError` for fields that make no sense."
+    "Which words to remove from a prompt, by default every third; `ConfigError` for fields that make no sense."
 
     scorer: str | None = None  # a name in `SCORERS`; None: every n-th word, or with a budget what `compress` takes
     n: int = 3  # without a budget: remove every n-th word
@@ -56,19 +63,13 @@ def _joined(protect):
     return text
 
 # %% ../../nbs/01_word_removal/10_config.ipynb #70c18a0f
-def _check_seed(seed):
-    if isinstance(seed, Integral) and not isinstance(seed, bool):
-        return int(seed)
-    raise ConfigError(f"seed must be a whole number, not {seed!r}")
-
-
 def _checked(config):
     "The fields of `config` as plain values; `ConfigError` if they make no sense together."
     c = config
     if callable(c.scorer):
         raise ConfigError("a configuration names its scorer; give a function to `compress`")
     check_scorer(c.scorer)
-    protect, seed, n = _joined(c.protect), _check_seed(c.seed), check_n(c.n)
+    protect, seed, n = _joined(c.protect), check_seed(c.seed), check_n(c.n)
     rate = target = None
     if c.has_budget:
         rate, target = check_budget(c.rate, c.target_tokens)
@@ -93,7 +94,9 @@ def to_dict(self: WordRemovalConfig) -> dict:
 def from_dict(cls: WordRemovalConfig, d: dict) -> WordRemovalConfig:
     "The configuration that `to_dict` wrote; raises `ConfigError` for fields that there are not."
     names = [f.name for f in fields(cls)]
-    wrong = sorted(d.keys() - {*names})
+    if not isinstance(d, dict):
+        raise ConfigError(f"a configuration is an object with {', '.join(names)}, not {d!r}")
+    wrong = sorted(map(str, d.keys() - {*names}))
     if wrong:
         raise ConfigError(f"unknown fields {wrong}; known: {', '.join(names)}")
     return cls(**d)

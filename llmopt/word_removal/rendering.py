@@ -96,7 +96,7 @@ _COMMAS = ",;،؛、，；"
 
 
 def _bridge(p, a, b, fixed=(), all_lines=False):
-    "`(cut, after, space, before)`: what stands between words `a` and `b` when those between them go; `a` loses `cut` characters."
+    "`(cut, after, space, before)`: what stands between words `a` and `b` alone; `a` loses `cut` characters."
     close, opened = _orphans(p, a + 1, b)
     if b < len(p) and p.words[b].mark:
         opened = ""

@@ -23,20 +23,22 @@ from .rendering import SplitText
 
 # %% ../../nbs/01_word_removal/05_statistics.ipynb #19d4ffa8
 STOP_WORDS = frozenset(
-    """a about above across after again against ago all almost along already also although always am among an and another any
-anyone anything are aren't around as at away back be became because become becomes been before began begin being below between
-both but by came can can't come comes could couldn't did didn't do does doesn't doing don't done down during each either else
-enough etc even ever every everyone everything far few first for from further gave get gets getting give given gives go goes
-going gone got had hadn't has hasn't have haven't having he he'd he'll her here hers herself him himself his how however i i'd
-i'll i'm i've if in indeed instead into is isn't it it'd it'll its itself just keep kept kind knew know known last later least
-less let lets like likely made make makes making many may maybe me might mine more most much must mustn't my myself near nearly
-need next now of off often oh ok okay on once one ones only onto or other others otherwise our ours ourselves out over own part
-per perhaps please put quite rather really said same saw say saying says see seem seemed seems seen several shall she she'd
-she'll should shouldn't since so some someone something sometimes soon still such take taken takes than that that'd that'll the
-their theirs them themselves then there therefore these they they'd they'll they're they've thing things think this those though
-through thus to together too took toward towards try under until up upon us use used uses using usually very want was wasn't way
-we we'd we'll we're we've well went were weren't what whatever when where whether which while who whole whom whose why will with
-within won't would wouldn't yeah yes yet you you'd you'll you're you've your yours yourself um uh mm 's 've 're 'll 'd 'm""".split()
+    """a about above across after again against ago all almost along already also although always am among an and another
+any anyone anything are aren't around as at away back be became because become becomes been before began begin
+being below between both but by came can can't come comes could couldn't did didn't do does doesn't doing don't
+done down during each either else enough etc even ever every everyone everything far few first for from further
+gave get gets getting give given gives go goes going gone got had hadn't has hasn't have haven't having he he'd
+he'll her here hers herself him himself his how however i i'd i'll i'm i've if in indeed instead into is isn't it
+it'd it'll its itself just keep kept kind knew know known last later least less let lets like likely made make
+makes making many may maybe me might mine more most much must mustn't my myself near nearly need next now of off
+often oh ok okay on once one ones only onto or other others otherwise our ours ourselves out over own part per
+perhaps please put quite rather really said same saw say saying says see seem seemed seems seen several shall she
+she'd she'll should shouldn't since so some someone something sometimes soon still such take taken takes than that
+that'd that'll the their theirs them themselves then there therefore these they they'd they'll they're they've
+thing things think this those though through thus to together too took toward towards try under until up upon us
+use used uses using usually very want was wasn't way we we'd we'll we're we've well went were weren't what whatever
+when where whether which while who whole whom whose why will with within won't would wouldn't yeah yes yet you
+you'd you'll you're you've your yours yourself um uh mm 's 've 're 'll 'd 'm""".split()
 )
 
 # %% ../../nbs/01_word_removal/05_statistics.ipynb #3a5df52f
@@ -48,7 +50,7 @@ def _key(core):
 
 def _symbol(core):
     "A mark as it is compared: an emoji or another symbol as it is, punctuation as ''."
-    return core if any(unicodedata.category(c) == "So" for c in core) else ""
+    return core if any(unicodedata.category(c) == "So" and c != "\ufffd" for c in core) else ""
 
 
 def word_keys(p: SplitText) -> list:  # of strings

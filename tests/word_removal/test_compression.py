@@ -11,7 +11,7 @@ from llmopt.word_removal.text import segments
 from llmopt.word_removal.compression import *
 
 
-tea = """Tea was not always cheap. In 1706, "Twinings" of London sold it at 7.50 pounds, see https://a.org/tea (no, really).
+tea = """Tea was not always cheap. In 1706, "Twinings" of London sold it at 7.50 pounds, see https://a.org/tea (really).
 
 - Black tea is dried for a long time; it keeps well and it is dark.
 - Green tea is heated, so that it stays green and tastes of grass."""
@@ -42,7 +42,7 @@ def test_words_as_tokens():
 def test_question():
     """A question at the end of the text is found, left alone, and decides which sentences stay. `question=''` says
     that there is none."""
-    facts = "The sky is what we see above us when we are out of doors. Blood brings oxygen to us. It is of many colours in a day."
+    facts = "The sky is what we see above us when we are out of doors. Blood brings oxygen to us. It has many colours."
     c = compress(f"{facts}\n\nWhat does blood bring?", rate=0.6)
     test_eq(
         (c.scorer, "Blood brings oxygen" in c.text, c.text.endswith("\n\nWhat does blood bring?")),
