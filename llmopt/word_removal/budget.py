@@ -76,7 +76,7 @@ def token_counter(
         len(_encode(tokenizer, "a"))
     except Exception as e:  # whatever somebody's own object raises
         raise ConfigError(
-            f"{type(tokenizer).__name__} cannot count tokens ({type(e).__name__}: {e}); give a tokenizer that is called "
+            f"{type(tokenizer).__name__} cannot count tokens ({type(e).__name__}: {e}); give one that is called "
             "as tokenizer(text, add_special_tokens=False) and answers with input_ids"
         ) from None
     return lambda text: count_tokens(lambda t: _encode(tokenizer, t), text)

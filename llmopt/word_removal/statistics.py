@@ -23,7 +23,8 @@ from .rendering import SplitText
 
 # %% ../../nbs/01_word_removal/05_statistics.ipynb #19d4ffa8
 STOP_WORDS = frozenset(
-    """a about above across after again against ago all almost along already also although always am among an and another
+    """
+a about above across after again against ago all almost along already also although always am among an and another
 any anyone anything are aren't around as at away back be became because become becomes been before began begin
 being below between both but by came can can't come comes could couldn't did didn't do does doesn't doing don't
 done down during each either else enough etc even ever every everyone everything far few first for from further

@@ -11,10 +11,11 @@ from llmopt.word_removal.config import WordRemovalConfig
 from llmopt.word_removal.config import *
 
 
-passage = """The heart is a strong muscle, about as big as a fist, that pumps blood through the body. It beats about 100,000 \
-times a day, and it does not rest at night. Doctors such as Maria Weber listen to it with a stethoscope, which \
-was invented in France in 1816. The blood brings oxygen to all parts of the body, and it takes away what they do \
-not need. Who runs every day has a heart that beats slowly and is large."""
+passage = """\
+The heart is a strong muscle, about as big as a fist, that pumps blood through the body. It beats about \
+100,000 times a day, and it does not rest at night. Doctors such as Maria Weber listen to it with a \
+stethoscope, which was invented in France in 1816. The blood brings oxygen to all parts of the body, and it \
+takes away what they do not need. Who runs every day has a heart that beats slowly and is large."""
 
 
 def test_wrong_configuration():

@@ -6,8 +6,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from helpers import tokenizer
 
+from helpers import tokenizer
 from llmopt.errors import BudgetError, ConfigError
 from llmopt.word_removal import (
     Statistics,
