@@ -4,7 +4,7 @@
 import json
 from dataclasses import asdict
 from fastcore.test import expect_fail, test_eq
-from llmopt.core import load, TINY
+from llmopt.core import TINY, load
 from llmopt.larosa.config import *
 from llmopt.errors import ConfigError
 from llmopt.larosa.sparsify import traffic
