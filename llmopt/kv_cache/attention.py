@@ -190,8 +190,11 @@ def _enter(c):
 def _leave(c):
     entry = _switched[id(c)]
     entry[2] -= 1
-    if not entry[2]:
-        c._attn_implementation_internal = _switched.pop(id(c))[1]
+    if entry[2]:
+        return
+    own = _switched.pop(id(c))[1]
+    if c._attn_implementation_internal == NAMES.get(own):  # or somebody has chosen another since
+        c._attn_implementation_internal = own
 
 # %% ../../nbs/04_kv_cache/05_attention.ipynb #abd888c2
 @contextmanager

@@ -279,7 +279,7 @@ def get_memory_usage(self: HybridKVCacheOptimizer) -> dict:  # bytes; `fragmenta
         evictions=f.rounds,
         lost=sum(f.lost) / len(f.lost) if f.lost else 0.0,
         hit_rate=self.store.stats()["hit_rate"] if self.store else None,
-        unmeasured=residency_unknown(),
+        unmeasured=residency_unknown() if f.resident is None else None,
     )
 
 # %% ../../nbs/04_kv_cache/15_hybrid.ipynb #7c1498ff

@@ -286,7 +286,14 @@ def compare_with_stock(
         total = None if None in sizes else sum(sizes)
         res[name] = total
         res[f"saved_vs_{name}"] = 1 - ours / total if total and ours is not None else None
-    return res | dict(unmeasured=residency_unknown())
+    return res | dict(unmeasured=_why_unmeasured(res))
+
+
+def _why_unmeasured(res):
+    "Why some bytes in `res` are None; None if none are."
+    if None not in (res["slab"], res["dynamic"], res["static_longest"]):
+        return None
+    return residency_unknown() or "a static cache for the longest case would take more than half of the free memory"
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #f4cc86c3
 @patch
@@ -306,5 +313,5 @@ def get_memory_usage(self: SimpleVAttention) -> dict:  # bytes; `fragmentation` 
         peak_live=max(self.live, self.peak_len * self.token_bytes),
         fragmentation=1 - self.live / resident if resident else None,
         backend=self.key_rows.backend,
-        unmeasured=residency_unknown(),
+        unmeasured=residency_unknown() if resident is None else None,
     )

@@ -185,3 +185,14 @@ def test_models_that_cannot_be_packed_are_refused():
                 pass
         with KVCacheConfig(attention="stock").attach(model):
             pass
+
+
+def test_a_stock_cache_that_does_not_fit_is_none_with_a_reason():
+    "One for 2**33 tokens is never built."
+    m = small_model()
+    opt = optimizer(m, max_batch_size=1, max_seq_len=2**33)
+    cache = opt.make_cache(m)
+    with torch.no_grad():
+        m(random_ids(7), past_key_values=cache)
+    savings = opt.get_memory_savings()
+    assert savings["static_longest"] is savings["saved_vs_static_longest"] is None and savings["unmeasured"]

@@ -76,6 +76,16 @@ def test_an_exception_in_the_middle_ends_the_block():
     assert used(m) == "sdpa"
 
 
+def test_a_choice_made_inside_a_block_stays():
+    m = small_model()
+    with packed(m):
+        m.set_attn_implementation("eager")
+    assert used(m) == "eager"
+    with packed(m):
+        assert used(m) == NAMES["eager"]
+    assert used(m) == "eager"
+
+
 @pytest.mark.parametrize("own", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "qwen3"])
 def test_others_keep_their_attention_inside_a_block(family, own, calls):
