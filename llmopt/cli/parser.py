@@ -67,7 +67,7 @@ def _parameters(config):
         head = f"      {f.name}={write_value(f.default)}"
         yield from textwrap.wrap(f"{head:<26}  {comment}".rstrip(), 100, subsequent_indent=" " * 28)
 
-
+# %% ../../nbs/09_cli_parser.ipynb #8a052dfb
 def _names():
     "The names that parameters may take, a line each."
     from llmopt.kv_cache.policies import POLICIES
@@ -90,7 +90,7 @@ def methods_help() -> str:
     lines += ["  Combine short names with '+', and give parameters after ':', as in words:n=2+kv.", ""]
     return "\n".join(lines)
 
-
+# %% ../../nbs/09_cli_parser.ipynb #12d2a32e
 def charts_help() -> str:
     "The charts and what they show."
     from llmopt.visualization import KINDS
@@ -153,7 +153,7 @@ def _add_compare(sub):
     )
     _measured(p, "multi_query_results.json")
 
-
+# %% ../../nbs/09_cli_parser.ipynb #d08365c2
 def _add_ask(sub):
     "`llmopt ask`"
     p = sub.add_parser(
@@ -167,7 +167,7 @@ def _add_ask(sub):
     p.add_argument("--message", required=True, help="the question")
     _measured(p, "comprehensive_results.json")
 
-
+# %% ../../nbs/09_cli_parser.ipynb #6ee1ec4e
 def _add_chat(sub):
     "`llmopt chat`"
     p = sub.add_parser(
@@ -236,7 +236,8 @@ def parser() -> argparse.ArgumentParser:
 
     top = OneLineParser(
         "llmopt",
-        description="What LLM inference optimizations really buy and really cost, measured on your model, prompts and machine.",
+        description="What LLM inference optimizations really buy and really cost,\n"
+        "measured on your model, prompts and machine.",
         epilog="`llmopt COMMAND --help` lists options, methods with their parameters, charts and examples.",
     )
     top.add_argument("--version", action="version", version=f"llmopt {__version__}")

@@ -152,7 +152,7 @@ def _read_value(text, i):
         raise ConfigError(f"'{text[i : i + 40]}' begins like JSON and is none") from None
     return value, SPACE.match(text, end).end()
 
-
+# %% ../../nbs/05_engine/00_recipe.ipynb #6d4bd8b1
 def _read_args(text, i):
     "The parameters `k=v,k=v` that begin at `i`, and where they end."
     args = {}

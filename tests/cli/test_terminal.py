@@ -16,7 +16,7 @@ BASELINE = ["--methods", "baseline", "--max-new-tokens", "2", "--rounds", "1", "
 
 @pytest.fixture
 def terminal(tmp_path, monkeypatch):
-    "A function that runs the command as in a terminal of some encoding, in an empty folder: (exit code, output, errors)."
+    "Runs the command as in a terminal of some encoding, in an empty folder: (exit code, output, errors)."
     monkeypatch.chdir(tmp_path)
 
     def run(*args, encoding="utf-8", typed=b""):

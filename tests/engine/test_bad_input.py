@@ -228,7 +228,7 @@ def test_one_token():
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_numbers(broken):
-    "A model whose scores are not numbers is stopped with the reason; there is no answer of its first token again and again."
+    "A model whose scores are not numbers is stopped with the reason; its first token again and again is no answer."
     lm = saying([7])
     with torch.no_grad():
         lm.model.lm_head.bias.fill_(broken)

@@ -80,14 +80,14 @@ def test_a_plain_checkpoint_asks_for_nothing():
 
 @pytest.mark.parametrize("method", known_methods())
 def test_run_and_score_agree(method):
-    "A greedy answer is the most probable token at each position, for every method, though the checkpoint asks for a penalty."
+    "A greedy answer is the most probable token at each position, for every method, whatever the checkpoint asks for."
     e = EnhancedFusedLLMEngine(asking(repetition_penalty=1.3, min_length=40), recipe=method, max_new_tokens=16)
     ids = e.run(QUESTION).output_ids
     assert e.score(QUESTION, ids).argmax(-1).tolist() == ids
 
 
 def test_no_phrase_changes_nothing(tmp_path):
-    "Phrases are read as embeddings, so a penalty would not see the prompt: without any phrase the answer is the plain one."
+    "Phrases are read as embeddings, where a penalty sees no prompt: without any, the answer is the plain one."
     lm = asking(repetition_penalty=1.1)
     SimpleAdaptiVocab(lm.tokenizer, []).save(tmp_path / "none.json")
     recipe = Recipe.parse(f"vocab:phrases={tmp_path / 'none.json'}")
@@ -116,7 +116,7 @@ def test_a_stop_token_that_is_not_special_is_not_shown():
 
 
 def test_temperature_samples_from_the_whole_distribution():
-    "At a temperature that makes all tokens about equal, more than the 50 that transformers would keep by default are drawn."
+    "At a temperature that makes all tokens about equal, more than the 50 that transformers would keep are drawn."
     e = EnhancedFusedLLMEngine(asking(top_k=1, top_p=0.01))
     firsts = {e.run("Hi", max_new_tokens=1, fixed=True, temperature=100.0, seed=s).output_ids[0] for s in range(60)}
     assert len(firsts) > 50

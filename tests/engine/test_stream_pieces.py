@@ -1,4 +1,4 @@
-"The pieces of a stream join to the decoded text, for tokenizers of every kind, and twice the answer costs twice the decoding."
+"The pieces of a stream join to the decoded text, for every kind of tokenizer; twice the answer costs twice the work."
 
 import random
 
