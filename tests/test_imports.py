@@ -30,16 +30,6 @@ KNOWS = {  # a room and the rooms that it may import
 }
 
 
-FOR_NOW = {  # what remains to be taken apart: an entry that no longer fails is an error
-    "private llmopt.larosa.sparse_gpu",
-}
-
-
-def hold(what, fine):
-    "Fail unless `fine`; of what is known to fail, fail if it does not."
-    assert bool(fine) != (what in FOR_NOW), f"{what}: fine now, take it out of FOR_NOW" if fine else what
-
-
 def room(module):
     "The room of a module: `kv_cache` of `llmopt.kv_cache.slab`"
     return module.split(".")[1]
@@ -93,12 +83,12 @@ def circles():
 
 
 def test_no_circles():
-    hold("no circles", not [*circles()])
+    assert not [*circles()]
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_private_name_of_another_module(module):
-    hold(f"private {module}", not [n for m, n in imports(module) if n and n.startswith("_") and m != module])
+    assert not [f"{m}.{n}" for m, n in imports(module) if n and n.startswith("_") and m != module]
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -111,7 +101,7 @@ def test_methods_stand_where_their_class_stands(module):
         for f in tree.body
         if isinstance(f, ast.FunctionDef) and any("patch" in ast.unparse(d) for d in f.decorator_list)
     }
-    hold(f"patch {module}", patched <= own)
+    assert patched <= own
 
 
 def test_charts_load_no_torch():

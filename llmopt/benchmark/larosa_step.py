@@ -13,8 +13,10 @@ import torch
 from transformers import DynamicCache
 
 from .clock import bandwidth_probe, fill_random_kv, time_interleaved, timing_stats, torch_threads
+from .larosa_decode_step import DecodeStep, decode_bytes, fastest_dense, step_model
+from .larosa_products import DENSE
 from ..larosa.allocation import allocate_by_rule
-from ..larosa.sparse_cpu import DENSE, DecodeStep, SparseLinear, decode_bytes, fastest_dense, step_model
+from ..larosa.sparse_linear import SparseLinear
 from ..larosa.sparsify import set_sparsity, sparsify
 
 # %% ../../nbs/10_benchmark/02_larosa_step.ipynb #c7f8b848

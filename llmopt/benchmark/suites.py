@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from .. import __version__
 from .kv_suite import benchmark_kv
 from .larosa_ablation import Ablation
+from .larosa_products import benchmark_kernel
 from .larosa_step import benchmark_step
 from .targets import Targets
 from .texts import read_texts
@@ -31,7 +32,6 @@ from ..evaluation import environment, keyword_recall
 from ..evaluation.files import check_writable, write_text
 from ..evaluation.results import now
 from ..larosa import default_texts, windows
-from ..larosa.sparse_cpu import benchmark_kernel
 
 # %% ../../nbs/10_benchmark/01_suites.ipynb #777b53db
 @torch.inference_mode()

@@ -24,9 +24,11 @@ from llmopt.larosa.calibration import (
 )
 from .config import LaRoSAConfig, SimpleLaRoSA
 from .families import FAMILIES, Block, Family, family, projections
+from .products import keep_channels, masked_linear
 from .rotation import BasisChange, choose_rotations, convert, eigenbasis, second_moments, value_bases
+from .selection import topk_channels
 from .self_speculation import Drafted, self_draft
-from .sparse_cpu import SparseLinear, keep_channels, masked_linear, topk_channels
+from .sparse_linear import SparseLinear
 from llmopt.larosa.sparsify import (
     ChannelSelector,
     MaskedLinear,

@@ -32,7 +32,7 @@ from llmopt.larosa.calibration import (
 )
 from .families import family
 from .rotation import ROTATIONS, convert
-from .sparse_cpu import SparseLinear
+from .sparse_linear import SparseLinear
 from .sparsify import check_first, check_tokens, set_sparsity, sparsify, traffic
 
 # %% ../../nbs/03_larosa/07_config.ipynb #dfe7ec89

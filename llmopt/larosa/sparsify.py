@@ -17,8 +17,10 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedModelError
 from .families import FAMILIES, projections
+from .products import keep_channels, masked_linear
 from .rotation import BasisChange
-from .sparse_cpu import SparseLinear, keep_channels, masked_linear, topk_channels
+from .selection import topk_channels
+from .sparse_linear import SparseLinear
 
 # %% ../../nbs/03_larosa/03_sparsify.ipynb #3c7d311b
 def keep_topk(

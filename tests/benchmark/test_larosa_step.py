@@ -6,7 +6,8 @@ import torch
 from fastcore.test import test_close, test_eq
 from transformers import DynamicCache
 from llmopt.benchmark.clock import fill_random_kv
-from llmopt.larosa.sparse_cpu import DecodeStep, SparseLinear, step_model
+from llmopt.benchmark.larosa_decode_step import DecodeStep, step_model
+from llmopt.larosa.sparse_linear import SparseLinear
 from llmopt.benchmark.larosa_step import *
 
 

@@ -33,7 +33,7 @@ def test_a_sparsified_map():
 
 def test_dense_for_a_while():
     """`sparsify` puts `SparsifiedLinear` where the projections of a converted model are. With kernels it does more
-    for decoding: the head, which stays dense, goes through the [same memory layout](00_sparse_cpu.ipynb)."""
+    for decoding: the head, which stays dense, goes through the [same memory layout](00e_sparse_linear.ipynb)."""
     torch.manual_seed(0)
     linear, x = nn.Linear(7, 5), torch.randn(1, 1, 7)
     m = SparsifiedLinear(MaskedLinear(linear.weight, linear.bias), ChannelSelector(), 7)

@@ -10,7 +10,10 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device: set TRITON_INTERPRET=1 to run the kernels in the interpreter", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from llmopt.larosa.sparse_cpu import SparseLinear, bag_product, masked_linear, select, triton_product, triton_select  # noqa: E402
+from llmopt.larosa.products import bag_product, masked_linear  # noqa: E402
+from llmopt.larosa.selection import topk_channels  # noqa: E402
+from llmopt.larosa.sparse_linear import SparseLinear  # noqa: E402
+from llmopt.larosa.triton_kernels import triton_product, triton_select  # noqa: E402
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
@@ -27,7 +30,7 @@ def inputs(kind, batch, dim, dtype):
 def sparse(x, k):
     "x where `select` on the CPU keeps it, else 0"
     x = x.cpu()
-    kept = select(x, k)
+    kept = topk_channels(x, k)
     return torch.zeros_like(x).scatter(1, kept, x.gather(1, kept)).to(DEVICE)
 
 
@@ -76,7 +79,7 @@ def test_product_is_the_masked_dense_product(k, dtype):
     torch.manual_seed(0)
     weight = torch.randn(133, 90, device=DEVICE).to(dtype)
     lin, x = SparseLinear(weight), inputs("random", 3, 90, dtype)
-    kept, form = select(x.cpu(), k).to(DEVICE), dict(split=3, block_n=64, unroll=2)
+    kept, form = topk_channels(x.cpu(), k).to(DEVICE), dict(split=3, block_n=64, unroll=2)
     y = triton_product(lin.rows, triton_select(x, k), 133, **form)
     want = masked_linear(x.double(), weight.double(), kept)
     assert (y.double() - want).abs().max() <= (
