@@ -116,7 +116,7 @@ def readable(
     if not isinstance(text, str):
         raise ConfigError(f"text must be a string, not {type(text).__name__}")
     clean, n = _SURROGATES.subn("\ufffd", text)
-    return clean, (f"{n:,} lone surrogates, which no tokenizer reads, became U+FFFD",) if n else ()
+    return clean, (f"lone surrogates, which no tokenizer reads, became U+FFFD ({n:,} of them)",) if n else ()
 
 # %% ../../nbs/01_word_removal/01_text.ipynb #2d3e76cf
 END_MARK = re.compile(r"[.!?…。！？؟۔।॥።։။។]")  # also of Arabic, Urdu, Hindi, Amharic, Armenian, Burmese and Khmer

@@ -86,7 +86,7 @@ def test_odd_texts_keep_their_budgets(text):
 
 def test_lone_surrogates_are_replaced_and_counted():
     c = compress("a\ud800 b \udfff\udfff", 0.9, tokenizer=TOK)
-    assert c.warnings[0].startswith("3 lone surrogates")
+    assert c.warnings[0].startswith("lone surrogates") and "3" in c.warnings[0]
     assert TOK(c.text)["input_ids"]
     assert WordRemovalConfig().apply("a \ud800 b c d e", TOK).warnings
 
