@@ -149,7 +149,9 @@ def whole_pages(cache) -> int:
 
 
 def cut_at_random(cache, n: int, seed: int = 0) -> float | None:
-    "Keep `n` random tokens in every row; the share of the predicted bytes that the system got back, None if it does not tell."
+    """Keep `n` random tokens in every row; the share of the predicted bytes that the system got back.
+
+    None if it does not tell."""
     gen, resident, pages = torch.Generator().manual_seed(seed), cache.kv_bytes().resident, whole_pages(cache)
     for s in cache.slabs:
         s.keep(torch.rand(s.batch, s.num_heads, s.seq_len, generator=gen).argsort(-1) < n)
@@ -166,7 +168,7 @@ def benchmark_eviction(
     n_threads: int = 1,
     **shape,  # see `random_llama`
 ) -> list:  # rows
-    "Time one-token steps of `DynamicCache`, of a cache cut to a part, and of one that also evicts at every step, in turn."
+    "Time steps of `DynamicCache`, of a cache cut to a part, and of one that evicts at every step, in turn."
     number, n = getattr(torch, dtype), context // part
     model = random_llama(dtype=number, **shape)
     cfg, twin, token = model.config, packed_twin(model), torch.tensor([[7]])

@@ -52,7 +52,7 @@ class RestoreBench:
 
 # %% ../../nbs/10_benchmark/05_restore.ipynb #9510f7ca
 def time_three_ways(bench: RestoreBench, speed: float, compute: float, rounds: int) -> dict:
-    "Times of the three ways when loading everything takes `compute/speed` seconds; `compute` is what computing everything takes."
+    "Times of the three ways when loading takes `compute/speed` seconds, `compute` being those of computing."
     bench.store.seconds, reports = compute / speed / bench.chunks, []
     ways = dict(
         compute=lambda: bench.prefill(bench.chunks),

@@ -83,7 +83,7 @@ def keep(
         compact(t.flatten(0, 1), mask.flatten(0, 1))
     self._cut(lengths)
 
-
+# %% ../../nbs/04_kv_cache/09_evicting_slab.ipynb #fba956fb
 @patch
 def _cut(self: EvictingSlab, lengths):
     "Give the pages behind the new length of each row back."
@@ -135,7 +135,7 @@ def append(
     self._grow(q)
     return views
 
-
+# %% ../../nbs/04_kv_cache/09_evicting_slab.ipynb #66084609
 @patch
 def advance_to(self: EvictingSlab, n: int):  # tokens in place from now on
     "As `SimpleVAttention.advance_to`; nothing has been dropped yet."

@@ -28,7 +28,9 @@ def seen_attention(
 # %% ../../nbs/04_kv_cache/07_policies.ipynb #da553c81
 @dataclass
 class Observed:
-    "What a policy knows about one layer when it must choose. Tokens in the window are kept anyway: their `mean` and `var` are zero."
+    """What a policy knows about one layer when it must choose.
+
+    Tokens in the window are kept anyway: their `mean` and `var` are zero."""
 
     mean: torch.Tensor  # (B, H, n) attention the slot gets, mean over the window's queries and the group's heads
     var: torch.Tensor  # (B, H, n) its variance over the queries, mean over the group's heads

@@ -19,6 +19,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 import numpy as np
 import torch
 import transformers
+from fastcore.basics import patch
 from torch.nn.modules import module as torch_module
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -96,7 +97,7 @@ def _function_parts(f):
         read,
     )
 
-
+# %% ../../nbs/04_kv_cache/11_prefix_key.ipynb #8f5efab3
 def _callable_parts(x):
     "Label and parts of what can be called, or stands for something else; None for anything else."
     if isinstance(x, FunctionType):
@@ -118,7 +119,8 @@ def _callable_parts(x):
 # %% ../../nbs/04_kv_cache/11_prefix_key.ipynb #5c1d080b
 IRRELEVANT = frozenset(
     "name_or_path generation_config warnings_issued loss_type gradient_checkpointing _is_hf_initialized _use_kernels "
-    "_weight_conversions _load_state_dict_pre_hooks _load_state_dict_post_hooks _state_dict_hooks _state_dict_pre_hooks "
+    "_weight_conversions _load_state_dict_pre_hooks _load_state_dict_post_hooks _state_dict_hooks "
+    "_state_dict_pre_hooks "
     "_backward_hooks _backward_pre_hooks _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs "
     "_forward_hooks_always_called _forward_pre_hooks _forward_pre_hooks_with_kwargs _non_persistent_buffers_set "
     "_keys_to_ignore_on_save _keys_to_ignore_on_load_missing _keys_to_ignore_on_load_unexpected".split()
@@ -190,18 +192,20 @@ class StateHash:
             is_value = label[0] == "mapping" and i % 2
             self.add(part, f"{where}.{parts[i - 1]}" if is_value else where, depth + 1)
 
-    def look_into(self, x, where, depth) -> tuple:
-        "A label of `x` that tells it from others but for its parts, and the parts."
-        if depth > 100 or len(self.seen) > 500_000:
-            raise UnsupportedModelError(f"the state of {where} has no end")
-        if isinstance(x, type):
-            return _class_parts(x)
-        if isinstance(x, LOCKS):
-            return ("lock",), ()
-        found = _data_parts(x) or _callable_parts(x) or _object_parts(x)
-        if found is None and not self.vouched:
-            raise UnsupportedModelError(f"{where} holds a {type(x).__name__}, which cannot be looked into")
-        return found or (("unknown", type(x).__qualname__), ())
+# %% ../../nbs/04_kv_cache/11_prefix_key.ipynb #5c1d0817
+@patch
+def look_into(self: StateHash, x, where: str, depth: int) -> tuple:
+    "A label of `x` that tells it from others but for its parts, and the parts."
+    if depth > 100 or len(self.seen) > 500_000:
+        raise UnsupportedModelError(f"the state of {where} has no end")
+    if isinstance(x, type):
+        return _class_parts(x)
+    if isinstance(x, LOCKS):
+        return ("lock",), ()
+    found = _data_parts(x) or _callable_parts(x) or _object_parts(x)
+    if found is None and not self.vouched:
+        raise UnsupportedModelError(f"{where} holds a {type(x).__name__}, which cannot be looked into")
+    return found or (("unknown", type(x).__qualname__), ())
 
 # %% ../../nbs/04_kv_cache/11_prefix_key.ipynb #5cfc2381
 FORMAT = "llmopt prefix store 2"
@@ -222,13 +226,13 @@ def numerics(device: torch.device) -> dict:
         mkldnn=torch.backends.mkldnn.enabled,
     )
 
-
+# %% ../../nbs/04_kv_cache/11_prefix_key.ipynb #bedd08e4
 def has_hooks(model) -> bool:
     "Whether hooks see, and may change, what goes through `model`."
     everywhere = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
     return any(everywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
-
+# %% ../../nbs/04_kv_cache/11_prefix_key.ipynb #693c5613
 def model_key(
     model,  # a transformers model
     chunk: int,  # tokens in a chunk

@@ -202,7 +202,7 @@ def run(self: PrefixFill) -> Report:
                 s.advance_to((i + 1) * self.store.chunk)
     return self.finish()
 
-
+# %% ../../nbs/04_kv_cache/14_restore.ipynb #655fb7ae
 @patch
 def predict(self: PrefixFill):
     "Predict meeting point and time, if costs are known."
@@ -272,7 +272,7 @@ SUMS += ("write_s", "bytes_read", "bytes_written")
 
 
 class PrefixStore(ChunkStore):
-    "Keys and values of prefixes in a folder, for any number of models and processes. Parameters are those of `ChunkStore`."
+    "Keys and values of prefixes in a folder, for any number of models and processes; parameters as `ChunkStore`."
 
     meet_at: int | None = None  # compute just that many chunks and wait for the others; to measure each front alone
 
@@ -280,7 +280,7 @@ class PrefixStore(ChunkStore):
         super().__init__(folder, max_bytes, chunk, salt)
         self.costs, self.loaders = {}, []  # key of a model -> `CostModel`; threads that have not come back
 
-
+# %% ../../nbs/04_kv_cache/14_restore.ipynb #f5397eea
 @patch
 @torch.no_grad()
 def prefill(
@@ -325,7 +325,7 @@ def add_up(self: PrefixStore, report: Report):
 
 @patch
 def stats(self: PrefixStore) -> dict:
-    "What this store has done (sums over prefills; chunks, seconds, bytes, `hit_rate`), and what lies in the folder now."
+    "What this store has done, in sums over prefills, and what lies in the folder now."
     files = self.files() if self.writable else []
     res = {k: self.counts[k] for k in ("prefills", *SUMS, "evicted")}
     return res | dict(

@@ -57,7 +57,7 @@ def unpack_chunk(name: str, data: bytes) -> list:  # for each layer its keys and
 
 # %% ../../nbs/04_kv_cache/12_store.ipynb #777ba344
 class ChunkStore:
-    "Chunks in a folder, for any number of models and processes. Raises `ConfigError` for bad parameters, nothing later on."
+    "Chunks in a folder, for any number of models and processes. Raises `ConfigError` for bad parameters."
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ def has(self: ChunkStore, name: str) -> bool:
 
 @patch
 def read_chunk(self: ChunkStore, name: str) -> bytes:
-    "The file of the chunk `name`; `OSError` if it cannot be read. For a subclass to replace: a slow disk, another place."
+    "The file of the chunk `name`; raises `OSError` if it cannot be read. A subclass may read from elsewhere."
     return self.path(name).read_bytes()
 
 # %% ../../nbs/04_kv_cache/12_store.ipynb #cd8309d3
@@ -188,7 +188,7 @@ def trim(
             self.look()  # the list is used up, or other processes have changed the folder
     self.full_since = since  # nothing is old enough: not to be looked for again in this prefill
 
-
+# %% ../../nbs/04_kv_cache/12_store.ipynb #115ce391
 @patch
 def _delete(self: ChunkStore, used, size, path):
     "Delete a file unless it was used again meanwhile."
@@ -237,7 +237,7 @@ def write(
         self.bytes += len(data)
     return len(data)
 
-
+# %% ../../nbs/04_kv_cache/12_store.ipynb #5b936e50
 @patch
 def _replace(self: ChunkStore, name, data, used):
     "Write a file under a temporary name, then rename it; nothing stays of one that could not be finished."

@@ -79,7 +79,7 @@ class ChunkTable:
             return self.back
 
     def deliver(self, i: int, put=None):
-        "The loader has chunk `i`, and calls `put` to write it, unless the front took it away; without `put` it is damaged."
+        "The loader has chunk `i`: call `put` to write it, unless the front took it; without `put` it is damaged."
         with self.changed:
             if self.state[i] != LOADING:
                 return
@@ -90,17 +90,21 @@ class ChunkTable:
             self.state[i] = LOADED if put else MINE
             self.changed.notify()
 
-    def close(self):
-        "The loader is gone: what it has not delivered is to be computed."
-        with self.changed:
-            self.state = [s if s == LOADED else MINE for s in self.state]
-            self.free = 0
-            self.changed.notify()
-
 # %% ../../nbs/04_kv_cache/13_two_fronts.ipynb #9e5753c8
 @patch
+def close(self: ChunkTable):
+    "The loader is gone: what it has not delivered is to be computed."
+    with self.changed:
+        self.state = [s if s == LOADED else MINE for s in self.state]
+        self.free = 0
+        self.changed.notify()
+
+
+@patch
 def wait_left(self: ChunkTable, load: float) -> float:  # seconds
-    "How long until the loader, at `load` seconds a chunk, has delivered all free chunks. If it is late, as long again as it is late."
+    """How long until the loader, at `load` seconds a chunk, has delivered all free chunks.
+
+    If it is late, as long again as it is late."""
     loading = self.back >= 0 and self.state[self.back] == LOADING
     under_way = abs(load - (time.perf_counter() - self.began)) if loading else 0.0
     return under_way + load * self.free

@@ -1,6 +1,6 @@
 """A model under a budget computes what the stock model computes with the dropped tokens masked, whatever was dropped.
 
-For several models, policies, budgets, paddings and ways to cut a text; and what a budget in bytes promises holds at every token.
+For several models, policies, budgets, paddings and ways to cut a text. And a budget in bytes holds at every token.
 """
 
 import copy

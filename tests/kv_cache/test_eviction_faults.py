@@ -1,4 +1,4 @@
-"Caches that are dropped give their pages back at once, work grows with the tokens, and what is no number is said to be none."
+"Dropped caches give their pages back at once, work grows with the tokens, and what is no number is said to be none."
 
 import gc
 import math
@@ -10,8 +10,7 @@ import torch
 
 from helpers import random_ids, small_model
 from llmopt.errors import BudgetError, ConfigError
-from llmopt.kv_cache import EvictingCache, EvictionConfig, PrefixStore
-from llmopt.kv_cache import eviction as eviction_module
+from llmopt.kv_cache import EvictingCache, EvictionConfig, PrefixStore, evicting_layer
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.budget import apportion, parse_budget, sizes_for_mass
 from llmopt.kv_cache.policies import POLICIES, Observed, seen_attention
@@ -69,10 +68,10 @@ def test_memory_stays_flat_through_many_caches(model, no_collector):
     "Six caches made and dropped in turn leave nothing behind."
     from llmopt.kv_cache.memory import PagedRows
 
-    before = sum(isinstance(o, PagedRows) for o in gc.get_objects())
+    before = sum(type(o) is PagedRows for o in gc.get_objects())
     for _ in range(6):
         used(model, 200)
-    assert sum(isinstance(o, PagedRows) for o in gc.get_objects()) == before
+    assert sum(type(o) is PagedRows for o in gc.get_objects()) == before
 
 
 def test_an_error_in_a_forward_pass_leaves_no_circle(model, no_collector):
@@ -95,7 +94,7 @@ def test_twice_the_answer_takes_twice_the_scoring(model, policy, monkeypatch):
         counted.append(weights.numel())
         return weights
 
-    monkeypatch.setattr(eviction_module, "seen_attention", counting)
+    monkeypatch.setattr(evicting_layer, "seen_attention", counting)
 
     def work(n):
         counted.clear()

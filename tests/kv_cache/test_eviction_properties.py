@@ -1,12 +1,15 @@
-"What must hold for every score, budget and history: shares add up, cutting in stages is cutting once, what is protected stays, positions increase."
+"""What must hold for every score, budget and history.
+
+Shares add up, cutting in stages is cutting once, what is protected stays, positions increase.
+"""
 
 import numpy as np
 import pytest
 import torch
-import transformers as T
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers import small_model
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.budget import EvictionConfig, apportion, parse_budget, sizes_for_mass
 from llmopt.kv_cache.evicting_slab import EvictingSlab
@@ -79,19 +82,7 @@ def test_mass_is_held_with_the_fewest_tokens(n, share, unit, seed):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return T.AutoModelForCausalLM.from_config(
-        T.LlamaConfig(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=4,
-            max_position_embeddings=512,
-        )
-    ).eval()
+    return small_model(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=3)
 
 
 @costly
@@ -106,7 +97,7 @@ def model():
     pad=st.integers(0, 30),
 )
 def test_any_history_keeps_what_must_stay(model, policy, budget, window, first, slack, unit, pieces, pad):
-    "The first tokens and the window are there, positions increase, no row holds padding once it was cut, and all layers together hold what the budget says."
+    "First tokens and window are there, positions increase, and all layers together hold what the budget says."
     cache, n = EvictingCache(model.config, EvictionConfig(budget, policy, window, first, slack, unit)), sum(pieces)
     mask, at, rounds = torch.ones(2, n, dtype=torch.long), 0, 0
     mask[1, : min(pad, pieces[0] - 1)] = 0

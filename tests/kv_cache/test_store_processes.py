@@ -1,4 +1,4 @@
-"A prefix store that several real processes share: two that write and delete at once, one that dies in the middle of a write."
+"A prefix store that three real processes share: two write and delete at once, one dies in the middle of a write."
 
 import subprocess
 import sys
