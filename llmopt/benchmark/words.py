@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-from fastcore.basics import chunked
+from fastcore.basics import chunked, patch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
@@ -180,16 +180,18 @@ class PromptBatch:
         x = torch.cat([self.ids[:, -1:], rest], 1)
         return self.forward(x, copy.deepcopy(self.cache), len(answer)).float().log_softmax(-1)
 
-    @torch.inference_mode()
-    def answers(self, n) -> list:  # of lists of ids
-        "The greedy answers of up to `n` tokens, their end tokens included."
-        config = self.lm.model.generation_config
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        pad = config.pad_token_id if config.pad_token_id is not None else ends[0] or 0
-        kw = dict(past_key_values=copy.deepcopy(self.cache), max_new_tokens=n, do_sample=False, pad_token_id=pad)
-        out = self.lm.model.generate(self.ids, attention_mask=self.mask, **kw)
-        rows = out[:, self.ids.shape[1] :].tolist()
-        return [r[: next((i for i, t in enumerate(r) if t in ends), n) + 1] for r in rows]
+# %% ../../nbs/10_benchmark/02_words.ipynb #5c0a71e2
+@patch
+@torch.inference_mode()
+def answers(self: PromptBatch, n: int) -> list:  # of lists of ids
+    "The greedy answers of up to `n` tokens, their end tokens included."
+    config = self.lm.model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    pad = config.pad_token_id if config.pad_token_id is not None else ends[0] or 0
+    kw = dict(past_key_values=copy.deepcopy(self.cache), max_new_tokens=n, do_sample=False, pad_token_id=pad)
+    out = self.lm.model.generate(self.ids, attention_mask=self.mask, **kw)
+    rows = out[:, self.ids.shape[1] :].tolist()
+    return [r[: next((i for i, t in enumerate(r) if t in ends), n) + 1] for r in rows]
 
 # %% ../../nbs/10_benchmark/02_words.ipynb #78550206
 def _mean_nll(batch, ids):
@@ -240,7 +242,7 @@ def _ask(lm, row, asked, i, variants, n, batch_size):
     same = dict(text=row.get("id"), asked=i, question=asked["question"])
     return [dict(same, scorer=s, rate=rate, tokens=len(p), **found[tuple(p)]) for s, rate, p in variants]
 
-
+# %% ../../nbs/10_benchmark/02_words.ipynb #a57694f1
 def answer_losses(
     rows,  # what `read_texts` returned
     lm,  # an `LM`

@@ -42,6 +42,12 @@ class SplitText:
         return sentence_ends(self.text, self.words, self.gaps)
 
     @cached_property
+    def ranges(self) -> list:
+        "First and behind-last word of each sentence."
+        stops = [i + 1 for i, e in enumerate(self.ends) if e]
+        return [*zip([0, *stops], stops)]
+
+    @cached_property
     def rough(self) -> bytearray:
         "1 for each word whose removal needs care: with punctuation, or with other than one space before or after it."
         odd = [g != " " for g in self.gaps]
