@@ -3,72 +3,18 @@
 
 import tempfile
 import json
-from fastcore.test import expect_fail, test_close, test_eq
-from llmopt.core import load, TINY
-from llmopt.benchmark.larosa_ablation import Ablation
-from llmopt.benchmark.texts import read_texts
+from fastcore.test import expect_fail, test_eq
 from llmopt.errors import LlmoptError
-from llmopt.larosa import default_texts, windows
 from llmopt.benchmark.suites import *
 
 
-def test_sparse_answers():
-    """A loss that is averaged over a text hides what happens when a model *writes*: there each token is one that the
-    sparse model chose. So it also answers the questions about the passages, prompts dense and every new token
-    sparse, as a chat would. Counted are the keywords that its answers hold, and the divergence from the dense
-    model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
-    the package, of which no passage is part."""
-    lm = load(TINY, "cpu", dtype="float32")
-    rows = read_texts()[:2]
-    ablation = Ablation(
-        lm.model,
-        windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16),
-        windows([r["text"] for r in rows], lm.tokenizer, 64, 4),
-    )
-    dense, none, half, cut = (
-        sparse_answers(lm, ablation, rows, (0.0, 0.8), ("basis learned", "top-k"), 8)[:1]
-        + sparse_answers(lm, ablation, rows, (0.0,), ("basis learned",), 8)[1:]
-        + sparse_answers(lm, ablation, rows, (0.5, 0.9), ("basis learned",), 8)[1:]
-    )
-    test_eq(dense["keyword_recall"], none["keyword_recall"])
-    assert (
-        none["kl"] < 1e-5 < half["kl"] < cut["kl"] and cut["kl_1_2"] < cut["kl"]
-    )  # the first token follows a dense prompt
-    test_eq(dense["answers"], sum(len(r["questions"]) for r in rows))
-    test_eq(sparse_answers(lm, ablation, [dict(text="No questions.")]), [])
-
-
-def test_benchmark_larosa():
-    """A loss that is averaged over a text hides what happens when a model *writes*: there each token is one that the
-    sparse model chose. So it also answers the questions about the passages, prompts dense and every new token
-    sparse, as a chat would. Counted are the keywords that its answers hold, and the divergence from the dense
-    model along the dense answer, by position: does it grow? The calibration text is the questions and answers of
-    the package, of which no passage is part."""
-    r = benchmark_larosa(quick=True)
-    test_eq([x["arm"] for x in r["answers"]], ["dense", "top-k", "published", "basis learned"])
-    test_eq([x["arm"] for x in r["ladder"]], ["threshold", "top-k", "published", "basis learned"])
-    assert (
-        all(x["median_ms"] > 0 for x in r["kernel"] + r["step"])
-        and {x["sparsity"] for x in r["step"]} == {None, 0.0, 0.5}
-        and all(x["kl"] > 0 for x in r["ladder"])
-    )
-    b = {x["what"]: x for x in r["bars"]}
-    at = b["50% of the bytes: KL of ours over that of published"]
-    test_close(at["measured"], r["ladder"][3]["kl"] / r["ladder"][2]["kl"], 1e-9)
-    test_eq(at["met"], at["measured"] <= 0.5)
-    test_eq(sum(x.startswith("product") for x in b), 8)
-    test_eq(sum("step" in x for x in b), 6)
-    test_eq(
-        b["50% of the bytes: KL of top-k over that of threshold"]["met"], r["ladder"][1]["kl"] <= r["ladder"][0]["kl"]
-    )
-
-
 def test_run():
-    """The products and steps do what was asked, but for one within noise; the bytes are read nearly as fast as a
-    plain read in float32, at three quarters to five sixths of it in bfloat16, and around the products a step has
-    its norms, attention and selections. `published` is better than top-k only if its adapters are not counted
-    ([the ablation](03_larosa_ablation.ipynb)). In answers, keyword recall at 50 % is that of the dense model (.15
-    and .14), and the divergence does not grow along the answer."""
+    """`llmopt compare` answers what an optimization does to *your* queries. A **benchmark** asks what it can do at
+    all: one part alone, on shapes and texts chosen to show it, beside the strongest baseline and beside the bytes
+    that must move. A suite is a function that returns tables of flat rows, and `llmopt benchmark NAME` writes
+    them, with the machine they were measured on, to `benchmark_NAME.json`. Some suites have a page of their own,
+    such as [words](02_words.ipynb), [phrases](09_vocab.ipynb), [LaRoSA](04_larosa.ipynb) and the [KV
+    cache](07_kv_suite.ipynb)."""
     with tempfile.TemporaryDirectory() as d:
         with expect_fail(LlmoptError, "known: words"):
             run("wrds", d)
