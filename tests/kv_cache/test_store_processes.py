@@ -37,7 +37,7 @@ def prompt(seed, n=16 * 6 + 3):
 
 @torch.no_grad()
 def check(model, ids, cache):
-    "The cache holds to the bit what a prefill without store gives."
+    "The cache is bit-identical with that of a prefill without store."
     want = T.DynamicCache(config=model.config)
     for i in range(0, cache.get_seq_length(), CHUNK):
         model(ids[:, i : i + CHUNK], past_key_values=want)
