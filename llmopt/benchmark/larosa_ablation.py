@@ -41,7 +41,9 @@ def dropping(
     model,  # a plain transformers causal LM
     rule,  # `rule(name, x) -> x`, with zeros
 ):
-    "While open, every projection of `model` reads what `rule` makes of its input; yields the bytes that need not be read, and all."
+    """While open, every projection of `model` reads what `rule` makes of its input.
+
+    Yields the weights that need not be read, and all of them."""
     family(model)
     count, handles = [0, 0], []
 
@@ -176,9 +178,9 @@ def variant(
     p: float,  # share of bytes to skip
     tokens: str = "all",  # `all`, or `decode`: prompts dense
 ):
-    """While open, the model of one variant; yields it, and a function for the shares of bytes skipped: adapters not counted, and paid.
+    """While open, the model of one variant; raises `ConfigError` for an unknown one.
 
-    Raises `ConfigError` for an unknown one."""
+    Yields it, and a function for the shares of bytes skipped: adapters not counted, and paid."""
     if name not in VARIANTS:
         raise ConfigError(f"unknown variant '{name}'; known: {', '.join(VARIANTS)}")
     if VARIANTS[name] is None:

@@ -75,7 +75,7 @@ def _texts(calibration, tokenizer):
             )
         yield text
 
-
+# %% ../../nbs/03_larosa/06_calibration.ipynb #d193e0da
 def _check_ids(ids, model):
     "Raise `ConfigError` for token ids that `model` cannot be calibrated with."
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
@@ -97,7 +97,7 @@ def _check_ids(ids, model):
             f"calibration ids must be below {rows:,}, the rows of the embedding; was another tokenizer used?"
         )
 
-
+# %% ../../nbs/03_larosa/06_calibration.ipynb #ab51194c
 def calibration_ids(
     model,  # a transformers causal LM
     calibration=None,  # texts, token ids (n, length), or None for the text that ships with the package
@@ -314,7 +314,8 @@ def fitted(
     "`c`, if it was made for this model and for what is asked; else `ConfigError`."
     if not same_weights(model, c.info["weights"]):
         raise ConfigError(
-            f"this calibration was made for another model ('{c.info['model']}'); calibrate again for '{_name_of(model)}'"
+            f"this calibration was made for another model ('{c.info['model']}'); "
+            f"calibrate again for '{_name_of(model)}'"
         )
     have = c.info["rotation"], c.info["heads"]
     if have != (rotation, heads):

@@ -136,7 +136,8 @@ def apply(
 ):  # a new model
     """`model` rotated, and sparse as configured.
 
-    Raises `UnsupportedModelError` for a model that cannot be rotated, `ConfigError` for a calibration that does not fit."""
+    Raises `UnsupportedModelError` for a model that cannot be rotated, `ConfigError` for a calibration that does not
+    fit, `ModelError` for an artifact that cannot be read and for activations that are not finite."""
     cfg, measured = self.config, self.config.allocation == "measured"
     family(model)
     if calibration is None and cfg.artifact:
@@ -157,7 +158,9 @@ def save(
     self: SimpleLaRoSA,
     folder,  # made if it is not there
 ) -> Path:
-    "Write the calibration of the last model made to `folder`; `ConfigError` if none was made, `ModelError` where it cannot be."
+    """Write the calibration of the last model made to `folder`.
+
+    Raises `ConfigError` if none was made, `ModelError` where it cannot be written."""
     calibration = _made(self.calibration)
     return save_calibration(calibration, folder, config=asdict(self.config), traffic=asdict(self.traffic))
 

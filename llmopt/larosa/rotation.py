@@ -42,7 +42,7 @@ def second_moments(
 ) -> dict:  # (layer, block) -> (D, D) float64
     """Second moments of the gain-free input of every block of `model` on `ids`.
 
-    Raises `UnsupportedModelError` for a model that cannot be rotated, `ModelError` where an activation is not finite."""
+    Raises `UnsupportedModelError` for a model that cannot be rotated, `ModelError` where one is not finite."""
     norms, sums, finite = block_norms(model, family(model)), {}, True
 
     def add(key, x):

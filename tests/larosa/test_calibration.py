@@ -12,10 +12,7 @@ from llmopt.errors import ConfigError, ModelError
 
 
 def test_texts_that_are_none():
-    """Token ids, or texts that a tokenizer cuts into windows; each text ends with the end-of-text token where there
-    is one. With fewer tokens than twice the width of the stream, the moments say little about most directions,
-    and that is refused. If you give no text, we take questions and answers that ship with the package, in the
-    model's chat template if it has one. None of them is one of the default queries."""
+    "Ids are refused where the pass over them would fail or mean nothing."
     lm = load(TINY, "cpu")
     with expect_fail(ConfigError, "not a NoneType"):
         calibration_ids(lm.model, ["a", None], lm.tokenizer)

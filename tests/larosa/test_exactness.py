@@ -1,4 +1,4 @@
-"A rotated model is the same model, and a sparse one is what rotating, cutting and rotating back would make of the plain one."
+"A rotated model is the same model; a sparse one is the plain one with inputs rotated, cut and rotated back."
 
 import copy
 import random
@@ -156,7 +156,7 @@ def error_of(basis, model, q, costs, z):
 
 @pytest.mark.parametrize("name", ["qwen2", "phi2", "gpt2"])
 def test_a_learned_basis(name):
-    "It is orthogonal, the model in it is the same, and the error that was to fall has fallen, even without structure to find."
+    "It is orthogonal, the model in it is the same, and the error has fallen, even without structure to find."
     model, ids = exact(name)
     moments = second_moments(model, ids)
     q = choose_rotations(moments, "model")

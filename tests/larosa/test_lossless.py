@@ -34,7 +34,7 @@ def test_every_family_and_length_of_draft(name):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_in_one_call(name):
-    "`SimpleLaRoSA` on every family: nearly the share that was asked for, no adapters, exact at 0, the old model as it was."
+    "`SimpleLaRoSA` on every family: nearly the share asked for, no adapters, exact at 0, the old model as it was."
     model, ids = exact(name)
     want, larosa = logits(model, ids), SimpleLaRoSA(0.5, tokens="all", rotation="model")
     got = logits(larosa.apply(model, ids), ids)
