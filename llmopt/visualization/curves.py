@@ -9,8 +9,8 @@ __all__ = ['LEGEND', 'pareto', 'gap_lines', 'gap_shares']
 import seaborn as sns
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from .lanes import heading, no_data, ratio_axis
-from .style import BAND, NAMES, label
+from .lanes import heading, no_data, ratio_axis, tick
+from .style import BAND, label
 from .view import View, beaten
 
 # %% ../../nbs/07_visualization/05_curves.ipynb #9a48b00f
@@ -27,24 +27,26 @@ LEGEND = dict(
 
 def pareto(ax, v: View, names=True):
     "Quality lost against speed-up, with intervals; `names` adds a legend."
-    t = v.tradeoff()
-    pale = beaten(t)
-    d = v.metric(v.loss)
-    heading(ax, "what speed costs", f"right: faster; up: {NAMES.get(v.loss, v.loss)}, {d.unit}")
+    t, loss = v.tradeoff(), v.loss()
+    heading(ax, "what speed costs", f"right: faster; up: {v.title(loss)}, {v.metric(loss).unit}")
     sns.despine(ax=ax)
     if not len(t):
         return no_data(ax, "speed and quality were not both measured")
+    pale = beaten(t)
     for m in [m for m in v.methods if m in t.index]:
         _cross(ax, t.loc[m], *v.look[m], 0.45 if m in pale else 1.0, m)
+    ends = [t.x_low.min(), t.x_high.max()]
     floor = v.results.noise_floor.get("e2el_ms")
     if floor:
-        ax.axvspan(1 / floor.high, 1 / floor.low, color=BAND, zorder=0, lw=0)
-    ends = [t.x_low.min(), t.x_high.max(), *([1 / floor.high, 1 / floor.low] if floor else [])]
+        ends += [1 / floor.high, 1 / max(floor.low, 1e-30)]
+        ax.axvspan(*ends[2:], color=BAND, zorder=0, lw=0)
     ratio_axis(ax, min(ends), max(ends))
     ax.tick_params(labelsize=8, length=0)
-    lo, hi = min(0, t.y_low.min()), t.y_high.max() or 1
+    lo, hi = min(0, t.y_low.min()), max(0, t.y_high.max())
+    span = (hi - lo) or 1
     ax.yaxis.set_major_locator(MaxNLocator(4))
-    ax.set_ylim(lo - 0.07 * (hi - lo), hi + 0.09 * (hi - lo))
+    ax.yaxis.set_major_formatter(FuncFormatter(tick))
+    ax.set_ylim(lo - 0.07 * span, lo + 1.09 * span)
     if names:
         ax.legend(**LEGEND)
 
@@ -81,15 +83,17 @@ def gap_lines(ax, v: View, methods):
 # %% ../../nbs/07_visualization/05_curves.ipynb #d5c2ea45
 def _time_axis(axis, limits, x):
     "A logarithmic axis for times, with plain numbers."
-    lo, hi = x[x > 0].min(), x.max()
-    ticks = (
-        [a * 10.0**e for e in range(-3, 7) for a in (1, 2, 5)] if hi > 5 * lo else MaxNLocator(5).tick_values(lo, hi)
-    )
+    lo, hi = x.min(), x.max()
+    if hi > 5 * lo:
+        ticks = [a * 10.0**e for e in range(-30, 31) for a in (1, 2, 5)]
+    else:
+        ticks = MaxNLocator(5).tick_values(lo, hi)
+    ticks = [t for t in ticks if lo / 1.08 <= t <= hi * 1.08] or [lo, hi]
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     limits(lo / 1.08, hi * 1.08)
     axis.set_minor_locator(NullLocator())
-    axis.set_major_locator(FixedLocator([t for t in ticks if lo / 1.08 <= t <= hi * 1.08] or [lo, hi]))
-    axis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:,.10g}"))
+    axis.set_major_locator(FixedLocator(ticks[:: len(ticks) // 8 + 1]))
+    axis.set_major_formatter(FuncFormatter(tick))
 
 # %% ../../nbs/07_visualization/05_curves.ipynb #982b8361
 def gap_shares(ax, v: View, methods):

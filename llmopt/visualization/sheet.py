@@ -6,10 +6,21 @@
 __all__ = ['sheet', 'grid', 'tall']
 
 # %% ../../nbs/07_visualization/02_sheet.ipynb #3ae02e6f
-import textwrap
-
-from .style import FAINT, WIDTH, Chart, plain
+from .style import COLORS, FAINT, WIDTH, Chart, wrap
 from .view import View
+
+# %% ../../nbs/07_visualization/02_sheet.ipynb #55942831
+def _lines(remarks, width, size, most=8):
+    "`remarks` wrapped to `width` inches: at most 40 of them, each on at most `most` lines."
+    out = []
+    for remark in remarks[:40]:
+        lines = wrap(remark[:3000], width, size)
+        out += lines[:most]
+        if len(lines) > most:
+            out[-1] += " …"
+    if len(remarks) > 40:
+        out.append(f"{len(remarks) - 40:,} more remarks stand in the file.")
+    return out
 
 # %% ../../nbs/07_visualization/02_sheet.ipynb #6ed9dfbf
 def sheet(
@@ -21,14 +32,12 @@ def sheet(
     width: float = WIDTH,  # inches
 ) -> tuple:  # figure, body
     "A figure with a heading and remarks around a body to draw in."
-
-    def wrap(lines, n):
-        return [s for l in lines for s in textwrap.wrap(plain(l), int(n), subsequent_indent="   ")]
-
-    head = wrap([f"{v.model()} on {v.machine()}", v.extent()], width * 14.5)
-    left, right = wrap([*read, *v.remarks()], width * 8.3), wrap(v.formulas(metrics), width * 8.3)
+    head = _lines([f"{v.model()} on {v.machine()}", v.extent()], width - 0.4, 9)
+    left = _lines([*read, *v.remarks()], width / 2 - 0.5, 7.5)
+    right = _lines(v.formulas(metrics), width / 2 - 0.5, 7.5)
     top, bottom = 0.42 + 0.18 * len(head), 0.2 + 0.15 * max(len(left), len(right))
-    fig = Chart(figsize=(width, top + height + bottom), layout="constrained")
+    own = dict.fromkeys([*(color for color, _ in v.look.values()), *COLORS.values()])
+    fig = Chart(figsize=(width, top + height + bottom), layout="constrained", own=[*own])
     up, body, down = fig.subfigures(3, 1, height_ratios=[top, height, bottom], hspace=0)
     up.text(0.012, 1 - 0.1 / top, title, fontsize=14, weight="bold", va="top")
     for part, x, y, size, lines in (

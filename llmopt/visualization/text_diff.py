@@ -23,9 +23,9 @@ def pieces(text: str) -> list:
     "`text` in words, punctuation, template marks and line ends, each with the space before it."
     return _PIECE.findall(text)
 
-# %% ../../nbs/07_visualization/06_text_diff.ipynb #89858ead
-def common(a: list, b: list) -> list:  # of (i, j) with a[i] == b[j], rising
-    "A longest common subsequence, matched as early as possible."
+# %% ../../nbs/07_visualization/06_text_diff.ipynb #8abcc868
+def _longest(a, b):
+    "A longest common subsequence of two lists as (i, j) with a[i] == b[j], matched as early as possible."
     ids, n, m = {p: i for i, p in enumerate({*a, *b})}, len(a), len(b)
     x, y = (np.array([ids[p] for p in ps], dtype=int)[::-1] for ps in (a, b))
     t = np.zeros((n + 1, m + 1), dtype=np.int32)  # lengths for the last i of a and the last j of b
@@ -40,6 +40,20 @@ def common(a: list, b: list) -> list:  # of (i, j) with a[i] == b[j], rising
             i -= 1
         else:
             j -= 1
+    return out
+
+# %% ../../nbs/07_visualization/06_text_diff.ipynb #89858ead
+def common(a: list, b: list, window: int = 1500) -> list:  # of (i, j) with a[i] == b[j], rising
+    "A longest common subsequence, matched as early as possible; taken window by window in lists longer than `window`."
+    i, j, out, half = 0, 0, [], window // 2
+    while i < len(a) and j < len(b):
+        pairs = _longest(a[i : i + window], b[j : j + window])
+        if max(len(a) - i, len(b) - j) <= window:
+            return out + [(i + k, j + l) for k, l in pairs]
+        kept = [(k, l) for k, l in pairs if max(k, l) < half]
+        out += [(i + k, j + l) for k, l in kept]
+        k, l = pairs[len(kept)] if len(kept) < len(pairs) else (half, half)  # where the next window begins
+        i, j = i + k, j + l
     return out
 
 # %% ../../nbs/07_visualization/06_text_diff.ipynb #68f40038

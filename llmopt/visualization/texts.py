@@ -6,13 +6,11 @@
 __all__ = ['MONO', 'SIZE', 'STEP', 'CHAR', 'KINDS_OF_TEXT', 'LEFT', 'COLS', 'facts', 'answer', 'texts', 'input_output_pairs']
 
 # %% ../../nbs/07_visualization/07_texts.ipynb #aea64847
-import textwrap
-
 import numpy as np
 
 from ..evaluation.results import Run
 from .sheet import sheet
-from .style import AA, FAINT, FONTS, INK, WIDTH, Chart, label, number, plain
+from .style import AA, FAINT, FONTS, INK, WIDTH, Chart, fit, inches, label, number
 from .text_diff import changes, columns, flow, pieces
 from .view import View
 
@@ -29,10 +27,9 @@ def _write(ax, x, y, lines):
     for i, line in enumerate(lines):
         for col, text, kind in line:
             x0, y0 = x + col * CHAR, y + (i + 0.5) * STEP
-            weight = "bold" if kind == "added" else None
-            ax.text(
-                x0, y0, text, family=MONO, fontsize=SIZE, color=KINDS_OF_TEXT[kind], va="center_baseline", weight=weight
-            )
+            look = dict(family=MONO, fontsize=SIZE, color=KINDS_OF_TEXT[kind])
+            look["weight"] = "bold" if kind == "added" else None
+            ax.text(x0, y0, text, va="center_baseline", **look)
             lead = columns(text) - columns(text.lstrip())
             if kind == "removed":
                 ax.plot([x0 + lead * CHAR, x0 + columns(text) * CHAR], [y0, y0], color=KINDS_OF_TEXT[kind], lw=0.8)
@@ -42,28 +39,18 @@ def facts(r: Run) -> list:  # short lines
     "What was measured on one answer."
 
     def share(name, x):
-        return f"{name} {x:.0%}" if x is not None else ""
+        return f"{name} {x:.0%}" if x is not None and abs(x) < 100 else ""
 
-    read = (
-        f"read {r.prompt_tokens:,} of {r.prompt_tokens_base:,} tokens"
-        if r.prompt_tokens and r.prompt_tokens_base
-        else ""
-    )
-    far = (
-        [f"KL {number(r.kl_mean)}" if r.kl_mean is not None else "", share("same top", r.top1_agree)]
-        if r.method != "baseline"
-        else []
-    )
-    end = {"stop": "ended by itself", "length": f"cut at {r.completion_tokens or 0:,} tokens"}.get(r.finish_reason, "")
-    return [
-        l
-        for l in (
-            read,
-            ", ".join(filter(None, far)),
-            ", ".join(filter(None, [share("keywords", r.keyword_recall), end])),
-        )
-        if l
-    ]
+    read = ""
+    if r.prompt_tokens and r.prompt_tokens_base:
+        read = f"read {number(r.prompt_tokens)} of {number(r.prompt_tokens_base)} tokens"
+    far = []
+    if r.method != "baseline":
+        far = [f"KL {number(r.kl_mean)}" if r.kl_mean is not None else "", share("same top", r.top1_agree)]
+    ends = {"stop": "ended by itself", "length": f"cut at {number(r.completion_tokens or 0)} tokens"}
+    end = [share("keywords", r.keyword_recall), ends.get(r.finish_reason, "")]
+    lines = [read, ", ".join(filter(None, far)), ", ".join(filter(None, end))]
+    return [line for line in lines if line]
 
 # %% ../../nbs/07_visualization/07_texts.ipynb #b0e228a3
 def _cell(message, kind="faint"):
@@ -90,11 +77,10 @@ def texts(v: View, query, width: int, n: int) -> list:  # of (method, facts, lin
     for r in [runs[m] for m in v.methods if m in runs and m != AA]:
         b = base if base and base.prompt_text else r
         read = changes(r.prompt_text, b.prompt_text) if r.prompt_text else _cell("(not in the file)")
-        said = (
-            _cell(f"failed: {r.error}", "failed")
-            if r.error
-            else answer(r.output_text or "", None if b is r else b.output_text)
-        )
+        if r.error:
+            said = _cell(f"failed: {r.error}", "failed")
+        else:
+            said = answer(r.output_text or "", None if b is r else b.output_text)
         out.append((r.method, facts(r), flow(read, width, n), flow(said, width, n)))
     return out
 
@@ -112,8 +98,8 @@ def input_output_pairs(v: View) -> Chart:
     shown = max(1, int(np.searchsorted(np.cumsum(heights), 200)))
     left = [f"{len(blocks) - shown} more queries do not fit on this sheet."] if shown < len(blocks) else []
     read = (
-        "Struck out: words that the method removed. Blue: words it put in. Grey: marks of the chat template, and the beginning "
-        "that an answer shares with the baseline's."
+        "Struck out: words that the method removed. Blue: words it put in. "
+        "Grey: marks of the chat template, and the beginning that an answer shares with the baseline's."
     )
     fig, body = sheet(v, "What each model read, and what it answered", sum(heights[:shown]) + 0.3, [read, *left])
     ax = _page(body, sum(heights[:shown]) + 0.3)
@@ -141,12 +127,11 @@ def _page(body, height):
 def _query_block(ax, v, query, rows, y):
     "The band of one query and a row for each method, from `y` down."
     q = next((q for q in v.results.queries if q.id == query), None)
-    about = f"{plain(query)}:  {textwrap.shorten(plain(q.text), 95, placeholder=' …') if q else ''}"
+    words = fit("keywords: " + ", ".join(q.keywords[:20]), 4, 8) if q and q.keywords else ""
+    text = " ".join(q.text[:300].split()) if q else ""
+    about = fit(f"{query}:  {text}", WIDTH - 0.6 - inches(words, 8), 9, bold=True)
     ax.fill_between([0.1, WIDTH - 0.1], y + 0.1, y + 0.36, color="#eef1f4", lw=0)
     ax.text(0.17, y + 0.23, about, fontsize=9, weight="bold", va="center")
-    words = (
-        textwrap.shorten("keywords: " + plain(", ".join(q.keywords)), 60, placeholder=" …") if q and q.keywords else ""
-    )
     ax.text(WIDTH - 0.17, y + 0.23, words, fontsize=8, color=FAINT, va="center", ha="right")
     y += 0.42
     for row in rows:
@@ -162,8 +147,10 @@ def _text_row(ax, v, row, y):
     color, mark = v.look[name]
     ax.plot(0.24, y + 0.5 * STEP, mark, color=color, ms=6.5, mec="white", mew=0.6)
     for i, t in enumerate(label(name, 30).split("\n")):
-        ax.text(0.36, y + (i + 0.5) * STEP, t, fontsize=8, weight="bold", va="center_baseline")
+        ax.text(
+            0.36, y + (i + 0.5) * STEP, fit(t, LEFT - 0.4, 8, True), fontsize=8, weight="bold", va="center_baseline"
+        )
     for j, t in enumerate(fact, i + 1):
-        ax.text(0.36, y + (j + 0.5) * STEP, t, fontsize=7.5, color=FAINT, va="center_baseline")
+        ax.text(0.36, y + (j + 0.5) * STEP, fit(t, LEFT - 0.4, 7.5), fontsize=7.5, color=FAINT, va="center_baseline")
     _write(ax, LEFT, y, read)
     _write(ax, LEFT + (COLS + 2) * CHAR, y, said)

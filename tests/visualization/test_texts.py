@@ -6,8 +6,8 @@ from llmopt.visualization.texts import *
 
 
 def test_answers():
-    """An answer shows in grey what it shares with the beginning of the baseline's; a message stands in for what
-    there is not."""
+    """In an answer, grey is what it shares with the beginning of the baseline's. Where there is no answer, a message
+    says why."""
     test_eq([k for _, k in answer("Rain is wet", "Rain is water")], ["mark", "mark", "same"])
     test_eq([k for _, k in answer("Rain", None)], ["same"])
     test_eq(answer("a", "a")[0][1], "faint")
