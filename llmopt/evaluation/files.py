@@ -15,6 +15,8 @@ import stat
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..errors import ResultsError
 
 # %% ../../nbs/06_evaluation/00_files.ipynb #ef110009
@@ -202,36 +204,42 @@ class Journal:
         "What is in the journal."
         return os.fstat(self.file.fileno()).st_size
 
-    def read(self) -> list:  # of dicts
-        "The lines written so far; a last line that was torn by a crash is cut off."
-        self.file.seek(0)
-        whole = self.file.read()
-        lines, kept = [], 0
-        for line in whole.splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(row, dict) or not line.endswith(b"\n"):
-                break
-            lines.append(row)
-            kept += len(line)
-        if whole and not lines:
-            raise ResultsError(f"'{self.path}' is no journal of a comparison; move it away, or give another --output")
-        self.file.truncate(kept)
-        return lines
+# %% ../../nbs/06_evaluation/00_files.ipynb #ef11025b
+@patch
+def read(self: Journal) -> list:  # of dicts
+    "The lines written so far; a last line that was torn by a crash is cut off."
+    self.file.seek(0)
+    whole = self.file.read()
+    lines, kept = [], 0
+    for line in whole.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or not line.endswith(b"\n"):
+            break
+        lines.append(row)
+        kept += len(line)
+    if whole and not lines:
+        raise ResultsError(f"'{self.path}' is no journal of a comparison; move it away, or give another --output")
+    self.file.truncate(kept)
+    return lines
 
-    def append(self, row: dict) -> None:
-        "Add one line; raises `ResultsError` when the disk is full."
-        line, before = json.dumps(row).encode() + b"\n", self.size
-        with said_of(self.path):
-            if self.file.write(line) != len(line):
-                self.file.truncate(before)
-                raise OSError(errno.ENOSPC, "No space left on device")
 
-    def remove(self) -> None:
-        "Delete the journal, whose rows are in the output now."
-        if os.name == "nt":
-            self._close()
-        self.path.unlink(missing_ok=True)
+@patch
+def append(self: Journal, row: dict) -> None:
+    "Add one line; raises `ResultsError` when the disk is full."
+    line, before = json.dumps(row).encode() + b"\n", self.size
+    with said_of(self.path):
+        if self.file.write(line) != len(line):
+            self.file.truncate(before)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@patch
+def remove(self: Journal) -> None:
+    "Delete the journal, whose rows are in the output now."
+    if os.name == "nt":
         self._close()
+    self.path.unlink(missing_ok=True)
+    self._close()

@@ -15,6 +15,7 @@ from helpers import tiny
 from llmopt.engine import ChatMetrics
 from llmopt.errors import ConfigError, LlmoptError, ResultsError
 from llmopt.evaluation import comparison as C
+from llmopt.evaluation import setup
 from llmopt.evaluation import statistics as S
 from llmopt.evaluation.files import Journal
 from llmopt.evaluation.results import Query, Results, load
@@ -56,7 +57,7 @@ class Engine:
 def engines(monkeypatch):
     "Every engine is an `Engine`, nothing is broken yet, and a hash of the weights is not what is tested here."
     monkeypatch.setattr(C, "make_engine", lambda lm, recipe: Engine(recipe.id))
-    monkeypatch.setattr(C, "weights_hash", lambda model: "weights")
+    monkeypatch.setattr(setup, "weights_hash", lambda model: "weights")
     monkeypatch.setattr(C, "environment", lambda: dict(MACHINE))
     monkeypatch.setattr(S, "ratio_interval", lambda log_ratios: (1.0, 0.9, 1.1))  # the bootstrap has tests of its own
     monkeypatch.setattr(Engine, "broken", {})
@@ -146,14 +147,14 @@ def test_an_unfinished_comparison_is_not_thrown_away(tmp_path):
 
 def test_two_at_once_the_second_is_refused_at_its_start(tmp_path, monkeypatch):
     "Before it has loaded a model; the first one ends as if nothing had been."
-    setup, second = C.Comparison.setup, []
+    usual, second = C.Comparison.setup, []
 
     def meanwhile(self):
         if not second:
             second.append("tried")
             with pytest.raises(ResultsError, match="another comparison is writing"):
                 compare(tmp_path / "r.json")
-        setup(self)
+        usual(self)
 
     monkeypatch.setattr(C.Comparison, "setup", meanwhile)
     assert compare(tmp_path / "r.json").runs == load(tmp_path / "r.json").runs and second

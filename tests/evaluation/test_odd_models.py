@@ -8,7 +8,7 @@ from helpers import save_model, small_model, tokenizer
 from llmopt.adaptivocab import SimpleAdaptiVocab
 from llmopt.core import LM, load
 from llmopt.errors import LlmoptError
-from llmopt.evaluation import compare, summary_text
+from llmopt.evaluation import compare, setup, summary_text
 from llmopt.evaluation import comparison as C
 from llmopt.evaluation.results import Method, Query, Run
 
@@ -47,14 +47,14 @@ def test_a_method_that_does_not_know_the_model_has_error_rows():
 
 def test_any_exception_at_setting_up_is_that_methods_rows(monkeypatch):
     "Even one that no one foresaw; what the user got wrong ends the comparison at its start."
-    made = C.EnhancedFusedLLMEngine
+    made = setup.EnhancedFusedLLMEngine
 
     def odd(lm, recipe):
         if recipe.on:
             raise ZeroDivisionError("nobody foresaw this")
         return made(lm, recipe=recipe)
 
-    monkeypatch.setattr(C, "EnhancedFusedLLMEngine", odd)
+    monkeypatch.setattr(setup, "EnhancedFusedLLMEngine", odd)
     df = quick(small(), methods=["kv"]).frame
     assert df[df.method == "kv"].error.str.contains("ZeroDivisionError: nobody foresaw this").all()
     monkeypatch.undo()
