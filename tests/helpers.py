@@ -1,7 +1,7 @@
 """Small models, tokenizers and texts for tests: made here once, so that no test builds its own.
 
-Everything is seeded and takes milliseconds. `tiny()` is the bundled model, loaded once in a process: do not change it; ask for
-`load()` where a test does.
+Everything is seeded and takes milliseconds. `tiny()` is the bundled model, loaded once in a process: do not change it;
+ask for `load()` where a test does.
 """
 
 import types

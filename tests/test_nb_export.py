@@ -26,7 +26,8 @@ CELLS = [
     ("markdown", '## Dropping words\n\nNot this one.\n\nEvery *n*-th word goes: \\alpha "too".\n\n- nor this'),
     (
         "code",
-        '#| export\ndef every_nth(text, n=3):\n    "Drop every `n`-th word"\n    words = enumerate(text.split(), 1)\n    return " ".join(w for i, w in words if i%n)\n\n_WIDTH = 3',
+        '#| export\ndef every_nth(text, n=3):\n    "Drop every `n`-th word"\n    words = enumerate(text.split(), 1)\n'
+        '    return " ".join(w for i, w in words if i%n)\n\n_WIDTH = 3',
     ),
     (
         "code",

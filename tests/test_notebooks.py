@@ -28,7 +28,7 @@ def run(*args):
 
 @pytest.fixture
 def flags(request):
-    "The directives that keep a cell from running: hub and slow cells run if pytest was told so; test cells run as the modules they are exported to"
+    "Directives that keep a cell from running: hub and slow unless pytest was told so; test cells run as exported"
     on = {mark for mark in ("slow", "hub") if request.config.getoption(mark)}
     return ["test", *(f for f in doclinks.get_config(path=ROOT).tst_flags.split() if f not in on)]
 

@@ -113,7 +113,8 @@ def _explain(name, error, local):
     if "trust_remote_code" in str(error):
         return f"model '{name}' brings code of its own, which llmopt never runs; use a model that transformers knows"
     if local:
-        return f"the model in '{name}' could not be loaded ({text}); it needs config.json, the weights and the tokenizer's files"
+        needs = "it needs config.json, the weights and the tokenizer's files"
+        return f"the model in '{name}' could not be loaded ({text}); {needs}"
     if any(sign in text for sign in OFFLINE):
         return (
             f"model '{name}' is not on this machine and the hub could not be asked; connect once and run "

@@ -11,7 +11,7 @@ from itertools import takewhile
 
 # %% ../../nbs/00_core/03_notebook.ipynb #d266d7b0
 def leave_out_flagged():
-    "Leave out cells of this notebook that begin with `#| slow`, `#| gpu` or `#| hub`, unless `LLMOPT_FLAGS` names the flag."
+    "Leave out cells that begin with `#| slow`, `#| gpu` or `#| hub`, unless `LLMOPT_FLAGS` names the flag."
     from IPython import get_ipython
 
     if (shell := get_ipython()) is None:

@@ -1,4 +1,4 @@
-"With network and a large GPU (or much patience): the perplexities that the authors of LaRoSA published, as their code computes them."
+"With network and a large GPU (or patience): the perplexities that the authors of LaRoSA published, by their code."
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from llmopt.larosa import (
     sparsify,
 )
 
-# WikiText-2 test, windows of 2,048 tokens, every token sparse. Dense, 25, 40, 50 %: what the released code gives; and what the paper's table 2 says.
+# WikiText-2 test, windows of 2,048 tokens, every token sparse. Dense, 25, 40, 50 %: what the released code gives, and
+# what the paper's table 2 says.
 SHARES = 0.0, 0.25, 0.4, 0.5
 PUBLISHED = {
     "Qwen/Qwen2.5-7B": ((6.850, 6.904, 7.111, 7.470), (6.85, 6.90, 7.10, 7.42)),
@@ -49,8 +50,8 @@ def gained_bases(model, ids):
 
 
 def as_released(model, q, p):
-    """While open, `model` computes what the authors' code does at `p`, which cannot be absorbed: the readers' inputs are
-    rotated with their gain, 0.8 p of them dropped, and turned back; of the writers' inputs 1.2 p are dropped."""
+    """While open, `model` computes what the authors' code does at `p`, which cannot be absorbed: the readers' inputs
+    are rotated with their gain, 0.8 p of them dropped, and turned back; of the writers' inputs 1.2 p are dropped."""
     write = {b.write for b in family(model).blocks}
 
     def rule(name, x):
@@ -129,7 +130,8 @@ def test_published_perplexities(model):
 
 @pytest.mark.hub
 def test_absorbed_perplexities(model):
-    "Our way, with the paper's levels: gains folded and rotations absorbed. Dense it is the same model; sparse it keeps the order, and stays below the paper's figure plus 0.05."
+    """Our way, with the paper's sparsities: gains folded and rotations absorbed. Dense it is the same model; sparse it
+    keeps the order, and stays below the paper's figure plus 0.05."""
     name, m, train, test = model
     new, got = sparsify(convert(m, choose_rotations(second_moments(m, train, batch_size=1))), "all"), []
     for p in SHARES:
