@@ -272,7 +272,7 @@ def _render(self: LM, messages):
             return text
     raise ModelError(f"the chat template of '{self.name}' fails ({reason}); give the tokenizer another `chat_template`")
 
-
+# %% ../../nbs/00_core/02_model.ipynb #606c2c24
 @patch
 def chat_text(
     self: LM,

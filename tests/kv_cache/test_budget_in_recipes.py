@@ -53,7 +53,7 @@ def test_the_named_methods_stay_exact():
 
 
 def test_an_answer_under_a_budget():
-    "A large budget gives the answer and the probabilities of no budget; a small one takes fewer bytes, at the end and at the peak."
+    "A large budget changes no bit of the answer and its probabilities; a small one takes fewer bytes, end and peak."
     exact, large, small = (
         EnhancedFusedLLMEngine("llmopt-tiny", device="cpu", recipe=Recipe.parse(r))
         for r in ("kv", "kv:budget=1000", "kv:budget=25%")

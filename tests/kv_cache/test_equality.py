@@ -76,7 +76,7 @@ def generate(model, make, ids, mask, cache=None, **kw):
 
 
 def same(a, b, exact=True):
-    "Equal tokens; logits equal to the bit, or within 1e-5 of their size."
+    "Equal tokens; logits bit-identical, or within 1e-5 of their size."
     assert torch.equal(a[0], b[0])
     if exact:
         assert torch.equal(a[1], b[1])

@@ -361,7 +361,7 @@ def test_in_a_thread_of_its_own():
 
 
 def test_restore_is_equal_at_every_meeting_point(tmp_path):
-    "Chunks computed, chunks loaded: the same keys and values to the bit."
+    "Chunks computed, chunks loaded: bit-identical keys and values."
     model, ids = model_of(), prompt(1, 97, seed=3)
     store, first = PrefixStore(tmp_path, chunk=16), SlabCache(model.config)
     store.prefill(model, first, ids)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -101,12 +102,17 @@ def test_no_cache_yet():
 
 
 def test_an_optimizer_that_is_gone_is_not_reported_to():
+    "A cache outlives the optimizer that made it, and closing it then is no error."
     m = small_model()
-    cache = optimizer(m).make_cache(m)
+    opt = optimizer(m)
+    cache, gone = opt.make_cache(m), weakref.ref(opt)
     with torch.no_grad():
         m(random_ids(7), past_key_values=cache)
+    del opt
     gc.collect()
+    assert gone() is None
     cache.close()
+    assert cache.closed
 
 
 SMALL = dict(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)

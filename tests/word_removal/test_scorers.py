@@ -18,12 +18,7 @@ def test_words_of_the_question():
 
 
 def test_coverage_counts_what_is_protected():
-    """A word that was kept once is worth less the second time. **coverage** says so: a word weighs
-    $\\log(1+\\mathrm{tf})\\cdot\\min(\\mathrm{idf},4)$, for it matters if the text is about it and if it is rare,
-    but not more for being very rare. Its $j$-th occurrence scores a $1/j^2$ of that; occurrences that are
-    protected count first. A word of many tokens takes the room of others, so the score is divided by the root of
-    its tokens, and of several occurrences the shortest is the first. Words of the question weigh four times the
-    largest weight more."""
+    "The second *Weber* counts a quarter of the first, and still does when the first is protected and stays anyway."
     p = Passage("In York, Anna Weber saw rain. Then Weber went home, and the map was wet.")
     first, second = (i for i, k in enumerate(p.keys) if k == "weber")
     scores = SCORERS["coverage"](p)
