@@ -17,7 +17,6 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 import torch
 from fastcore.basics import chunked, patch
 from tqdm.auto import tqdm
@@ -27,7 +26,7 @@ from .clock import time_interleaved
 from .texts import read_texts
 from ..core import TINY, kl, load, user
 from ..errors import BudgetError
-from ..evaluation.comparison import keyword_recall
+from ..evaluation import bootstrap_interval, keyword_recall
 from ..word_removal import MODEL_FREE, Passage, compress, model_surprisal, split_words
 from ..word_removal.protection import DEFAULT, LARGE_NUMBERS
 
@@ -264,10 +263,7 @@ def _interval(values):
     "95 % of the means of resampled `values`, (low, high)."
     if len(values) < 2 or len(set(values)) == 1:
         return values[0], values[0]
-    rng = np.random.default_rng(0)
-    return tuple(
-        scipy.stats.bootstrap((values,), np.mean, n_resamples=1000, method="percentile", rng=rng).confidence_interval
-    )
+    return bootstrap_interval(values, np.nanmean, n=1000)
 
 
 def _mean_row(rate, scorer, group, whole):

@@ -4,26 +4,25 @@
 import tempfile
 import json
 from fastcore.test import expect_fail, test_eq
-from llmopt.errors import LlmoptError
+from llmopt.errors import ConfigError
 from llmopt.benchmark.suites import *
 
 
 def test_run():
-    """`llmopt compare` answers what an optimization does to *your* queries. A **benchmark** asks what it can do at
-    all: one part alone, on shapes and texts chosen to show it, beside the strongest baseline and beside the bytes
-    that must move. A suite is a function that returns tables of flat rows, and `llmopt benchmark NAME` writes
-    them, with the machine they were measured on, to `benchmark_NAME.json`. Some suites have a page of their own,
-    such as [words](02_words.ipynb), [phrases](09_vocab.ipynb), [LaRoSA](04_larosa.ipynb) and the [KV
-    cache](07_kv_suite.ipynb)."""
+    "A suite of your own is a function with a name in `SUITES`."
+
+    def demo(quick):
+        return dict(numbers=[dict(n=1, quick=quick, odd=float("nan"))])
+
     with tempfile.TemporaryDirectory() as d:
-        with expect_fail(LlmoptError, "known: words"):
+        with expect_fail(ConfigError, "known: words"):
             run("wrds", d)
-        SUITES["demo"] = lambda quick: dict(numbers=[dict(n=1, quick=quick)])
+        SUITES["demo"] = demo
         try:
             p = run("demo", d, quick=True)
         finally:
             del SUITES["demo"]
         r = json.loads(p.read_text())
         test_eq((r["benchmark"], p.name), ("demo", "benchmark_demo.json"))
-        test_eq(r["tables"], dict(numbers=[dict(n=1, quick=True)]))
+        test_eq(r["tables"], dict(numbers=[dict(n=1, quick=True, odd=None)]))
         assert r["environment"]["cpu_model"] and r["seconds"] >= 0 and "numbers" in show(p)
