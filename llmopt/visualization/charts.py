@@ -140,7 +140,8 @@ def efficiency_metrics(v: View) -> Chart:
     fig, body = sheet(v, "Efficiency", 2 * tall(len(ms)), [DOTS, BLOCKS], RATES)
     a, b, c, d, e, f = grid(body, 2, 3)
     for ax, m in zip((a, b, d, e), RATES):
-        lanes(ax, v, m, ms, ax in (a, d))
+        better = "neither" if m == "decode_char_per_s" else None  # longer words are no better answer
+        lanes(ax, v, m, ms, ax in (a, d), better=better)
     for ax, m in ((c, RATES[1]), (f, RATES[2])):
         ratios(ax, v, m, ms, False)
     return fig

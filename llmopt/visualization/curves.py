@@ -9,7 +9,7 @@ __all__ = ['LEGEND', 'pareto', 'gap_lines', 'gap_shares']
 import seaborn as sns
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from .lanes import heading, no_data, ratio_axis, tick
+from .lanes import heading, no_data, ratio_axis, tick, within
 from .style import BAND, label
 from .view import View, beaten
 
@@ -38,7 +38,7 @@ def pareto(ax, v: View, names=True):
     ends = [t.x_low.min(), t.x_high.max()]
     floor = v.results.noise_floor.get("e2el_ms")
     if floor:
-        ends += [1 / floor.high, 1 / max(floor.low, 1e-30)]
+        ends += [1 / within(floor.high), 1 / within(floor.low)]
         ax.axvspan(*ends[2:], color=BAND, zorder=0, lw=0)
     ratio_axis(ax, min(ends), max(ends))
     ax.tick_params(labelsize=8, length=0)
