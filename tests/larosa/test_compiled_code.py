@@ -1,0 +1,90 @@
+"Compiled code works where nothing can be kept on disk, and says so once."
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from helpers import ROOT
+
+numba = pytest.importorskip("numba", reason="numba is not installed: pip install numba")
+
+from llmopt import errors  # noqa: E402
+from llmopt.larosa.selection import compiled  # noqa: E402
+
+SOURCE = "def twice(x):\n    return 2 * x\n"
+
+
+@pytest.fixture
+def function(tmp_path, monkeypatch):
+    "A function in a file of its own, whose compiled code goes to `tmp_path / 'kept'`, and no warning said yet."
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setattr(errors, "_said", set())  # private: a warning that was said before would not come again
+    (tmp_path / "twice.py").write_text(SOURCE)
+    space = {"__name__": __name__}
+    exec(compile(SOURCE, str(tmp_path / "twice.py"), "exec"), space)
+    return space["twice"]
+
+
+def call(function):
+    "Two calls of a freshly compiled function with two types, and the warnings they give."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        f = compiled(function)
+        assert (f(2), f(2.5)) == (4, 5.0)
+    return [str(w.message) for w in said]
+
+
+def test_code_is_kept_and_read_again(function, tmp_path):
+    assert call(function) == []
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.nbc")}
+    assert len(files) == 2 and call(function) == []
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+@pytest.mark.parametrize("damage", ["index cut", "index is a folder", "code cut"])
+def test_damaged_files_are_not_used(function, tmp_path, damage):
+    call(function)
+    for path in (tmp_path / "kept").rglob("*.nbc" if damage == "code cut" else "*.nbi"):
+        path.unlink()
+        path.mkdir() if damage == "index is a folder" else path.write_bytes(b"\x80")
+    (message,) = call(function)
+    assert "NUMBA_CACHE_DIR" in message
+
+
+def test_a_full_disk(function, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    (message,) = call(function)
+    assert "NUMBA_CACHE_DIR" in message
+
+
+def test_installed_where_nobody_may_write(tmp_path):
+    "A copy of the package whose caches cannot exist computes the same; a file in their place stops root, too."
+    package = tmp_path / "site" / "llmopt"
+    shutil.copytree(ROOT / "llmopt", package, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    (package / "larosa" / "__pycache__").write_text("")
+    for folder, _, _ in os.walk(package):
+        os.chmod(folder, 0o555)
+    script = (
+        "import torch\n"
+        "from llmopt.larosa.axpy import axpy_product\n"
+        "from llmopt.larosa.selection import topk_channels\n"
+        "x, rows = torch.tensor([[1.0, -3.0, 2.0, 3.0]]), torch.ones(4, 64)\n"
+        "kept = topk_channels(x, 2)\n"
+        "print(kept.tolist(), axpy_product(rows, kept, x)[0, 0].item())\n"
+    )
+    nowhere = os.path.join(os.devnull, "cache")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "NUMBA_CACHE_DIR": nowhere, "XDG_CACHE_HOME": nowhere}
+    run = [sys.executable, "-B", "-c", script]
+    r = subprocess.run(run, env=env | {"HOME": os.devnull}, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    for folder, _, _ in os.walk(package):
+        os.chmod(folder, 0o755)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.strip() == "[[1, 3]] 0.0"
+    assert r.stderr.count("NUMBA_CACHE_DIR") == 1, r.stderr

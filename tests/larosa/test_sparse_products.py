@@ -1,0 +1,98 @@
+"Selection and products agree with their references for every shape, precision and kind of number; the rest is refused."
+
+import pytest
+import torch
+
+from llmopt.errors import ConfigError
+from llmopt.larosa.axpy import axpy_product, numba
+from llmopt.larosa.products import bag_product, n_pieces
+from llmopt.larosa.selection import select_by_sorting, topk_channels
+from llmopt.larosa.sparse_linear import SparseLinear
+
+# private: the way without numba, which a machine with numba does not take
+from llmopt.larosa.selection import _as_integers, _select_torch  # isort: skip
+
+DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+needs_numba = pytest.mark.skipif(numba is None, reason="numba is not installed: pip install numba")
+
+
+def vectors(dtype):
+    "Random numbers, nearly all ties, zeros, more dimensions, columns, and NaN, infinity and a denormal number."
+    torch.manual_seed(0)
+    yield torch.randn(3, 67).to(dtype)
+    yield torch.randint(-2, 3, (4, 40)).to(dtype)
+    yield torch.zeros(2, 9, dtype=dtype)
+    yield torch.randn(2, 3, 33).to(dtype)
+    yield torch.randn(300, 2).to(dtype).T
+    yield torch.tensor([[1.0, float("nan"), float("-inf"), 6.0, 6.0, 1e-40]]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_way_keeps_what_the_sort_keeps(dtype):
+    for x in vectors(dtype):
+        D = x.shape[-1]
+        for k in {0, 1, D // 3, D - 1, D}:
+            want = select_by_sorting(x, k)
+            kept = topk_channels(x, k)
+            assert torch.equal(kept, want) and kept.shape == (*x.shape[:-1], k) and kept.dtype == torch.int64
+            if 0 < k < D:
+                assert torch.equal(_select_torch(_as_integers(x.abs()), k).view(kept.shape), want)
+
+
+@pytest.mark.parametrize("k", [-1, 6, 2.5, True, None, "2"])
+def test_an_impossible_number_of_channels(k):
+    with pytest.raises(ConfigError, match="from 0 to D=5"):
+        topk_channels(torch.randn(5), k)
+
+
+def test_pieces_divide_the_outputs():
+    for N in range(64, 4096, 64):
+        for threads in (1, 2, 3, 6, 96):
+            assert N % n_pieces(N, threads, 1 + threads % 3) == 0
+    for pieces in (0, -1, 3):
+        with pytest.raises(ConfigError, match="must divide"):
+            bag_product(torch.ones(3, 64), torch.tensor([[0]]), torch.ones(1, 1), pieces)
+
+
+@needs_numba
+def test_long_runs_refuse_what_does_not_fit():
+    "They read memory by address, so a wrong shape or type must never get that far."
+    rows, kept, x = torch.ones(5, 64), torch.tensor([[0, 4]]), torch.ones(1, 5)
+    assert axpy_product(rows, kept, x)[0, 0] == 2
+    bad = [
+        (rows[:, :60], kept, x, 1, "multiple of 64"),
+        (torch.ones(64, 5).t(), kept, x, 1, "contiguous"),
+        (rows.half(), kept, x.half(), 1, "not torch.float16"),
+        (rows, kept, x.double(), 1, "x must be"),
+        (rows, kept, x[:, :4], 1, "x must be"),
+        (rows, kept.repeat(2, 1), x, 1, "x must be"),
+        (rows, kept.int(), x, 1, "int64"),
+        (rows, kept, x, 0, "n_threads"),
+        (rows, kept + 1, x, 1, "there are 5 channels"),
+        (rows, kept - 1, x, 2, "there are 5 channels"),
+    ]
+    for *args, message in bad:
+        with pytest.raises(ConfigError, match=message):
+            axpy_product(*args)
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "dtype, N, eps",
+    [(torch.float32, 64, 1e-3), (torch.float32, 8256, 1e-3), (torch.bfloat16, 16448, 0.3), (torch.float64, 4160, 1e-9)],
+)
+def test_threads_share_wide_rows_by_columns_and_narrow_ones_by_rows(dtype, N, eps):
+    torch.manual_seed(0)
+    rows, x = torch.randn(70, N).to(dtype), torch.randn(2, 70).to(dtype)
+    kept = topk_channels(x, 41)
+    want = bag_product(rows, kept, x.gather(1, kept))
+    for threads in (1, 2, 3):
+        assert (axpy_product(rows, kept, x, threads) - want).abs().max() <= eps
+
+
+@pytest.mark.parametrize("kernel", ["bags", pytest.param("axpy", marks=needs_numba)])
+def test_a_channel_out_of_range_is_the_same_error_for_every_kernel(kernel):
+    layer = SparseLinear(torch.randn(20, 12), kernel=kernel)
+    for channel in (12, -1):
+        with pytest.raises(ConfigError, match="out of range: there are 12 channels"):
+            layer.sparse(torch.randn(2, 12), torch.full((2, 1), channel))
