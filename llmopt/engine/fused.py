@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from ..core import TINY, PromptInputs, assistant, kv_bytes, prompt_inputs, teacher_forced_logprobs, user
-from .checks import checked_messages, checked_temperature, checked_text, loaded, whole_number
+from .checks import checked_messages, checked_temperature, checked_text, loaded, whole_number, with_cache
 from .decoding import Meter, StopFlag, TokenChoice, checkpoint_decoding, greedy_config, with_config
 from .metrics import ChatMetrics, Events, rates
 from .recipe import SLOTS, Recipe
@@ -49,7 +49,7 @@ class EnhancedFusedLLMEngine:
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
         self.max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
         self.system = checked_text(system, "the system message") if system else None
-        self.lm = loaded(model_name, device, dtype)
+        self.lm = with_cache(loaded(model_name, device, dtype))
         self.checkpoint_decoding = checkpoint_decoding(self.lm.model)  # what the checkpoint asks for, and does not get
         if self.recipe.larosa:
             self.lm = _sparse(self.recipe.larosa, self.lm)

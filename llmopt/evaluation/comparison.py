@@ -56,6 +56,9 @@ def _checked_methods(methods):
     return ["baseline", *(name for name in names if name != "baseline")]
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #b15d2dca
+_MOST = 10**9  # rounds and tokens that can be asked for: enough for anybody, and small enough for the file
+
+
 class Comparison:
     "Queries x methods x rounds on one model, resumable. Raises `ConfigError` for settings that cannot be."
 
@@ -84,12 +87,12 @@ class Comparison:
                 "peak memory is measured in fresh processes, which need the model's name; or memory=False"
             )
         self.queries, self.output, self.resume, self.progress = queries, output, resume, progress
-        tokens = whole_number(max_new_tokens, "max_new_tokens", 2)
+        tokens = whole_number(max_new_tokens, "max_new_tokens", 2, _MOST)
         self.config = dict(
             model_id=self.live.name if self.live else str(model),
             dtype=dtype,
             device=device,
-            rounds=whole_number(rounds, "rounds", 1),
+            rounds=whole_number(rounds, "rounds", 1, _MOST),
             max_new_tokens=tokens,
             quality_tokens=whole_number(quality_tokens or 2 * tokens, "quality_tokens", 1),
             warmup=whole_number(warmup, "warmup", 0),

@@ -32,7 +32,7 @@ def _names_a_file(recipe):
     return any(isinstance(v, str) for part in recipe.to_dict().values() for k, v in part.items() if k in _FILES)
 
 
-_FILES = "artifact", "phrases"
+_FILES = "artifact", "phrases", "rows"
 
 
 def make_engine(lm: LM, recipe: Recipe):  # an engine, or an `Unusable`
@@ -71,6 +71,12 @@ def _file_hash(path):
     return h.hexdigest()[:12] if files else None
 
 
+def _behaviour(config):
+    "The settings of a model, such as the base of its rotary embedding; not where it came from."
+    says = config.to_dict()
+    return sorted((k, repr(v)) for k, v in says.items() if k not in ("_name_or_path", "transformers_version"))
+
+
 def described(
     lm: LM,
     live: bool,  # in memory only: its weights may not be those of its files
@@ -85,6 +91,8 @@ def described(
         parameters=lm.n_params,
         context=lm.context,
         weights_sha256=_stored_weights(lm, live),
+        model_config_sha=_short_hash(_behaviour(model.config)),
+        stop_ids=lm.stop_ids,
         tokenizer_sha=_short_hash(sorted(tok.get_vocab().items())),
         chat_template_sha=_short_hash(getattr(tok, "chat_template", None)),
         files_sha={str(path): _file_hash(path) for path in named},

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers as T
 
 from helpers import tiny
 from llmopt.adaptivocab import SimpleAdaptiVocab
@@ -288,3 +289,12 @@ def test_the_short_question_of_a_turn_is_never_shortened():
     e.chat("What is my name?")
     assert "What is my name?" in e.last.prompt_text
     assert "What is my name?" not in e.run("What is my name?").prompt_text
+
+
+@pytest.mark.parametrize("config", [T.RwkvConfig, T.MambaConfig, T.OpenAIGPTConfig], ids=lambda c: c.model_type)
+def test_models_that_take_no_cache_are_refused(config):
+    "RWKV ignores a cache without a word: its steps forgot the prompt, and every method agreed with that."
+    sizes = dict(hidden_size=16, num_hidden_layers=2, n_embd=16, n_layer=1, n_head=2)
+    model = T.AutoModelForCausalLM.from_config(config(vocab_size=4096, **sizes))
+    with pytest.raises(UnsupportedModelError, match="takes no KV cache"):
+        engine(lm=LM(model, tiny().tokenizer, "stateful"))

@@ -3,7 +3,9 @@
 
 import numpy as np
 from fastcore.test import expect_fail, test_eq
-from llmopt.errors import ConfigError, ModelError
+from transformers import RwkvConfig, RwkvForCausalLM
+from llmopt.core import LM
+from llmopt.errors import ConfigError, ModelError, UnsupportedModelError
 from llmopt.engine.checks import *
 
 
@@ -38,3 +40,14 @@ def test_loaded_models():
         loaded(None)
     with expect_fail(ModelError, "could not be loaded"):
         loaded("x" * 5000)
+
+
+def test_models_without_a_cache():
+    """An answer is made and scored step by step with a cache that the engine chooses. Mamba, RWKV and xLSTM carry a
+    state of their own instead, and GPT-1 and XLNet know no such cache. RWKV even ignores one without a word, so
+    that each step would forget what came before."""
+    lm = loaded("llmopt-tiny")
+    assert with_cache(lm) is lm
+    rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2))
+    with expect_fail(UnsupportedModelError, "takes no KV cache"):
+        with_cache(LM(rwkv, lm.tokenizer, "rwkv"))

@@ -5,9 +5,9 @@ import torch
 import transformers as T
 
 from helpers import save_model, small_model, tokenizer
-from llmopt.adaptivocab import SimpleAdaptiVocab
+from llmopt.adaptivocab import PhraseReader, SimpleAdaptiVocab, save_rows
 from llmopt.core import LM, load
-from llmopt.errors import LlmoptError
+from llmopt.errors import ConfigError, LlmoptError
 from llmopt.evaluation import compare, setup, summary_text
 from llmopt.evaluation import comparison as C
 from llmopt.evaluation.results import Method, Query, Run
@@ -138,3 +138,38 @@ def test_other_weights_and_other_phrases_are_another_experiment(tmp_path):
     save_model(folder, lm.model, lm.tokenizer)
     with pytest.raises(LlmoptError, match="other weights_sha256"):
         run(True)
+
+
+@pytest.mark.parametrize("change", ["rotary base", "end of an answer", "vectors of phrases"])
+def test_whatever_changes_answers_is_another_experiment(tmp_path, change):
+    "Other settings of the model, other ends of an answer, other trained vectors, under the same names: resuming refuses."
+    lm, vocab, folder = small(), SimpleAdaptiVocab(tokenizer(), [" is a"]), tmp_path / "m"
+    save_model(folder, lm.model, lm.tokenizer)
+    vocab.save(tmp_path / "p.json")
+    reader = PhraseReader(lm.model, vocab)
+    rows = torch.zeros(len(vocab.table), lm.model.config.hidden_size)
+    save_rows(rows, reader, tmp_path / "rows")
+
+    def run(resume=False):
+        method = f"vocab:phrases={tmp_path / 'p.json'},rows={tmp_path / 'rows'}" if "vectors" in change else "baseline"
+        settings = dict(rounds=1, max_new_tokens=2, memory=False, progress=False)
+        return compare(["Why?"], [method], str(folder), output=tmp_path / "r.json", resume=resume, **settings)
+
+    first = run()
+    assert run(resume=True).runs == first.runs
+    if change == "rotary base":
+        lm.model.config.rope_parameters["rope_theta"] = 500.0
+    elif change == "end of an answer":
+        lm.model.generation_config.eos_token_id = [3, 77]
+    else:
+        save_rows(rows + 1, reader, tmp_path / "rows")
+    save_model(folder, lm.model, lm.tokenizer)
+    with pytest.raises(LlmoptError, match="cannot resume .* other (model_config_sha|stop_ids|files_sha)"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize("setting", ["rounds", "max_new_tokens"])
+def test_settings_that_no_file_can_hold(setting):
+    "A number of thirty digits is refused in one line."
+    with pytest.raises(ConfigError, match=f"{setting} must be a whole number"):
+        compare(["?"], ["baseline"], small(), memory=False, progress=False, **{setting: 10**30})
