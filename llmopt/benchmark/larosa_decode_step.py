@@ -31,7 +31,7 @@ class DecodeStep:
         context: int,  # tokens in the cache
         head=None,
     ):  # product of the output layer; of `make` if None
-        c, self.level = model.config, 0.0  # level: the share of inputs left out; 0 is dense
+        c, self.sparsity = model.config, 0.0  # sparsity: the share of inputs left out
         self.config, self.context, self.eps, self.embed = (
             c,
             context,
@@ -58,8 +58,8 @@ class DecodeStep:
 # %% ../../nbs/10_benchmark/02_larosa_decode_step.ipynb #3d7e4f1e
 @patch
 def product(self: DecodeStep, f, x):
-    "The product `f` of `x` (1, D), dense or at the level that is set."
-    return f.sparse(x, topk_channels(x, round((1 - self.level) * x.shape[-1]))) if self.level else f(x)
+    "The product `f` of `x` (1, D), dense or at the sparsity that is set."
+    return f.sparse(x, topk_channels(x, round((1 - self.sparsity) * x.shape[-1]))) if self.sparsity else f(x)
 
 
 @patch
@@ -107,12 +107,12 @@ def step_model(hidden=2048, layers=8, intermediate=8192, heads=32, kv_heads=8, v
     return AutoModelForCausalLM.from_config(cfg, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
 
 # %% ../../nbs/10_benchmark/02_larosa_decode_step.ipynb #651ed3af
-def decode_bytes(config, context: int, itemsize: int, level: float = 0.0) -> int:
-    "Bytes that one step must read when a share `level` of the inputs of every layer is left out."
+def decode_bytes(config, context: int, itemsize: int, sparsity: float = 0.0) -> int:
+    "Bytes that one step must read when a share `sparsity` of the inputs of every layer is left out."
     c, H = config, config.hidden_size
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shapes = (H, q + 2 * kv), (q, H), (H, 2 * c.intermediate_size), (c.intermediate_size, H)
-    layer = sum(round((1 - level) * D) * N for D, N in shapes) + 2 * (context + 1) * kv
+    layer = sum(round((1 - sparsity) * D) * N for D, N in shapes) + 2 * (context + 1) * kv
     return itemsize * (c.num_hidden_layers * layer + H * c.vocab_size)
 
 # %% ../../nbs/10_benchmark/02_larosa_decode_step.ipynb #9ab51dfe

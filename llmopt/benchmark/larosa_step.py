@@ -44,8 +44,8 @@ def _own_steps(model, context, sparsities, best):
     linear = DecodeStep(model, DENSE["linear"], context)
     ours = DecodeStep(model, SparseLinear, context, head=dense.head)
 
-    def sparse(level):
-        ours.level = level
+    def sparse(sparsity):
+        ours.sparsity = sparsity
         return ours(7)
 
     steps = dict(linear=lambda: linear(7), best_dense=lambda: dense(7))

@@ -59,7 +59,7 @@ def test_sparse_steps_equal_masked_ones():
     instead of four, but on the same inputs, so they keep the same."""
     model, filled, step = tiny_step()
     s = step(SparseLinear)
-    s.head, s.level = model.lm_head, 0.4
+    s.head, s.sparsity = model.lm_head, 0.4
     for n, m in model.named_modules():
         if n.endswith("_proj"):
             m.register_forward_pre_hook(masked(0.4))

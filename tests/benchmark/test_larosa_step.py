@@ -19,7 +19,7 @@ def test_generate_variants_equal_sparse_steps():
     for i, layer in enumerate(filled.layers):
         ours.keys[i, :, :, :7], ours.values[i, :, :, :7] = layer.keys, layer.values
     for sparsity in (0.0, 0.4):
-        ours.level = sparsity
+        ours.sparsity = sparsity
         step = generate_variants(model, 7, (0.4,))[f"generate {sparsity:g}"]
         with torch.inference_mode():
             assert (step()[:, 0] - ours(7)).abs().max() < 1e-6
