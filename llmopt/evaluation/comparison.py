@@ -58,7 +58,7 @@ def _checked_methods(methods):
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #b15d2dca
 _MOST = 10**9  # rounds and tokens that can be asked for: enough for anybody, and small enough for the file
 
-
+# %% ../../nbs/06_evaluation/12_comparison.ipynb #4b6ab9e1
 class Comparison:
     "Queries x methods x rounds on one model, resumable. Raises `ConfigError` for settings that cannot be."
 

@@ -76,7 +76,7 @@ def _behaviour(config):
     says = config.to_dict()
     return sorted((k, repr(v)) for k, v in says.items() if k not in ("_name_or_path", "transformers_version"))
 
-
+# %% ../../nbs/06_evaluation/10_setup.ipynb #a2633202
 def described(
     lm: LM,
     live: bool,  # in memory only: its weights may not be those of its files

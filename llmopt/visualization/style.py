@@ -124,7 +124,7 @@ def fit(text: str, width: float, size: float, bold: bool = False) -> str:
         kept += 1
     return text[:kept].rstrip() + "…"
 
-
+# %% ../../nbs/07_visualization/00_style.ipynb #109aeaf1
 def wrap(text: str, width: float, size: float) -> list:  # of lines
     "`text` on lines of `width` inches; the second and later ones are indented, and long words are cut."
     lines, line = [], ""

@@ -111,7 +111,7 @@ def rounds(self: View) -> int:
     "How often each query was asked in the speed arm; 0 if never."
     return int(self.rows[self.rows.arm == "speed"]["round"].nunique())
 
-
+# %% ../../nbs/07_visualization/01_view.ipynb #63fc768a
 @patch
 def extent(self: View) -> str:
     "Queries, rounds, tokens and date."
