@@ -401,7 +401,7 @@ def without_docstring(path):
 def prose(page):
     "The prose of a page, without code"
     md = "\n".join(c.source for c in read_nb(page).cells if c.cell_type == "markdown")
-    return re.sub(r"^```.*?^```|`[^`\n]*`(?!\])", "", md, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^```.*?^```|`[^`\n]*`(?!\])|\$[^$\n]+\$", "code", md, flags=re.MULTILINE | re.DOTALL)
 
 
 def heading_anchor(text):

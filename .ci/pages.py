@@ -27,7 +27,7 @@ def definitions(cell):
     if cell.cell_type != "code" or not cell.directives_.keys() & {*SHOWN} or "hide" in cell.directives_:
         return
     for node in cell.parsed_() or []:
-        if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        if not isinstance(node, (*FUNCTIONS, ast.ClassDef)) or is_setter(node):
             continue
         names = showdoc_nm(node)
         for name in [names] if isinstance(names, str) else names:
@@ -39,7 +39,7 @@ def definitions(cell):
 def methods(name, node):
     "Pairs of the full name and the syntax of the public methods in the body of a class"
     if isinstance(node, ast.ClassDef):
-        inner = [n for n in node.body if isinstance(n, FUNCTIONS) and not n.name.startswith("_")]
+        inner = [n for n in node.body if isinstance(n, FUNCTIONS) and n.name[0] != "_" and not is_setter(n)]
         yield from ((f"{name}.{n.name}", n) for n in inner)
 
 
@@ -70,6 +70,11 @@ def fields(node, source):
     if init := next((n for n in node.body if isinstance(n, FUNCTIONS) and n.name == "__init__"), None):
         return signature(init, source).replace("def __init__(", f"{node.name}(", 1).rstrip(":")
     return "\n".join(out) if len(out) > 1 else None
+
+
+def is_setter(node):
+    "Does this function only set what a property of the same name reads?"
+    return any(re.search(r"\.setter$|set_prop=True", ast.unparse(d)) for d in node.decorator_list)
 
 
 def is_property(node):

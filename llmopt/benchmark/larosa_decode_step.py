@@ -7,6 +7,7 @@ __all__ = ['DecodeStep', 'step_model', 'decode_bytes', 'fastest_dense']
 
 # %% ../../nbs/10_benchmark/10_larosa_decode_step.ipynb #babc689c
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -123,6 +124,7 @@ def fastest_dense(
 ) -> str:  # a name in `DENSE`
     "The quickest dense product of one token with `weight` on this machine, as now measured."
     x = torch.randn(1, weight.shape[1]).to(weight.dtype)
-    arms = {way: (lambda f=DENSE[way](weight): f(x)) for way in dense_ways(weight.dtype)}
+    products = {way: DENSE[way](weight) for way in dense_ways(weight.dtype)}
+    arms = {way: partial(product, x) for way, product in products.items()}
     times = time_interleaved(arms | dict(read=bandwidth_probe(2**27)), rounds)
     return min(arms, key=lambda way: statistics.median(times[way]))

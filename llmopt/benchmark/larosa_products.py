@@ -50,7 +50,8 @@ def _linear(w):
 
 
 def _rows(w):
-    return lambda x, r=w.t().contiguous(): x @ r
+    rows = w.t().contiguous()
+    return lambda x: x @ rows
 
 
 def _own(w, kernel):
@@ -103,7 +104,7 @@ def _each(products, xs):
 
 
 def _sparse_arms(ws, xs, sparsities):
-    "`name -> function`: rows and panels at each sparsity with the channels chosen beforehand, and the choosing by itself."
+    "`name -> function`: rows and panels at each sparsity, channels chosen before, and the choosing by itself."
     tables, arms, kernels = [panels(w) for w in ws], {}, ["bags"] + ["axpy"] * ("axpy" in dense_ways(ws[0].dtype))
     lins = {k: [SparseLinear(w, kernel=k) for w in ws] for k in kernels}
     for s in sparsities:

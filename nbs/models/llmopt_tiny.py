@@ -1,7 +1,7 @@
 """Make `llmopt-tiny`: gather text, train the tokenizer, train the model, measure it, pack it.
 
     python llmopt_tiny.py data   --sources DIR --work DIR                 # text -> documents, tokenizer, token ids
-    python llmopt_tiny.py train  --work DIR --phase main   --tokens 180e6 # resumes where it stopped; --device cuda, or a night on a CPU
+    python llmopt_tiny.py train  --work DIR --phase main   --tokens 180e6 # resumes; --device cuda, or a night on a CPU
     python llmopt_tiny.py train  --work DIR --phase anneal --tokens 80e6  # learning rate to zero
     python llmopt_tiny.py eval   --sources DIR --work DIR                 # bits per byte beside unigram and 5-gram
     python llmopt_tiny.py pack   --work DIR --to ../../llmopt/assets/llmopt-tiny
@@ -37,7 +37,8 @@ EOT, USER, ASSISTANT, END, SYSTEM, PAD = SPECIALS = [
     "<|pad|>",
 ]
 TEMPLATE = (
-    "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\n' + m['content'] | trim + '<|end|>' + '\n' }}{% endfor %}"
+    "{{ '<|endoftext|>' }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + '\n' + m['content'] | trim + '<|end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% endif %}"
 )
 VOCAB, CONTEXT = 4096, 1024
@@ -117,8 +118,8 @@ def first_sentences(text, limit):
 
 
 def medquad(root):
-    """Question and the first new sentences of its answer; sentences seen before in another answer are dropped. What remains of the answers is a
-    second list, of plain text, without the rows whose question and answer are held out."""
+    """Question and the first new sentences of its answer; sentences seen before in another answer are dropped. What
+    remains of the answers is a second list, of plain text, without the rows whose question and answer are held out."""
     seen, docs, rest = set(), [], []
     for row in map(json.loads, open(root / "medquad" / "medquad.jsonl")):
         q = (
@@ -209,7 +210,7 @@ def gather(src):
 
 
 def reading(docs, **kw):
-    "Documents of `reading_tasks`, made from `docs`: those to train on from the training part, those to test on from what was held out."
+    "Documents of `reading_tasks` from `docs`: to train on from the training part, to test on from the rest."
     texts = [x for k in ("wikipedia", "web", "own_text", "medtext", "books", "speeches") for x in docs[k]]
     pairs = [
         m.groups()
@@ -223,7 +224,7 @@ def reading(docs, **kw):
 
 
 TASKS = "facts", "recall", "extract", "choose"
-# how often the main phase goes through each source, relative to the others, and by how much the annealing phase leans towards some
+# how often the main phase goes through each source, relative to the others, and how the annealing phase leans
 EPOCHS = dict(
     medquad=8,
     medtext=8,
@@ -325,7 +326,7 @@ def make_data(src, work):
 
 # ------------------------------------------------------------------------------------------------ training
 class Stream:
-    "Endless batches: documents of each source in shuffled order, source drawn by weight, packed into rows of `T+1` tokens."
+    "Endless batches: shuffled documents of each source, drawn by weight, packed into rows of `T+1` tokens."
 
     def __init__(self, path, weights, seed=0):
         z = np.load(path)
@@ -395,8 +396,9 @@ def train(
     init=None,
     dropout=0.05,
 ):
-    """Train for `minutes` or `tokens` more, whichever ends first, and save `work/{phase}.pt`. `main` keeps the learning rate after warm-up; `anneal` starts from
-    `main` (or `init`) and takes the rate linearly to zero over its budget. A stopped run resumes from its file."""
+    """Train for `minutes` or `tokens` more, whichever ends first, and save `work/{phase}.pt`. `main` keeps the
+    learning rate after warm-up; `anneal` starts from `main` (or `init`) and takes the rate linearly to zero over
+    its budget. A stopped run resumes from its file."""
     work = Path(work)
     torch.set_num_threads(threads)
     stats, main, cpu = json.load(open(work / "data.json")), phase == "main", device == "cpu"
@@ -515,10 +517,11 @@ def heldout_rows(work, T, rows=12):
     return out
 
 
-# ------------------------------------------------------------------------------------------------ yardsticks and measurement
+# ---------------------------------------------------------------------------------------- yardsticks and measurement
 class KneserNey:
-    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1998, eq. for one discount per order) over token ids < 4,096, as sorted arrays of
-    packed keys. The highest order uses counts, the lower ones continuation counts, the unigram is smoothed with a uniform one."""
+    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1998, one discount per order) over token ids < 4,096, as
+    sorted arrays of packed keys. The highest order uses counts, the lower ones continuation counts, the unigram is
+    smoothed with a uniform one."""
 
     def __init__(self, ids, order=5, bits=12):
         self.order, self.bits, self.V, self.levels = order, bits, 1 << bits, {}
@@ -572,7 +575,7 @@ class KneserNey:
 
 @torch.inference_mode()
 def model_nll(m, ids, context=CONTEXT, stride=512):
-    "Negative log-likelihood (nats) of `ids[1:]`: windows of `context` tokens, each token scored once with at least `context-stride` before it."
+    "Nats of `ids[1:]`, in windows of `context` tokens: each token once, with at least `context-stride` before it."
     total, prev = 0.0, 1
     for end in range(min(context, len(ids)), len(ids) + stride, stride):
         end = min(end, len(ids))
@@ -587,7 +590,7 @@ def model_nll(m, ids, context=CONTEXT, stride=512):
 
 
 def evaluate(src, work, model_dir, out, threads=2, most=300):
-    "Bits per byte of the model, a unigram and a 5-gram on WikiText-2 test and on the held-out documents of each training source, `most` at most."
+    "Bits per byte of the model, a unigram and a 5-gram on WikiText-2 test and on `most` held-out documents a source."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(threads)
@@ -613,7 +616,7 @@ def evaluate(src, work, model_dir, out, threads=2, most=300):
         if not ids:
             continue
 
-        def bits(nats):
+        def bits(nats, n_bytes=n_bytes):
             return nats / math.log(2) / n_bytes
 
         row = dict(

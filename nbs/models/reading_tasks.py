@@ -409,7 +409,7 @@ def recall(r, most=40):
         ),
         r.choice([token, number, name, token]),
     )
-    pairs = list(dict((k(r), v(r)) for _ in range(r.randint(3, most))).items())
+    pairs = list({k(r): v(r) for _ in range(r.randint(3, most))}.items())
     layout = r.choice(
         [
             "{k}: {v}",

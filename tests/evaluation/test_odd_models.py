@@ -142,7 +142,7 @@ def test_other_weights_and_other_phrases_are_another_experiment(tmp_path):
 
 @pytest.mark.parametrize("change", ["rotary base", "end of an answer", "vectors of phrases"])
 def test_whatever_changes_answers_is_another_experiment(tmp_path, change):
-    "Other settings of the model, other ends of an answer, other trained vectors, under the same names: resuming refuses."
+    "Other settings, other ends of an answer, other trained vectors, under the same names: resuming refuses."
     lm, vocab, folder = small(), SimpleAdaptiVocab(tokenizer(), [" is a"]), tmp_path / "m"
     save_model(folder, lm.model, lm.tokenizer)
     vocab.save(tmp_path / "p.json")
