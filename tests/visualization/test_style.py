@@ -50,6 +50,7 @@ def test_looks():
     test_eq(looks(["mine", "larosa", "words:n=2"])["mine"], looks(["mine"])["mine"])
     assert len({look(f"words:n={n}") for n in range(2, 12)}) == len({look(f"m{n}") for n in range(10)}) == 10
     test_eq(len({look(m) for m in COLORS}), len(COLORS))
+    assert all(look(f"larosa:sparsity=0.{i}")[1] != look("larosa")[1] for i in range(1, 10))
     deutan = np.array(
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
     )
