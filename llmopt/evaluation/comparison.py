@@ -105,7 +105,7 @@ class Comparison:
         )
         self.results = Results(kind=kind, queries=queries, config=self.config)
         self.journal, self.done = None, set()
-        if output:
+        if output is not None:
             check_writable(output)
         if resume and not (output and destination(output)[1]):
             raise ConfigError("--resume needs --output, a file: the one to go on with")

@@ -26,7 +26,7 @@ def _invisible():
 
 def normalized(text: str) -> str:
     "`text` in one spelling: compatibility composed, without case, points and invisible characters."
-    text = unicodedata.normalize("NFKC", text.translate(_SAME)).casefold()
+    text = unicodedata.normalize("NFKC", text.translate(_SAME)).casefold().replace("i\u0307", "i")  # of the Turkish İ
     return _POINTS.sub("", unicodedata.normalize("NFKC", text).translate(_invisible()))
 
 # %% ../../nbs/06_evaluation/05_text_metrics.ipynb #te000011

@@ -186,8 +186,9 @@ def look(method: str) -> tuple:  # colour and marker
     if method in COLORS:
         return COLORS[method], MARKERS[method]
     digest = hashlib.sha256(method.encode("utf-8", "replace")).digest()
-    mark, tone, hue = "sD^vPX<>phd*H8"[digest[0] % 14], digest[1] / 255, int.from_bytes(digest[2:5], "big") / 2**24
     family = _family(method)
+    free = [mark for mark in dict.fromkeys(MARKERS.values()) if mark not in ("o", MARKERS.get(family))]
+    mark, tone, hue = free[digest[0] % len(free)], digest[1] / 255, int.from_bytes(digest[2:5], "big") / 2**24
     if family:
         return to_hex([x * (0.55 + 0.3 * tone + 0.1 * hue) for x in to_rgb(COLORS[family])]), mark
     return to_hex(colorsys.hls_to_rgb(hue, 0.3 + 0.15 * tone, 0.6)), mark

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from llmopt.errors import ResultsError
+from llmopt.evaluation import compare
 from llmopt.evaluation.files import Journal, check_writable, keep_aside, read_json, write_text
 
 posix = pytest.mark.skipif(os.name == "nt", reason="no pipes with names on Windows")
@@ -217,3 +218,8 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
     "Some editors put one in front of what they save."
     (tmp_path / "r.json").write_text(json.dumps([1]), encoding="utf-8-sig")
     assert read_json(tmp_path / "r.json") == [1]
+
+
+def test_an_empty_name_is_refused_before_anything_is_measured():
+    with pytest.raises(ResultsError, match="give a file name"):
+        compare(["What is rain?"], ["baseline"], output="", quick=True, memory=False, progress=False)

@@ -89,6 +89,7 @@ def test_words_are_counted_as_a_reader_would(text, count):
         ("कि", "क", False),
         ("cafe\u0301", "café", True),
         ("ＡＩ", "ai", True),
+        ("İstanbul", "istanbul", True),
         ("nothing", "???", False),
     ],
 )
