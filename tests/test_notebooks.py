@@ -6,18 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from notebook_process import run_notebook
 
 doclinks = pytest.importorskip("nbdev.doclinks", reason='needs the development tools: pip install -e ".[dev]"')
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(Path(p).resolve().relative_to(ROOT).as_posix() for p in doclinks.nbglob(ROOT / "nbs"))
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.test import test_nb
-path, root, *flags = sys.argv[1:]
-passed, seconds = test_nb(Path(path), skip_flags=flags, basepath=root)
-sys.exit(not passed)
-"""
 
 
 def run(*args):
@@ -34,8 +27,9 @@ def flags(request):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_notebook_runs_in_a_fresh_process(path, flags):
-    run("-c", RUN, str(ROOT / path), str(ROOT), *flags)
+def test_notebook_runs_in_a_process_of_its_own(path, flags, tmp_path):
+    code, said = run_notebook(ROOT / path, ROOT, flags, tmp_path / "log.txt")
+    assert code == 0, said
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)

@@ -1,0 +1,32 @@
+"Runs one notebook in a process of its own, which begins as a copy of one that has loaded the libraries already."
+
+import multiprocessing
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+LIBRARIES = ["torch", "transformers", "pandas", "matplotlib.pyplot", "seaborn", "ipywidgets", "nbdev.test"]
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+CONTEXT = multiprocessing.get_context(METHOD)
+if METHOD == "forkserver":
+    CONTEXT.set_forkserver_preload(LIBRARIES)
+
+
+def run_here(path, root, flags, log):
+    "Run the notebook `path` in this process, what it prints goes to the file `log`; exit code 1 if a cell fails."
+    os.chdir(root)
+    sys.path.insert(0, root)
+    from nbdev.test import test_nb
+
+    with open(log, "w", encoding="utf-8") as f, redirect_stdout(f), redirect_stderr(f):
+        passed, _ = test_nb(Path(path), skip_flags=flags, basepath=root)
+    os._exit(not passed)
+
+
+def run_notebook(path, root, flags, log):
+    "Run the notebook `path` in a process of its own: its exit code, and what it printed."
+    process = CONTEXT.Process(target=run_here, args=(str(path), str(root), flags, str(log)))
+    process.start()
+    process.join()
+    return process.exitcode, log.read_text(encoding="utf-8") if log.exists() else ""
