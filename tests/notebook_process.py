@@ -6,7 +6,22 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-LIBRARIES = ["torch", "transformers", "pandas", "matplotlib.pyplot", "seaborn", "ipywidgets", "nbdev.test"]
+LIBRARIES = [  # what most notebooks import sooner or later; none of it starts a thread
+    "torch",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "numba",
+    "scipy.stats",
+    "pydantic",
+    "rouge_score.rouge_scorer",
+    "pandas",
+    "matplotlib.pyplot",
+    "seaborn",
+    "ipywidgets",
+    "nbdev.test",
+]
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
 if METHOD == "forkserver":
