@@ -11,7 +11,7 @@ __all__ = ['DEFAULT_PHRASES', 'Expansion', 'Folded', 'LateMerger', 'PhraseDrafts
 from .costs import phrase_costs, phrases_below_kl
 from .drafts import PhraseDrafts
 from .expansion import Expansion, expand_tokenizer
-from .finetune import finetune, save_model
+from .fine_tuning import finetune, save_model
 from .late_merge import LateMerger
 from .mining import mine_phrases, saved_share
 from .new_rows import expand

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import chunked
 
 from ..adaptivocab import expand, expand_tokenizer, finetune
-from ..adaptivocab.finetune import marked_ids, next_token_nll, packed_rows
+from ..adaptivocab.fine_tuning import marked_ids, next_token_nll, packed_rows
 from .vocab_reading import relative_increase
 from ..core import LM, plain_text
 from ..errors import ConfigError

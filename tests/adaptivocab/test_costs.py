@@ -8,8 +8,7 @@ from llmopt.adaptivocab.costs import *
 
 
 def test_phrases_below_a_limit():
-    """A higher limit keeps more phrases. The result is an ordinary vocabulary: save it, or pass it to a
-    `VocabConfig`."""
+    "A higher limit keeps more phrases. What is left is an ordinary vocabulary."
     lm = load(TINY, "cpu")
     r = VocabConfig().reader(lm)
     few = [

@@ -12,8 +12,7 @@ from llmopt.adaptivocab.drafts import *
 
 
 def test_drafts_by_hand():
-    """After 1 comes 2 in three of four cases, and after `1 2` always 3. With the one that is added, the shares are
-    3/5 and 3/4."""
+    "After 1 comes 2 in three of four cases: with the one that is added, 3/5. After `1 2` comes 3: 3/4."
     d = PhraseDrafts(PhraseTable([(1, 2, 3), (1, 4)], 10), [[1, 2, 3, 0, 1, 2, 3], [1, 2, 3], [1, 4]])
     path = d.follow([], 1)
     test_eq(path, [(1,)])
@@ -24,8 +23,7 @@ def test_drafts_by_hand():
 
 
 def test_credit_and_trust():
-    """Without credit there is no draft; with credit for one token, one is drafted; and what is too unlikely for its
-    cost is left out."""
+    "Without credit there is no draft, with little a short one, and none of what is too unlikely."
     d = PhraseDrafts(PhraseTable([(1, 2, 3), (1, 4)], 10), [[1, 2, 3, 0, 1, 2, 3], [1, 2, 3], [1, 4]], cost=0.1)
     path = d.follow([], 1)
     test_eq(d.draft(path), ([], []))
@@ -82,8 +80,7 @@ def knows_all(lm, prompt, **kw):
 
 
 def test_stops_and_processors_inside_a_draft():
-    """A stop string, a stop token or the longest length may lie inside a draft, and processors of the logits act on
-    every token of it."""
+    "A stop may lie inside a draft, and processors of the logits act on every token of it."
     lm = load(TINY, "cpu")
     prompt = lm.encode_chat([user("What is machine learning?")])
     said, drafts = knows_all(lm, prompt, min_new_tokens=30)

@@ -32,9 +32,7 @@ def test_groups_keep_tokens():
 
 
 def test_spare_tokens():
-    """New tokens are **appended**, or they **replace** old ones that the domain does not need, so that the matrices
-    stay as large as they were. A token can only go if no other is made of it. The least frequent goes first, and
-    then its parts may become free. Text that held it falls back on its parts."""
+    "The least frequent goes first, and its uses pass on to its parts."
     merges = [("a", "b"), ("ab", "c"), ("a", "c"), ("d", "d")]
     test_eq(
         spare_tokens(merges, dict(abc=5, ac=1, ab=0, dd=9), 9), ["ac", "abc", "ab", "dd"]
@@ -43,8 +41,7 @@ def test_spare_tokens():
 
 
 def test_expanded_tokenizer():
-    """With the new tokens taken apart, the ids are the old ones, and the text comes back. The old tokenizer is not
-    touched."""
+    "With the new tokens taken apart, the ids are the old ones, and the text comes back."
     tok = tiny()
     before = tok.backend_tokenizer.to_str()
     x = expand_tokenizer(tok, DOCS * 2, 60)

@@ -7,8 +7,7 @@ from llmopt.adaptivocab.mining import *
 
 
 def test_mining_respects_borders():
-    """Both make the same phrases, in the same order. No phrase holds a forbidden id or crosses the border of a
-    sequence."""
+    "No phrase holds a forbidden id or crosses the border of a sequence."
     forbidden = np.arange(10) == 2
     test_eq(bpe_phrases([[1, 2, 3]] * 5 + [[4, 5]] * 3, 10, forbidden), [(4, 5)])
     test_eq(bpe_phrases([[*range(9)]], 10, np.zeros(10, bool)), [])

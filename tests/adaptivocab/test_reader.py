@@ -84,9 +84,7 @@ def test_generate_equals_a_loop():
 
 
 def test_packed_sequence_trap():
-    """The trap of the packed sequences. With a mask, reading with and without a cache gives the same logits; without
-    one, and without a cache, the gaps cut the text into pieces. Should transformers change that one day, this
-    test says so, and the mask can go."""
+    "With a mask, reading with a cache and without gives the same logits."
     lm = load(TINY, "cpu")
     x = VocabConfig().reader(lm).read(lm.encode_chat([user(QUESTION)])).inputs
     bare = {k: t for k, t in x.items() if k != "attention_mask"}
@@ -99,8 +97,7 @@ def test_packed_sequence_trap():
 
 
 def test_rows():
-    """Rows that are the composed vectors change nothing, and rows come back from their files only to the model and
-    phrases that they are for."""
+    "Rows come back from their files only to the model and the phrases that they are for."
     lm = load(TINY, "cpu")
     v = SimpleAdaptiVocab(lm.tokenizer, ["machine learning", "United States"])
     r = PhraseReader(lm.model, v)

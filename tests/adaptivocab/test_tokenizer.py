@@ -15,24 +15,6 @@ def tiny():
     return AutoTokenizer.from_pretrained(ASSETS / "llmopt-tiny")
 
 
-def test_lossless():
-    "Whatever the text, decoding gives what the tokenizer alone would give, and there are never more tokens."
-    tok = tiny()
-    for segmentation in ("optimal", "greedy"):
-        v = SimpleAdaptiVocab(tok, segmentation=segmentation)
-        for text in (
-            "",
-            "Machine learning",
-            "人工智能和机器学习。",
-            "due to 42 of the\r\n\r\n of the",
-            "e\u0301 of the 😀",
-        ):
-            ids, base = v.encode(text), tok.encode(text)
-            test_eq(v.unfold(ids), base)
-            test_eq(v.decode(ids), tok.decode(base))
-            assert len(ids) <= len(base)
-
-
 def test_default_phrases():
     "Each default phrase is one token. What has a digit or a special token in it does not become a phrase."
     v = SimpleAdaptiVocab(tiny())
@@ -49,41 +31,8 @@ def test_default_phrases():
         SimpleAdaptiVocab(tiny(), "of the")
 
 
-def test_batch():
-    "A batch is its rows, padded, and spans lead back to the text."
-    v = SimpleAdaptiVocab(tiny())
-    texts = ["Machine learning is a part of artificial intelligence.", "Why?", ""]
-    batch = v(texts, padding=True, return_offsets_mapping=True)
-    for text, ids, mask, spans in zip(texts, batch["input_ids"], batch["attention_mask"], batch["offset_mapping"]):
-        n = sum(mask)
-        test_eq(ids[:n], v.encode(text))
-        test_eq("".join(text[a:e] for a, e in spans[:n]), text)
-    test_eq(v(texts[0])["input_ids"], v.encode(texts[0]))
-    test_eq(tuple(v(texts, padding="max_length", max_length=20, return_tensors="pt")["input_ids"].shape), (3, 20))
-    test_eq(v(texts[0], truncation=True, max_length=3)["input_ids"], v.encode(texts[0])[:3])
-
-
-def test_chat_template():
-    """A chat template writes its marks as special tokens. No phrase crosses them, so a message is folded the same
-    way whatever follows it."""
-    tok = tiny()
-    v = SimpleAdaptiVocab(tok)
-    chat = [
-        dict(role="user", content="What is machine learning?"),
-        dict(role="assistant", content="It is a part of artificial intelligence."),
-    ]
-    ids = v.apply_chat_template(chat, return_dict=False)
-    test_eq(v.decode(ids), tok.apply_chat_template(chat, tokenize=False))
-    test_eq(v.unfold(ids), list(tok.apply_chat_template(chat)["input_ids"]))
-    assert len(ids) < len(v.unfold(ids))
-    first = v.apply_chat_template(chat[:1], return_dict=False)
-    test_eq(ids[: len(first)], first)
-    test_eq(v.apply_chat_template([chat, chat[:1]])["input_ids"], [ids, first])
-
-
 def test_fit():
-    """A corpus without repeats leaves no phrases, which is harmless. A corpus that is one text by mistake is
-    refused."""
+    "A corpus without repeats leaves no phrases; one that is a single text by mistake is refused."
     v = SimpleAdaptiVocab(tiny()).fit(
         ["the cat sat on the mat", "the cat sat on the hat", "12 of 12 cats sat"], n_new=5
     )

@@ -8,10 +8,7 @@ from llmopt.benchmark.clock import *
 
 
 def test_interleaving():
-    """Machines differ and are noisy, so a time means something only beside another time of the same run.
-    `time_interleaved` gives every variant its turn in every round: A B C A B C …, so that whatever else the
-    machine does hits all alike. `timing_stats` reports medians with quartiles. And since most of inference waits
-    for memory, the bound is measured in the same turns: how fast a buffer that fits no cache is read."""
+    "Every variant has its turn in each round, and the first round is not timed."
     log = []
     times = time_interleaved(dict(a=lambda: log.append("a"), b=lambda: log.append("b")), rounds=3)
     test_eq("".join(log), "ab" * 4)

@@ -9,8 +9,7 @@ from llmopt.benchmark.drafts import *
 
 
 def test_cost_of_a_draft():
-    """It depends on the machine, the model and its cache. We time passes over one, two and `1 + k` tokens behind the
-    same context, in turn, and compare medians."""
+    "The cost of a draft comes from three times, and the cache is left as it was."
     lm = load("llmopt-tiny", "cpu")
     cache = DynamicCache(config=lm.model.config)
     start, cost = measure_draft_cost(lm.model, cache, context=16, rounds=3)
@@ -22,9 +21,7 @@ def test_cost_of_a_draft():
 
 
 def test_ways_compared():
-    """Every way is the same loop, [`speculative_decode`](../00_core/05_speculative.ipynb), and so the same greedy
-    text; plain decoding is that loop without drafts. All ways take one prompt after another, so that they share
-    the state of the machine."""
+    "All ways write the same text, and drafts that know it take fewer passes."
     lm = load("llmopt-tiny", "cpu")
     prompts = [lm.encode_chat([user(t)]) for t in ("What is machine learning?", "Why is the sky blue?")]
     said = speculative_decode(lm.model, prompts[0], lambda *_: [], 20).ids

@@ -11,8 +11,7 @@ from llmopt.benchmark.vocab_reading import *
 
 
 def test_deletion():
-    """As many tokens as phrases would save are taken out of the prompt, at random places or at equal distances, and
-    the others keep their positions. The first token stays, and so do special ones, which carry the chat."""
+    "Deleted tokens are gone, and the others keep their positions."
     lm = load("llmopt-tiny", "cpu")
     reader = PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer))
     ids = lm.encode_chat([user("Is machine learning a part of the work?")])
@@ -25,8 +24,7 @@ def test_deletion():
 
 
 def test_bits_and_their_increase():
-    """Two ways are compared on the same texts, so the interval of their ratio comes from drawing texts again, each
-    with both of its numbers (a paired bootstrap)."""
+    "Bits are counted by hand, and equal texts have an increase of zero."
     test_close(
         answer_bits(lambda ids, a: torch.full((len(a), 4), 0.25).log(), [([1], [0, 1]), ([1], [2])]), [4, 2], 1e-6
     )

@@ -9,8 +9,7 @@ from llmopt.benchmark.vocab_selection import *
 
 
 def test_algorithm_1():
-    """By hand: in `1 2 3 1 2 3 1 2` the pair `(1, 2)` occurs three times, score 6, as does `(1, 2, 3)` twice, score
-    6. With the pair chosen, what overlaps it loses."""
+    "Once the pair is chosen, what overlaps it loses."
     seqs, free = [[1, 2, 3, 1, 2, 3, 1, 2]], np.zeros(9, bool)
     test_eq(algorithm_1(seqs, 1, free), [(1, 2)])
     test_eq(static_phrases(seqs, 2, free)[0], (1, 2))
@@ -22,9 +21,7 @@ def test_algorithm_1():
 
 
 def test_fold_speed():
-    """What does folding cost on top of tokenizing, on one core? The figures are for a million characters of the
-    physics book, in documents of some 15,000 characters, with 10,000 phrases of its domain: the best of five, in
-    processor time."""
+    "Each kind of work has a speed."
     speed = fold_speed(
         SimpleAdaptiVocab(load(TINY, "cpu").tokenizer), ["one of the two, one of the three"] * 3, rounds=1
     )

@@ -9,8 +9,7 @@ from llmopt.benchmark.vocab_tuning import *
 
 
 def test_bits_of_a_document():
-    """Each document is read from its beginning, in rows of the model's context. Many short rows go through the model
-    side by side."""
+    "The bits of a document are those of its tokens after the mark of a beginning."
     lm, text = load("llmopt-tiny", "cpu"), "The risk of high blood pressure is high."
     ids = torch.tensor([[lm.tokenizer.bos_token_id, *lm.tokenizer.encode(text)]])
     with torch.inference_mode():
@@ -19,7 +18,6 @@ def test_bits_of_a_document():
 
 
 def test_questions_and_answers():
-    """Each document is read from its beginning, in rows of the model's context. Many short rows go through the model
-    side by side."""
+    "A conversation is cut at its answer; any other text is both read and written."
     test_eq(question_and_answer("<|user|>\nWhy?<|end|>\n<|assistant|>\nSo.<|end|>\n"), ("Why?", "So.<|end|>\n"))
     test_eq(question_and_answer("So."), ("So.", "So."))

@@ -3,35 +3,21 @@
 
 from fastcore.test import test_close, test_eq
 from llmopt.benchmark.texts import read_texts
-from llmopt.core import load
+from llmopt.core import load, speculative_decode
 from llmopt.word_removal import MODEL_FREE
 from llmopt.benchmark.words import *
 
 
-def test_recall_table():
-    """`recall_table` adds these up over many texts, for each scorer, with the usual protection and without any. A
-    text whose protected words alone are over the budget is left out for all scorers, and `texts` says how many
-    were not."""
-    text = "The tall tower in Paris was built in 1889 and it is still one of the most visited places of them all."
-    rows = recall_table([(text, "A tower of 1889 in Paris is much visited.")], scorers=["every_nth", "coverage"])
-    test_eq([r["scorer"] for r in rows], ["every_nth", "coverage"] * 2)
-    assert all(r["kept"] <= 0.53 for r in rows) and rows[0]["content"] < 1
-    test_eq((rows[3]["content"], rows[3]["numbers"]), (1.0, 1.0))
-
-
-def test_budgets():
-    """A budget is a promise. Random pieces of the texts, with random budgets and scorers: how often is one exceeded,
-    and how much of it is left unused?"""
+def test_greedy_answers():
+    "A batch answers as each prompt alone is answered."
     lm = load("llmopt-tiny", "cpu")
-    b = check_budgets(read_texts(), lm.tokenizer, 60)[0]
-    test_eq(b["exceeded"], 0)
-    assert b["refused"] + b["exact"] <= 60 and b["unused_max"] >= 0
+    prompts = [passage_prompt(lm, "", q) for q in ("What is the sun?", "Why do leaves change colour in autumn?")]
+    plain = [speculative_decode(lm.model, p, lambda *_: [], 20, lm.stop_ids).ids for p in prompts]
+    test_eq(PromptBatch(lm, prompts).answers(20), plain)
 
 
 def test_answers():
-    """Hundreds of prompts are asked for each passage. All those of one question are read side by side and only once,
-    for three uses: to be teacher-forced on the answer, on the reference, and to answer.
-    (`teacher_forced_logprobs` of the core takes one prompt at a time.)"""
+    "The whole passage loses nothing, and no passage is the shortest prompt."
     lm = load("llmopt-tiny", "cpu")
     rows = answer_losses(read_texts()[:1], lm, rates=(0.5,), scorers=("every_nth", "coverage"), n=8)
     by = {r["scorer"]: r for r in mean_answers(rows)}
@@ -43,9 +29,7 @@ def test_answers():
 
 
 def test_timing():
-    """Compressing takes time and saves prefill. A compressor that takes longer than the prefill it saves is no gain.
-    Both are measured here, on a prompt of 600 words. (Decoding behind a shorter prompt is a little faster, too,
-    which is not counted.)"""
+    "Every scorer has a time."
     times = time_scorers("one two three four five six seven " * 20, rounds=1)
     test_eq([*times], [*MODEL_FREE])
     assert min(times.values()) > 0

@@ -13,11 +13,7 @@ lm = load(TINY, "cpu")
 
 
 def test_token_counter():
-    """A tokenizer of transformers keeps some hundred bytes for each token until it is done: with 5 MB of text,
-    gigabytes. So a long text is cut into pieces and these are counted. A cut is made only where it changes no
-    token, which the characters around it tell: their tokens must be those of the left side and those of the right
-    side. A tokenizer that puts a space before every text (as SentencePiece ones do) allows a cut if that space is
-    left out. Where no cut is possible, the text is counted as a whole."""
+    "A long text counted in pieces has the tokens of the whole."
     test_eq(token_counter()("one two — three"), 4)
     tok = lm.tokenizer
     test_eq(token_counter(tok)("the cat"), token_counter(tok.backend_tokenizer)("the cat"))
@@ -29,8 +25,7 @@ def test_token_counter():
 
 
 def test_search():
-    """With words ranked, the text of the `k` best grows with `k`, nearly always. `largest_fit` finds the largest `k`
-    that fits, by interpolation between what the words take about, halving where that stalls."""
+    "The search finds the largest number that fits, and asks at most four times."
 
     def squares(k):
         asked.append(k)
@@ -43,26 +38,21 @@ def test_search():
 
 
 def test_ranks():
-    """Two words with equal scores: which one goes first? If it were the later one, ties would eat the end of a text.
-    `_spread` orders positions so that any number of the first ones is spread evenly (it reverses the bits of the
-    position: 0, 4, 2, 6, 1, 5, 3, 7)."""
+    "Equal scores are ranked so that any number of them is spread evenly."
     test_eq(ranked([0.0] * 8, {}), [0, 4, 2, 6, 1, 5, 3, 7])
     test_eq(ranked([1, 3, 2, 3], {3}), [1, 2, 0])
     test_eq(top_up(sum, [5], [9, 3, 2, 1], 5, 11, [*range(10)]), ([1, 2, 3, 5], 11))
 
 
 def test_white_space():
-    """White space counts, too. Before any word goes, more than one blank line becomes one, and more than one space
-    inside of a line becomes one; the indent of a line stays, and so does all white space inside of protected
-    spans."""
+    "Blank lines and spaces without use go, indents stay."
     p = Passage("a  b\n\n\n\n  c \n  d\r\n\r\n\r\ne")
     test_eq(squeezed(p, ()), ["", " ", "\n\n  ", " \n  ", "\r\n\r\n", ""])
     test_eq(squeezed(p, {1})[1], "  ")
 
 
 def test_choosing():
-    """A word of very many tokens (a hash, a phrase of Thai) may stop the search far below the target. Then the
-    search goes on among the words behind it that are short enough, up to four times."""
+    "A hash that does not fit is passed over for shorter words; if it is protected, the budget is refused."
     count = token_counter(lm.tokenizer)
     text = "The hash is " + "QUJDRA" * 40 + " and it was made from the letters that you sent me last night."
     p = Passage(text, cost=lambda words: count_each(lm.tokenizer, words))

@@ -18,8 +18,7 @@ tea = """Tea was not always cheap. In 1706, "Twinings" of London sold it at 7.50
 
 
 def test_compress():
-    """Words that stay are words of the original, in order. What is protected is there byte for byte, the budget is
-    met in real tokens, and rate 1 changes nothing."""
+    "Words that stay are those of the original, in order; what is protected is there, the budget is met."
     tok = load(TINY, "cpu").tokenizer
     count = token_counter(tok)
     c = compress(tea, 0.75, tokenizer=tok)
@@ -40,8 +39,8 @@ def test_words_as_tokens():
 
 
 def test_question():
-    """A question at the end of the text is found, left alone, and decides which sentences stay. `question=''` says
-    that there is none."""
+    """A question at the end of the text is left alone, and decides which sentences stay. `question=''` says that
+    there is none."""
     facts = "The sky is what we see above us when we are out of doors. Blood brings oxygen to us. It has many colours."
     c = compress(f"{facts}\n\nWhat does blood bring?", rate=0.6)
     test_eq(
@@ -54,9 +53,7 @@ def test_question():
 
 
 def test_odd_texts():
-    """Odd texts have a documented result: an empty one, a single word, emoji, scripts without spaces, scripts from
-    right to left. A budget that not one word fits gives an empty text and a warning, and so does a phrase that
-    cannot be cut."""
+    "Odd texts have a documented result: a budget that fits no word gives an empty text and a warning."
     for t in ("", "  \n", "word", "😀"):
         test_eq(compress(t, rate=0.5).text, t)
     test_eq(compress("我今天很高兴地去公园了。", rate=0.5).tokens_after, 6)

@@ -19,7 +19,7 @@ takes away what they do not need. Who runs every day has a heart that beats slow
 
 
 def test_wrong_configuration():
-    "A list of names is joined, which must not change what it means: a regular expression stands alone."
+    "Fields that make no sense, alone or together, are refused with a reason."
     for kw, msg in [
         (dict(scorer="x"), "known: every_nth"),
         (dict(n=1), "at least 2"),
@@ -52,9 +52,7 @@ def test_json():
 
 
 def test_configuration():
-    """`apply` shortens a prompt as it is. Where `compress` raises `BudgetError`, an answer to the whole prompt is
-    worth more than none. So an impossible budget sends the text whole, and `warnings` says so. Impossible is also
-    one that nothing fits, or that a phrase without spaces exceeds by itself."""
+    "A configuration does what its functions do, and sends the text whole where the budget is impossible."
     text = "She paid 40 pounds, and not one more, for the old clock that her uncle in York had kept so long."
     test_eq(WordRemovalConfig(n=2).apply(text).text, remove_every_nth_word_advanced(text, 2))
     test_eq(WordRemovalConfig(n=np.int64(2)), WordRemovalConfig(n=2))
@@ -66,8 +64,7 @@ def test_configuration():
 
 
 def test_turns():
-    """The questions among what stays decide which sentences of the passage do. A budget in tokens is for the whole
-    turn."""
+    "Short turns and questions stay; the passage between them is shortened."
     for c in (WordRemovalConfig(n=2), WordRemovalConfig(rate=0.5), WordRemovalConfig(target_tokens=1)):
         test_eq(c.apply_to_turn("What is my name?").text, "What is my name?")
         for t in (f"{passage}\n\nWhat is my name?", f"What is my name?\n\n{passage}", f"{passage} What is my name?"):

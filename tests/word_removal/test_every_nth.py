@@ -8,8 +8,7 @@ from llmopt.word_removal.every_nth import *
 
 
 def test_every_nth_word():
-    """Removing every third word of a text of two is no change; lines stay, and a sentence keeps its capital and its
-    stop."""
+    "Lines stay, and a sentence keeps its capital and its stop."
     remove = remove_every_nth_word_advanced
     test_eq(remove("one two three four five six", 3), "one two four five")
     test_eq(remove("two words", 3), "two words")

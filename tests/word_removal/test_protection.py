@@ -10,8 +10,7 @@ from llmopt.word_removal.protection import *
 
 
 def test_protection():
-    """Matches that overlap become one span, without white space at its ends. A question that stands at the beginning
-    or the end of the text is such a span, too."""
+    "Each name of the table, with what it protects and what it leaves."
 
     def found(t, *names):
         return [t[s:e] for s, e in protected_spans(t, names)]
@@ -32,7 +31,7 @@ def test_protection():
 
 
 def test_own_patterns():
-    "Own patterns, and a question:"
+    "Own patterns and the question are protected, and unknown names are refused."
     test_eq(protected_spans("keep THIS and that", [re.compile("TH.S ")]), ((5, 9),))
     test_eq(protected_spans("keep THIS", "re:THIS"), ((5, 9),))
     test_eq(protected_spans("keep 1", ()), ())
@@ -42,7 +41,6 @@ def test_own_patterns():
 
 
 def test_words_of_spans():
-    """Spans are in characters; what is decided is about words. `fixed_words` finds the words that a span touches and
-    the white space inside spans."""
+    "Spans become words, and the gaps inside of them."
     p = SplitText('pay $1,200 for "one two" now')
     test_eq(fixed_words(p, protected_spans(p.text)), ({1, 3, 4}, {4}))

@@ -7,7 +7,7 @@ from llmopt.word_removal.rendering import *
 
 
 def test_taking_words_out():
-    "The rules, one by one:"
+    "Each rule, with one removed word or two:"
 
     def without(text, *gone):
         p = SplitText(text)

@@ -8,9 +8,7 @@ from llmopt.word_removal.scorers import *
 
 
 def test_words_of_the_question():
-    """If it is known what will be asked, the content words of the question matter more. They are compared without
-    the commonest endings, so that *bring* finds *brings*. In the scorers above (but not the two that know
-    nothing, nor those below, which do it in their own way) their scores move half of the way to the top."""
+    "Words of the question move half of the way to the top."
     p = Passage("Blood brings oxygen to us.", question="What does the blood bring?")
     test_eq(p.asked, {"blood", "bring"})
     test_eq(favour(p, [1.0, 2.0, 3.0, 4.0, 0.0]), [2.5, 3.0, 3.0, 4.0, 0.0])
@@ -37,7 +35,7 @@ def test_sentences_for_a_question():
 
 
 def test_scorers():
-    "All scorers but this one need no model. `scores` runs one, and checks what it gave: a scorer may be yours."
+    "Every scorer gives one number for each word, and none for an empty text."
     text = "The sun heats the sea. The sea warms the air — 😀 and the sun sets."
     for name in MODEL_FREE:
         test_eq(len(scores(Passage(text, rate=0.5), name)), 16)

@@ -9,7 +9,7 @@ from llmopt.word_removal.statistics import *
 
 
 def test_statistics():
-    "Counting is one pass over the texts. What is rare is cut off, so that statistics of large corpora stay small."
+    "Texts, words and pairs are counted, and the most frequent are kept."
     st = fit_statistics(["the cat sat", "The cat ran", "the cat’s hat. A dog"])
     test_eq((st.documents, st.words, st.df["cat"], st.counts["the"], st.pairs), (3, 11, 3, 3, {"the cat": 3}))
     test_eq(fit_statistics([]).words, 0)
@@ -17,9 +17,7 @@ def test_statistics():
 
 
 def test_statistics_on_disk():
-    """They are counted over this project's own questions, answers and paragraphs: simple English about science,
-    computing and everyday life. The summaries are left out, since the tables of the benchmark measure with them.
-    This is how they were made:"""
+    "The shipped file is small, and a file that is none is refused."
     assert (files("llmopt") / "assets" / "word_statistics.json").stat().st_size <= 100_000
     assert default_statistics().df["energy"] > 50
     with expect_fail(ConfigError, "fit_statistics"):
@@ -27,11 +25,7 @@ def test_statistics_on_disk():
 
 
 def test_rarity():
-    """From the counts follow two numbers in nats. The **inverse document frequency** of a word is how surprising it
-    is that a text contains it: $\\log\\frac{1+N}{\\frac12+\\mathrm{df}}$ for $N$ texts. Its **bigram surprisal**
-    is how surprising it is where it stands, given the word before it and the word after it, $-\\log P(w_i\\mid
-    w_{i-1})-\\log P(w_i\\mid w_{i+1})$, with probabilities that mix the share of the pair and the share of the
-    word alone."""
+    "Rare words and rare neighbours surprise more."
     st = default_statistics()
     assert st.idf("the") < st.idf("energy") < st.idf("zebrafish")
     assert st.surprisal("learning", "machine", "is") < st.surprisal("learning", "purple", "is")

@@ -13,8 +13,7 @@ lm = load(TINY, "cpu")
 
 
 def test_windows():
-    """A text longer than `window` tokens is read in windows that overlap by half, so that every token but the first
-    has at least half a window before it (or all of the text there is)."""
+    "Windows cover each token once, with at least half a window before it."
     for n in (1, 5, 8, 9, 13, 40):
         test_eq([t for start, stop, first in windows(n, 8) for t in range(first, stop)], [*range(n)])
         for start, stop, first in windows(n, 8):
@@ -22,8 +21,7 @@ def test_windows():
 
 
 def test_model_surprisal():
-    """The surprisal of a text in one window is its loss, and a text of many windows has a number for each token,
-    too."""
+    "The surprisal of a text in one window is its loss, and many windows give a number for each token, too."
     text = "the cat ran — to 我的 house. " * 3
     x = lm.tokenizer(lm.tokenizer.bos_token + text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     got = model_surprisal(lm.model, lm.tokenizer)(text)

@@ -16,15 +16,13 @@ def test_segmentation():
 
 
 def test_long_runs():
-    """A number of 40 digits or a hash is one word, too. What is that long, or written in a script without spaces, is
-    worth a warning when it goes."""
+    "A hash and a long phrase without spaces are more than words."
     text = "โลกร้อน อุณหภูมิสูงสุด internationalization " + "9f" * 30
     test_eq([is_long_run(text, w) for w in split_words(text)], [False, True, False, True])
 
 
 def test_sentences():
-    """Lines end in many ways: `\\n`, `\\r\\n`, and a few that are rare, such as U+2028 and U+0085. A paragraph
-    separator (U+2029) is worth two."""
+    "Abbreviations, initials and lines that go on end no sentence."
 
     def last_words(text):
         words = split_words(text)
@@ -37,8 +35,7 @@ def test_sentences():
 
 
 def test_question_in_a_prompt():
-    """A prompt is often a passage with a question at its end. If its last paragraph ends like a question, it is
-    taken for one. Of a last paragraph of more than 60 words only the last sentence counts."""
+    "The last paragraph is the question of a prompt, if it ends like one."
     test_eq(trailing_question("Rain fell.\n\nWhat fell?\n"), "What fell?")
     test_eq(trailing_question("Rain fell.\r\n\r\n“What fell?”"), "“What fell?”")
     for none in ("What fell?", "Rain fell.\nWhat fell?", "Who?\n\nRain fell.", ""):

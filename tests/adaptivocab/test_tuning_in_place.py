@@ -1,14 +1,23 @@
 "Fine-tuning in place: what moves, what is refused, and that the model is usable whatever happens."
 
 import math
+import pkgutil
 
 import numpy as np
 import pytest
 import torch
 
+import llmopt.adaptivocab
 from helpers import small_model, tokenizer
 from llmopt.adaptivocab import expand, finetune, save_model
-from llmopt.adaptivocab.finetune import TwoRateAdamW, marked_ids, next_token_nll, packed_rows, schedule, trained_weights
+from llmopt.adaptivocab.fine_tuning import (
+    TwoRateAdamW,
+    marked_ids,
+    next_token_nll,
+    packed_rows,
+    schedule,
+    trained_weights,
+)
 from llmopt.core import LM, load, user
 from llmopt.errors import ConfigError, ModelError
 
@@ -151,3 +160,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         with pytest.raises(ConfigError, match="cannot be written"):
             save_model(a_model(), folder)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_name_of_the_package_hides_a_module_of_it():
+    "`import llmopt.adaptivocab.x` is the module `x`: no function of the package is called so."
+    modules = {m.name for m in pkgutil.iter_modules(llmopt.adaptivocab.__path__)}
+    assert "fine_tuning" in modules and not modules & {*llmopt.adaptivocab.__all__}
