@@ -145,11 +145,16 @@ def _add_compare(sub):
         epilog="examples:\n"
         "  llmopt compare --quick\n"
         "  llmopt compare --methods words:n=2 kv words:n=2+kv --queries mine.jsonl\n"
-        "  llmopt compare --model ./my-model --rounds 10 --output mine.json",
+        "  llmopt compare --model ./my-model --queries long --rounds 10 --output mine.json",
         more=methods_help,
     )
     p.add_argument(
-        "--queries", metavar="FILE.jsonl", help='your own queries, one {"text": ..., "keywords": [...]} a line'
+        "--queries",
+        default="default",
+        metavar="SET|FILE",
+        help="default (five short ones), long (questions about documents), chat (turns of conversations), or your "
+        'own file, a JSON object a line: {"text": ...}, {"document": ..., "question": ...} or {"messages": [...]}, '
+        'each with "keywords" if you like (default: %(default)s)',
     )
     _measured(p, "multi_query_results.json")
 

@@ -187,8 +187,9 @@ def setup(self: Comparison):
     res.llmopt_version, res.created = llmopt.__version__, now()
     self._warn_of_the_model(asked)
     for q in self.queries:
-        q.sha256 = hashlib.sha256(q.text.encode()).hexdigest()
-        prompt, _ = attempt(self.lm.chat_text, [user(q.text)])
+        messages = [*q.messages, user(q.text)]
+        q.sha256 = hashlib.sha256("\n".join(m["content"] for m in messages).encode()).hexdigest()
+        prompt, _ = attempt(self.lm.chat_text, messages)
         q.prompt_tokens_base = self.lm.count(prompt) if prompt else None
 
 
@@ -254,7 +255,7 @@ def speed_block(self: Comparison, q: Query, r: int, order: list):
     for i, m in enumerate(order):
         if not self._has("speed", q, m, r):
             answer, error = attempt(
-                self.engines[m].run, q.text, max_new_tokens=self.config["max_new_tokens"], fixed=True
+                self.engines[m].run, q.prompt, max_new_tokens=self.config["max_new_tokens"], fixed=True
             )
             self._add(measured_row("speed", q, m, r, i, answer, error))
         self.tick(m, q)
@@ -267,13 +268,13 @@ def quality_block(self: Comparison, q: Query):
         self.bar.update(len(self.methods))
         return
     n, engines = self.config["quality_tokens"], self.engines
-    base, error = attempt(engines["baseline"].run, q.text, max_new_tokens=n)
+    base, error = attempt(engines["baseline"].run, q.prompt, max_new_tokens=n)
     logprobs = None
     if base:
-        logprobs, error = attempt(engines["baseline"].score, q.text, base.output_ids)
+        logprobs, error = attempt(engines["baseline"].score, q.prompt, base.output_ids)
     for i, m in enumerate(self.methods):
         if not self._has("quality", q, m):
-            answer, failed = (base, error) if m == "baseline" else attempt(engines[m].run, q.text, max_new_tokens=n)
+            answer, failed = (base, error) if m == "baseline" else attempt(engines[m].run, q.prompt, max_new_tokens=n)
             self._add(self._quality_row(q, m, i, answer, failed, base, logprobs))
         self.tick(m, q)
 
@@ -295,13 +296,14 @@ def _quality_row(self: Comparison, q, m, order, answer, failed, base, logprobs):
 def memory_arm(self: Comparison):
     "Peak memory of every method, on the longest query that a method answered."
     c, answered = self.config, {r.query for r in self.results.runs if r.arm == "speed" and not r.error}
-    q = max((q for q in self.queries if q.id in answered), key=lambda q: len(q.text), default=None)
+    q = max((q for q in self.queries if q.id in answered), key=lambda q: q.prompt_tokens_base or 0, default=None)
     for m in self.methods:
         if q is None:
             self.bar.update()
             continue
         if not self._has("memory", q, m):
-            found, error = attempt(peak_memory, m, q.text, c["model_id"], c["device"], c["dtype"], c["max_new_tokens"])
+            options = c["model_id"], c["device"], c["dtype"], c["max_new_tokens"]
+            found, error = attempt(peak_memory, m, q.prompt, *options)
             self._add(measured_row("memory", q, m, error=error, **(found or {})))
         self.tick(m, q)
 
@@ -363,7 +365,7 @@ def _say_what_is_unknown(self: Comparison):
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #7f2a044e
 def compare(
-    queries=None,  # `Query` objects, texts, or a JSONL file; the five default queries if None
+    queries=None,  # a set by name (`default`, `long`, `chat`), a JSONL file, or a list: see `as_queries`
     methods: list | None = None,  # ids or combinations; all of them if None; the baseline is always there
     model=TINY,  # name, folder or hub id; or a loaded `LM`, with memory=False
     device: str = "cpu",

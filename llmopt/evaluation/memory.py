@@ -41,7 +41,7 @@ def _last_line(text):
 
 def peak_memory(
     method: str,  # id or combination
-    text: str,  # the question
+    text,  # question, or list of messages
     model: str = TINY,  # name, folder or hub id: the process loads it again
     device: str = "cpu",
     dtype: str = "auto",

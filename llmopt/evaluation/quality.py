@@ -42,7 +42,7 @@ def quality(
     query: Query,
 ) -> dict:  # metrics, and perhaps `note`
     "The quality columns of one answer against the baseline's."
-    logprobs = engine.score(query.text, base.output_ids)
+    logprobs = engine.score(query.prompt, base.output_ids)
     n_bytes = len(base.output_text.encode())
     likelihoods = fidelity(base_logprobs, logprobs, base.output_ids, n_bytes or None)
     if not n_bytes:

@@ -20,7 +20,7 @@ def differences(
     "What differs between two experiments; what only one of them knows differs."
     found = [k for k in new.config if old.config.get(k) != new.config[k]]
     found += [k for k, v in new.environment.items() if k not in _MAY_DIFFER and old.environment.get(k) != v]
-    if [(q.id, q.text, q.keywords) for q in old.queries] != [(q.id, q.text, q.keywords) for q in new.queries]:
+    if [(q.id, q.prompt, q.keywords) for q in old.queries] != [(q.id, q.prompt, q.keywords) for q in new.queries]:
         found.append("queries")
     if old.kind != new.kind:
         found.append("kind")

@@ -33,3 +33,4 @@ def test_bad_queries():
     bad("\n\n", "no queries")
     bad('{"text": "a", "id": 1}\n{"text": "b", "id": 1}', "occurs twice")
     bad('{"text": "a", "keywords": "b"}', "keywords")
+    bad('{"text": "a", "keyword": ["b"]}', "unknown key 'keyword'")
