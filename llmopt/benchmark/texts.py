@@ -6,7 +6,9 @@
 __all__ = ['read_texts']
 
 # %% ../../nbs/10_benchmark/02_texts.ipynb #9d253d01
+import gzip
 import json
+import zlib
 from pathlib import Path
 
 from ..core import ASSETS
@@ -35,15 +37,17 @@ def _parse_line(where, line):
 
 # %% ../../nbs/10_benchmark/02_texts.ipynb #2a0059a8
 def read_texts(
-    path=None,  # JSON lines in UTF-8; None: the passages of the package
+    path=None,  # JSON lines in UTF-8, `.gz` for compressed ones; None: the passages of the package
 ) -> list:  # of dicts, each with a `text`
     "Texts for a benchmark; raises `ConfigError` with the number of a bad line."
     path = Path(path or ASSETS / "reading.jsonl")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not `splitlines`: U+2028 may stand in a text
-    except (OSError, ValueError) as e:
+        whole = path.read_bytes()
+        text = (gzip.decompress(whole) if path.suffix == ".gz" else whole).decode("utf-8-sig")
+    except (OSError, ValueError, EOFError, zlib.error) as e:
         raise ConfigError(f"cannot read texts from '{path}': {getattr(e, 'strerror', None) or e}") from None
-    rows = [_parse_line(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(text.split("\n"), 1)  # not `splitlines`: U+2028 may stand in a text
+    rows = [_parse_line(f"{path}, line {n}", line) for n, line in lines if line.strip()]
     if not rows:
         raise ConfigError(f"no texts in '{path}'")
     return rows

@@ -19,7 +19,9 @@ from .checks import whole_number
 from ..errors import ModelError
 
 # %% ../../nbs/05_engine/03_decoding.ipynb #850e56c3
-NO_DECODING = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
+_IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"}
+_RETURNED = {"output_attentions", "output_hidden_states", "output_logits", "output_scores"}
+NO_DECODING = {*_IDS, *_RETURNED, "transformers_version"}
 
 
 def checkpoint_decoding(model) -> dict:  # `model`: a transformers causal LM
@@ -68,12 +70,10 @@ class TokenChoice(LogitsProcessor):
         device="cpu",
     ):
         self.temperature = temperature
+        seed = seed if seed is None else whole_number(seed, "seed", -(2**63), 2**63 - 1)
         if temperature:
             self.generator = torch.Generator(device)
-            if seed is None:
-                self.generator.seed()
-            else:
-                self.generator.manual_seed(whole_number(seed, "seed", -(2**63), 2**63 - 1))
+            self.generator.seed() if seed is None else self.generator.manual_seed(seed)
 
     def __call__(self, input_ids, scores):  # scores: (1, V)
         best = scores.amax(-1, keepdim=True)

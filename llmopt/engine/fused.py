@@ -15,14 +15,23 @@ import torch
 from fastcore.basics import patch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
+from ..adaptivocab import PhraseReader
 from ..core import TINY, PromptInputs, assistant, kv_bytes, prompt_inputs, teacher_forced_logprobs, user
-from .checks import checked_messages, checked_temperature, checked_text, loaded, whole_number, with_cache
+from llmopt.engine.checks import (
+    check_options,
+    checked_messages,
+    checked_temperature,
+    checked_text,
+    loaded,
+    whole_number,
+    with_cache,
+)
 from .decoding import Meter, StopFlag, TokenChoice, checkpoint_decoding, greedy_config, with_config
 from .metrics import ChatMetrics, Events, rates
 from .recipe import SLOTS, Recipe
 from .streaming import from_background, text_pieces
 from ..errors import ConfigError, ContextError, LlmoptError, ModelError, UnsupportedModelError, one_line, warn_once
-from ..larosa import traffic
+from ..larosa import in_stream_basis, traffic
 
 # %% ../../nbs/05_engine/05_fused.ipynb #2891612a
 class EnhancedFusedLLMEngine:
@@ -51,9 +60,10 @@ class EnhancedFusedLLMEngine:
         self.system = checked_text(system, "the system message") if system else None
         self.lm = with_cache(loaded(model_name, device, dtype))
         self.checkpoint_decoding = checkpoint_decoding(self.lm.model)  # what the checkpoint asks for, and does not get
+        self.reader = self.recipe.vocab.reader(self.lm) if self.recipe.vocab else None
         if self.recipe.larosa:
             self.lm = _sparse(self.recipe.larosa, self.lm)
-        self.reader = self.recipe.vocab.reader(self.lm) if self.recipe.vocab else None
+            self.reader = self.reader and _turned(self.reader, self.lm.model)
         self.stop_ids = self.lm.stop_ids
         self.last = None  # `ChatMetrics` of the last answer in the chat
         self.reset()
@@ -81,6 +91,12 @@ def _sparse(cfg, lm):
         if cfg.artifact:
             raise
         raise UnsupportedModelError(str(e)) from None
+
+# %% ../../nbs/05_engine/05_fused.ipynb #a9d80e31
+def _turned(reader, model):
+    "`reader` for `model`, which LaRoSA converted from the model of the reader."
+    rows = None if reader.rows is None else in_stream_basis(model, reader.rows)
+    return PhraseReader(model, reader.vocab, reader.cfg, rows)
 
 # %% ../../nbs/05_engine/05_fused.ipynb #2f48dd1d
 @patch
@@ -186,6 +202,18 @@ def _generate(self: EnhancedFusedLLMEngine, inputs, meter, config, choice, stop)
             stopping_criteria=StoppingCriteriaList([StopFlag(stop)] if stop else []),
         )
 
+# %% ../../nbs/05_engine/05_fused.ipynb #cbf2c044
+@patch
+def settings(
+    self: EnhancedFusedLLMEngine,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int | None = None,
+) -> tuple:  # (tokens of an answer at most, `TokenChoice`)
+    "The options of an answer as the loop needs them; raises `ConfigError` for what cannot be."
+    n = self.max_new_tokens if max_new_tokens is None else whole_number(max_new_tokens, "max_new_tokens", 1)
+    return n, TokenChoice(checked_temperature(temperature), seed, self.lm.device)
+
 # %% ../../nbs/05_engine/05_fused.ipynb #182192bf
 @patch
 def run(
@@ -200,8 +228,7 @@ def run(
 ) -> ChatMetrics:
     "Answer once, outside the conversation's history, and measure it. Raises a `LlmoptError` for whatever goes wrong."
     events = Events()
-    n = self.max_new_tokens if max_new_tokens is None else whole_number(max_new_tokens, "max_new_tokens", 1)
-    choice = TokenChoice(checked_temperature(temperature), seed, self.lm.device)
+    n, choice = self.settings(max_new_tokens, temperature, seed)
     with _model_errors(self.lm):
         prompt = self.prompt(text, room=n)
         inputs = self.inputs(prompt.ids)
@@ -273,17 +300,31 @@ def _remember(self: EnhancedFusedLLMEngine, metrics):
     self.history += [user(metrics.input_text), assistant(metrics.output_text)]
 
 
+_STREAMED = "max_new_tokens", "fixed", "temperature", "seed"
+
+
 @patch
 def chat(self: EnhancedFusedLLMEngine, text: str, **kw) -> str:
     "Answer `text` within the conversation. `kw` as for `run`. After an error the history is as it was."
+    check_options(kw, (*_STREAMED, "on_token", "stop"), "chat")
     self._remember(self.run([*self.history, user(checked_text(text))], **kw))
     return self.last.output_text
 
 # %% ../../nbs/05_engine/05_fused.ipynb #cff138c6
 @patch
-def stream(self: EnhancedFusedLLMEngine, text: str, **kw):
-    "Answer `text` within the conversation, yielding pieces of text as they are made. Closing it stops the model."
-    messages, done = [*self.history, user(checked_text(text))], []
+def stream(self: EnhancedFusedLLMEngine, text: str, fixed: bool = False, **kw):
+    """Answer `text` within the conversation, yielding pieces of text as they are made. Closing it stops the model.
+
+    The options are those of `run` but `on_token` and `stop`; `ConfigError` at once for others."""
+    check_options(kw, _STREAMED, "stream")
+    self.settings(**kw)
+    return self._pieces(checked_text(text), fixed=fixed, **kw)
+
+
+@patch
+def _pieces(self: EnhancedFusedLLMEngine, text, **kw):
+    "The pieces of `stream`: nothing is done before the first one is asked for."
+    messages, done = [*self.history, user(text)], []
 
     def work(put, stop):
         done.append(self.run(messages, on_token=put, stop=stop, **kw))

@@ -149,6 +149,7 @@ def from_background(
         yield from iter(items.get, end)
     finally:
         stop.set()
-        thread.join()
+        if thread is not threading.current_thread():  # the garbage collector may close us from there
+            thread.join()
     if errors:
         raise errors[0]

@@ -91,8 +91,8 @@ _RATES = [
         name="decode_char_per_s",
         label="characters per second",
         unit="char/s",
-        formula="characters of the answer/(last token - first token)",
-        better="higher",
+        formula="characters of the answer/(last token - first token); more of them say only that tokens are longer",
+        better="neither",
     ),
 ]
 

@@ -6,9 +6,9 @@
 __all__ = ['BUNDLED', 'BasisChange', 'Block', 'Calibration', 'ChannelSelector', 'Drafted', 'FAMILIES', 'Family', 'LaRoSAConfig',
            'MaskedLinear', 'SimpleLaRoSA', 'SparseLinear', 'SparsifiedLinear', 'Traffic', 'allocate_by_cost',
            'allocate_by_rule', 'calibrate', 'channel_costs', 'choose_rotations', 'convert', 'default_texts', 'dense',
-           'eigenbasis', 'family', 'keep_channels', 'keep_topk', 'learn_basis', 'load_calibration', 'masked_linear',
-           'projections', 'save_calibration', 'second_moments', 'self_draft', 'set_sparsity', 'set_tokens', 'sparsify',
-           'topk_channels', 'traffic', 'value_bases', 'windows']
+           'eigenbasis', 'family', 'in_stream_basis', 'keep_channels', 'keep_topk', 'learn_basis', 'load_calibration',
+           'masked_linear', 'projections', 'save_calibration', 'second_moments', 'self_draft', 'set_sparsity',
+           'set_tokens', 'sparsify', 'topk_channels', 'traffic', 'value_bases', 'windows']
 
 # %% ../../nbs/03_larosa/index.ipynb #06a7abdc
 from .allocation import allocate_by_cost, allocate_by_rule, channel_costs
@@ -25,7 +25,15 @@ from llmopt.larosa.calibration import (
 from .config import LaRoSAConfig, SimpleLaRoSA
 from .families import FAMILIES, Block, Family, family, projections
 from .products import keep_channels, masked_linear
-from .rotation import BasisChange, choose_rotations, convert, eigenbasis, second_moments, value_bases
+from llmopt.larosa.rotation import (
+    BasisChange,
+    choose_rotations,
+    convert,
+    eigenbasis,
+    in_stream_basis,
+    second_moments,
+    value_bases,
+)
 from .selection import topk_channels
 from .self_speculation import Drafted, self_draft
 from .sparse_linear import SparseLinear
@@ -68,6 +76,7 @@ _all_ = [
     "dense",
     "eigenbasis",
     "family",
+    "in_stream_basis",
     "keep_channels",
     "keep_topk",
     "learn_basis",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROTATIONS', 'gain_free', 'second_moments', 'eigenbasis', 'choose_rotations', 'BasisChange', 'value_bases',
-           'refuse_to_save', 'convert']
+           'refuse_to_save', 'convert', 'in_stream_basis']
 
 # %% ../../nbs/03_larosa/06_rotation.ipynb #5232304c
 import copy
@@ -258,4 +258,13 @@ def convert(
     _read_from(new.lm_head, last, stream[-1])
     new.set_submodule(fam.norm, _plain_norm(last))
     new.save_pretrained = refuse_to_save
+    new.stream_basis = stream[0] - stream[0].mean(0) if centred else stream[0]
     return new
+
+
+def in_stream_basis(
+    model,  # that `convert` made
+    vectors: torch.Tensor,  # (n, D) embeddings of the plain model, such as trained vectors of phrases
+) -> torch.Tensor:  # (n, D)
+    "Vectors in place of embeddings, as the converted `model` reads them."
+    return (vectors.double() @ model.stream_basis.to(vectors.device)).to(vectors.dtype)

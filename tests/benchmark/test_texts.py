@@ -2,7 +2,8 @@
 # ruff: noqa
 
 import tempfile
-from fastcore.test import expect_fail
+import gzip
+from fastcore.test import expect_fail, test_eq
 from pathlib import Path
 from llmopt.errors import ConfigError
 from llmopt.benchmark.texts import *
@@ -20,5 +21,12 @@ def test_read_texts():
             read_texts(path)
         with expect_fail(ConfigError, "No such file"):
             read_texts(Path(d) / "none")
+        path.write_text('{"text": "One."}')
+        packed = Path(d) / "t.jsonl.gz"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        test_eq(read_texts(packed), read_texts(path))
+        packed.write_bytes(packed.read_bytes()[:-9])
+        with expect_fail(ConfigError, "cannot read texts"):
+            read_texts(packed)
     rows = read_texts()
     assert all(r["questions"] and r["text"] for r in rows) and len(rows) >= 50

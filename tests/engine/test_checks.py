@@ -31,9 +31,17 @@ def test_checked_messages():
             checked_messages(bad)
 
 
+def test_options():
+    """A misspelled option is answered with those that there are. Python's own `TypeError` would name a function that
+    you never called, and a stream, which begins to work when it is read, would raise it far from your line."""
+    check_options(["seed"], ("seed", "stop"), "stream")
+    with expect_fail(ConfigError, "no option 'sed'; it has seed, stop"):
+        check_options(["sed"], ("seed", "stop"), "stream")
+
+
 def test_loaded_models():
-    """A question is a text, a conversation a list of messages. Bytes that are no text, which a terminal hands over
-    as lone surrogates, are replaced."""
+    """A misspelled option is answered with those that there are. Python's own `TypeError` would name a function that
+    you never called, and a stream, which begins to work when it is read, would raise it far from your line."""
     lm = loaded("llmopt-tiny")
     assert loaded(lm) is lm
     with expect_fail(ConfigError, "name or folder"):

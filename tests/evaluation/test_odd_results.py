@@ -117,3 +117,9 @@ def test_metrics_are_defined_once():
         assert m.name == name and m.label and m.formula and m.unit
         assert m.better != "neither" or not m.compared
     assert len({m.label for m in DEFINITIONS.values()}) == len(DEFINITIONS)
+
+
+@pytest.mark.parametrize("name", ["completion_tokens", "completion_tokens_base", "decode_char_per_s"])
+def test_a_longer_answer_is_not_better(name):
+    "What grows with the text of an answer, at equal tokens and times, is better in neither direction."
+    assert DEFINITIONS[name].better == "neither" and not DEFINITIONS[name].compared
