@@ -9,7 +9,6 @@ __all__ = ['plan', 'Comparison', 'compare', 'side_by_side']
 import hashlib
 import random
 import time
-from contextlib import nullcontext
 
 import pandas as pd
 from fastcore.basics import patch
@@ -17,18 +16,15 @@ from tqdm.auto import tqdm
 
 import llmopt
 from ..core import LM, TINY, load, user
-from ..engine import ComprehensiveChatEngine, Recipe, known_methods
-from ..engine.decoding import whole_number
-from ..errors import ConfigError, LlmoptError, ResultsError
-from .files import Journal, check_writable, destination, keep_aside, read_json
+from ..engine import ComprehensiveChatEngine, Recipe
+from ..engine.comprehensive import make_engine
 from .machine import environment
 from .memory import peak_memory
 from .quality import attempt, measured_row, quality
 from .queries import as_queries
-from .results import SECOND_BASELINE, Method, Query, Results, now, save
-from .results import load as load_results
-from .resuming import differences, from_journal, journal_header, measured_rows, row_key
-from .setup import described, make_engine
+from .results import SECOND_BASELINE, Method, Query, Results, now
+from .resuming import Record
+from .setup import checked_methods, described, settings
 from .statistics import summarize
 from .text_metrics import keyword_recall
 
@@ -39,132 +35,35 @@ def plan(
     rounds: int,
     seed: int,
 ) -> list:  # of (query, round, methods in order)
-    "Blocks of the speed arm, each with its own random order of methods."
+    "Blocks in which times are taken, each with its own random order of methods."
     rng, variants = random.Random(seed), [*methods, SECOND_BASELINE]
     return [(q, r, rng.sample(variants, len(variants))) for r in range(rounds) for q in queries]
-
-# %% ../../nbs/06_evaluation/12_comparison.ipynb #b15d2dcb
-def _checked_methods(methods):
-    "Ids of methods, the baseline first, each once; raises `ConfigError` for one that is unknown."
-    if isinstance(methods, str):
-        methods = [methods]
-    names = dict.fromkeys(known_methods() if methods is None else methods)
-    for name in names:
-        if not isinstance(name, str):
-            raise ConfigError(f"a method is named by a text, not by {name!r}")
-        Recipe.parse(name)
-    return ["baseline", *(name for name in names if name != "baseline")]
-
-# %% ../../nbs/06_evaluation/12_comparison.ipynb #b15d2dca
-_MOST = 10**9  # rounds and tokens that can be asked for: enough for anybody, and small enough for the file
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #4b6ab9e1
 class Comparison:
     "Queries x methods x rounds on one model, resumable. Raises `ConfigError` for settings that cannot be."
 
-    def __init__(  # one line for each of its settings
+    def __init__(
         self,
         queries: list,  # of `Query`
         methods: list | None = None,  # ids or combinations; None: all of them
         model=TINY,  # name, folder or hub id; or a loaded `LM`
-        device: str = "cpu",
-        dtype: str = "auto",
-        rounds: int = 5,  # of the speed arm
-        max_new_tokens: int = 64,  # of the speed arm
-        quality_tokens: int | None = None,  # at most, in the quality arm; twice as many by default
-        warmup: int = 2,  # answers of each method before anything counts
-        seed: int = 0,  # of the order of the methods
-        memory: bool = True,  # measure peak memory in fresh processes
-        kind: str = "compare",
         output=None,  # results file
         resume: bool = False,  # go on with what `output` and its journal hold
+        kind: str = "compare",
         progress: bool = True,
+        **options,  # of `llmopt.evaluation.setup.settings`: device, dtype, rounds, max_new_tokens, warmup, …
     ):
-        self.methods = _checked_methods(methods)
+        self.queries, self.methods, self.progress = queries, checked_methods(methods), progress
         self.live = model if isinstance(model, LM) else None
-        if self.live and memory:
-            raise ConfigError(
-                "peak memory is measured in fresh processes, which need the model's name; or memory=False"
-            )
-        self.queries, self.output, self.resume, self.progress = queries, output, resume, progress
-        tokens = whole_number(max_new_tokens, "max_new_tokens", 2, _MOST)
-        self.config = dict(
-            model_id=self.live.name if self.live else str(model),
-            dtype=dtype,
-            device=device,
-            rounds=whole_number(rounds, "rounds", 1, _MOST),
-            max_new_tokens=tokens,
-            quality_tokens=whole_number(quality_tokens or 2 * tokens, "quality_tokens", 1),
-            warmup=whole_number(warmup, "warmup", 0),
-            seed=whole_number(seed, "seed", 0),
-            memory=bool(memory),
-            decoding="greedy",
-            order="random-interleaved",
-            design="custom",
-            methods=self.methods,
-        )
-        self.results = Results(kind=kind, queries=queries, config=self.config)
-        self.journal, self.done = None, set()
-        if output is not None:
-            check_writable(output)
-        if resume and not (output and destination(output)[1]):
-            raise ConfigError("--resume needs --output, a file: the one to go on with")
+        self.config = settings(self.methods, model, **options)
+        self.record = Record(Results(kind=kind, queries=queries, config=self.config), output, resume)
+        self.results = self.record.results
 
-# %% ../../nbs/06_evaluation/12_comparison.ipynb #co000011
-@patch
-def _earlier(self: Comparison):
-    "Results that stand in `output`, or None; raises `ResultsError` if something else stands there."
-    path, plain = destination(self.output)
-    if not plain or not path.exists() or not path.stat().st_size:
-        return None
-    if self.resume:
-        return load_results(path)
-    try:
-        ours = "schema_version" in read_json(path)
-    except (ResultsError, TypeError):
-        ours = False
-    if not ours:
-        raise ResultsError(f"'{self.output}' holds something else than results of llmopt; give another --output")
-    return None
-
-# %% ../../nbs/06_evaluation/12_comparison.ipynb #co000111
-@patch
-def _take_up(self: Comparison):
-    "Read what `output` and its journal hold; returns the results to go on with, or None."
-    earlier = self._earlier()
-    begun = from_journal(self.journal.read(), self.journal.path)
-    if not self.resume:
-        if begun is not None:
-            raise ResultsError(
-                f"'{self.journal.path}' holds an unfinished comparison: go on with --resume, or delete it to start anew"
-            )
-        return None
-    if earlier is None and begun is None:
-        return None
-    old = earlier or begun
-    if begun is not None and differences(old, begun):
-        raise ResultsError(f"'{self.journal.path}' does not belong to '{self.output}'; delete one of them")
-    old.runs = measured_rows(earlier, begun)
-    return old
-
-# %% ../../nbs/06_evaluation/12_comparison.ipynb #co000112
-@patch
-def _begin(self: Comparison, old):
-    "Go on with the results `old`, if there are any; else keep earlier ones aside. From here on, rows are written."
-    if old is not None:
-        if different := differences(old, self.results):
-            raise ResultsError(
-                f"cannot resume '{self.output}': it was made with other {', '.join(different)}; "
-                "use the same options, model and machine, or another output"
-            )
-        old.warnings = [w for w in old.warnings if not w.startswith("interrupted")]
-        self.results.runs, self.results.created = old.runs, old.created
-        self.results.warnings = list(dict.fromkeys(old.warnings + self.results.warnings))
-        self.done = {row_key(r) for r in old.runs}
-    elif self.output and (aside := keep_aside(self.output)):
-        self._warn(f"the earlier results in '{self.output}' are now in '{aside}'")
-    if self.journal and not self.journal.size:
-        self.journal.append(journal_header(self.results))
+    def tick(self, method: str, query: Query):
+        "Move the progress bar by one measurement."
+        self.bar.set_postfix_str(f"{method}, {query.id}")
+        self.bar.update()
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #co000012
 @patch
@@ -172,64 +71,35 @@ def setup(self: Comparison):
     "Load the model, make the engines, and describe both in the results."
     self.lm = self.live or load(self.config["model_id"], self.config["device"], self.config["dtype"])
     recipes = {m: Recipe.parse(m) for m in self.methods}
-    self.engines, res = {}, self.results
+    self.engines = {}
     for m, recipe in recipes.items():
         start = time.perf_counter()
         self.engines[m] = make_engine(self.lm, recipe)
         took = time.perf_counter() - start
-        res.methods.append(Method(id=m, factors=recipe.factors, params=recipe.to_dict(), setup_s=took))
+        self.results.methods.append(Method(id=m, factors=recipe.factors, params=recipe.to_dict(), setup_s=took))
     self.engines[SECOND_BASELINE] = make_engine(self.lm, recipes["baseline"])
+    self._describe(recipes)
+
+# %% ../../nbs/06_evaluation/12_comparison.ipynb #caf33aac
+@patch
+def _describe(self: Comparison, recipes):
+    "Fill in what is known once the model is loaded."
+    asked = getattr(self.engines["baseline"], "checkpoint_decoding", {})
     self.config |= described(self.lm, self.live is not None, recipes.values())
-    asked = getattr(self.engines["baseline"], "checkpoint_decoding", None) or {}
-    asked = {k: v for k, v in asked.items() if not k.startswith("output_")}  # what is returned, not what is chosen
     self.config["checkpoint_decoding"] = {k: str(v) for k, v in asked.items()}
+    res = self.results
     res.config, res.environment = dict(self.config), environment()
     res.llmopt_version, res.created = llmopt.__version__, now()
-    self._warn_of_the_model(asked)
     for q in self.queries:
         messages = [*q.messages, user(q.text)]
         q.sha256 = hashlib.sha256("\n".join(m["content"] for m in messages).encode()).hexdigest()
         prompt, _ = attempt(self.lm.chat_text, messages)
         q.prompt_tokens_base = self.lm.count(prompt) if prompt else None
-
-
-@patch
-def _warn_of_the_model(self: Comparison, asked):
-    "Say what about the model a reader of the numbers has to know."
     if not getattr(self.lm.tokenizer, "chat_template", None):
-        self._warn(f"model '{self.lm.name}' has no chat template: its prompts are the plain text")
+        self.record.warn(f"model '{self.lm.name}' has no chat template: its prompts are the plain text")
     if asked:
-        settings = ", ".join(f"{k}={v}" for k, v in asked.items())[:200]
-        self._warn(f"the checkpoint asks for {settings}; decoding is plain greedy all the same")
-
-# %% ../../nbs/06_evaluation/12_comparison.ipynb #ffb1ab24
-@patch
-def _warn(self: Comparison, message):
-    "Add a warning to the results, once."
-    if message not in self.results.warnings:
-        self.results.warnings.append(message)
-
-
-@patch
-def _add(self: Comparison, run):
-    "Add a row to the results and to the journal."
-    self.results.runs.append(run)
-    self.done.add(row_key(run))
-    if self.journal:
-        self.journal.append(dict(run=run.model_dump(mode="json", exclude_none=True)))
-
-
-@patch
-def _has(self: Comparison, arm, query, method, round=0):
-    "Is this measured already?"
-    return (arm, query.id, method, round) in self.done
-
-
-@patch
-def tick(self: Comparison, method: str, query: Query):
-    "Move the progress bar by one measurement."
-    self.bar.set_postfix_str(f"{method}, {query.id}")
-    self.bar.update()
+        said = ", ".join(f"{k}={v}" for k, v in asked.items())[:200]
+        self.record.warn(f"the checkpoint asks for {said}; decoding is plain greedy all the same")
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #8490e95d
 @patch
@@ -253,18 +123,18 @@ def warm_up(self: Comparison):
 def speed_block(self: Comparison, q: Query, r: int, order: list):
     "All methods once on one query, in the given order."
     for i, m in enumerate(order):
-        if not self._has("speed", q, m, r):
+        if not self.record.has("speed", q.id, m, r):
             answer, error = attempt(
                 self.engines[m].run, q.prompt, max_new_tokens=self.config["max_new_tokens"], fixed=True
             )
-            self._add(measured_row("speed", q, m, r, i, answer, error))
+            self.record.add(measured_row("speed", q, m, r, i, answer, error))
         self.tick(m, q)
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #dfdaa791
 @patch
 def quality_block(self: Comparison, q: Query):
     "All methods on one query with a natural stop, compared with the baseline's answer."
-    if all(self._has("quality", q, m) for m in self.methods):
+    if all(self.record.has("quality", q.id, m) for m in self.methods):
         self.bar.update(len(self.methods))
         return
     n, engines = self.config["quality_tokens"], self.engines
@@ -273,9 +143,9 @@ def quality_block(self: Comparison, q: Query):
     if base:
         logprobs, error = attempt(engines["baseline"].score, q.prompt, base.output_ids)
     for i, m in enumerate(self.methods):
-        if not self._has("quality", q, m):
+        if not self.record.has("quality", q.id, m):
             answer, failed = (base, error) if m == "baseline" else attempt(engines[m].run, q.prompt, max_new_tokens=n)
-            self._add(self._quality_row(q, m, i, answer, failed, base, logprobs))
+            self.record.add(self._quality_row(q, m, i, answer, failed, base, logprobs))
         self.tick(m, q)
 
 
@@ -293,7 +163,7 @@ def _quality_row(self: Comparison, q, m, order, answer, failed, base, logprobs):
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #aee12a94
 @patch
-def memory_arm(self: Comparison):
+def memory_block(self: Comparison):
     "Peak memory of every method, on the longest query that a method answered."
     c, answered = self.config, {r.query for r in self.results.runs if r.arm == "speed" and not r.error}
     q = max((q for q in self.queries if q.id in answered), key=lambda q: q.prompt_tokens_base or 0, default=None)
@@ -301,22 +171,20 @@ def memory_arm(self: Comparison):
         if q is None:
             self.bar.update()
             continue
-        if not self._has("memory", q, m):
+        if not self.record.has("memory", q.id, m):
             options = c["model_id"], c["device"], c["dtype"], c["max_new_tokens"]
             found, error = attempt(peak_memory, m, q.prompt, *options)
-            self._add(measured_row("memory", q, m, error=error, **(found or {})))
+            self.record.add(measured_row("memory", q, m, error=error, **(found or {})))
         self.tick(m, q)
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #41e6dc65
 @patch
 def run(self: Comparison) -> Results:
     "Measure what is missing, summarize, write the file. Raises `LlmoptError` for what makes all of it impossible."
-    journal = Journal(self.output) if self.output and destination(self.output)[1] else None
-    with journal or nullcontext():
-        self.journal = journal
-        old = self._take_up() if journal else None
+    with self.record:
+        old = self.record.earlier()
         self.setup()
-        self._begin(old)
+        self.record.begin(old)
         self.warm_up()
         self._measure()
     return self.results
@@ -324,7 +192,7 @@ def run(self: Comparison) -> Results:
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #900060aa
 @patch
 def _measure(self: Comparison):
-    "All three arms; whatever ends them, what was measured is kept."
+    "Quality, speed, memory; whatever ends them, what was measured is kept."
     blocks = plan(self.queries, self.methods, self.config["rounds"], self.config["seed"])
     n = len(self.methods)
     total = len(blocks) * (n + 1) + len(self.queries) * n + n * self.config["memory"]
@@ -336,9 +204,9 @@ def _measure(self: Comparison):
             for q, r, order in blocks:
                 self.speed_block(q, r, order)
             if self.config["memory"]:
-                self.memory_arm()
+                self.memory_block()
         except KeyboardInterrupt:
-            self._warn(f"interrupted: {len(self.done)} of {total} measurements; go on with --resume")
+            self.record.warn(f"interrupted: {len(self.record.done)} of {total} measurements; go on with --resume")
             self.finish()
             raise
     self.finish()
@@ -348,11 +216,8 @@ def _measure(self: Comparison):
 def finish(self: Comparison):
     "Fill in summary, noise floor and warnings from the rows, write the file, and drop the journal."
     self._say_what_is_unknown()
-    self.results = summarize(self.results)
-    if self.output:
-        save(self.results, self.output)
-    if self.journal:
-        self.journal.remove()
+    summarize(self.results)
+    self.record.write()
 
 
 @patch
@@ -361,7 +226,7 @@ def _say_what_is_unknown(self: Comparison):
     paged = {m.id for m in self.results.methods if m.factors.get("cache")}
     rows = [r for r in self.results.runs if r.arm == "speed" and r.method in paged and not r.error]
     if rows and all(r.kv_bytes_resident is None for r in rows):
-        self._warn("kv_bytes_resident is null: this system does not say how many pages of a cache are in memory")
+        self.record.warn("kv_bytes_resident is null: this system does not say how many pages of a cache are in memory")
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #7f2a044e
 def compare(
@@ -370,8 +235,8 @@ def compare(
     model=TINY,  # name, folder or hub id; or a loaded `LM`, with memory=False
     device: str = "cpu",
     dtype: str = "auto",
-    rounds: int | None = None,  # of the speed arm; 5, or 1 with `quick`
-    max_new_tokens: int | None = None,  # of the speed arm; 64, or 30 with `quick`; answers may be twice as long
+    rounds: int | None = None,  # in which times are taken; 5, or 1 with `quick`
+    max_new_tokens: int | None = None,  # of each answer that is timed; 64, or 30 with `quick`; others twice as long
     output=None,  # results file; rows go to a journal beside it on the way
     resume: bool = False,  # go on with that file and its journal
     quick: bool = False,  # 30 new tokens and one round, where you say nothing else
@@ -381,22 +246,20 @@ def compare(
     progress: bool = True,
 ) -> Results:
     "Compare methods over queries; returns (and writes) a results file. Raises `LlmoptError` for what cannot be."
-    rounds = (1 if quick else 5) if rounds is None else rounds
-    max_new_tokens = (30 if quick else 64) if max_new_tokens is None else max_new_tokens
     comparison = Comparison(
         as_queries(queries),
         methods,
         model,
-        device,
-        dtype,
-        rounds,
-        max_new_tokens,
+        output,
+        resume,
+        kind,
+        progress,
+        device=device,
+        dtype=dtype,
+        rounds=(1 if quick else 5) if rounds is None else rounds,
+        max_new_tokens=(30 if quick else 64) if max_new_tokens is None else max_new_tokens,
         memory=memory,
-        kind=kind,
         seed=seed,
-        output=output,
-        resume=resume,
-        progress=progress,
     )
     return comparison.run()
 

@@ -57,7 +57,7 @@ def measured_row(
     method: str,
     round: int = 0,
     order: int = 0,
-    answer=None,  # `ChatMetrics`; None for a failure, and in the memory arm
+    answer=None,  # `ChatMetrics`; None for a failure, and for memory
     error: str | None = None,
     **more,  # further columns
 ) -> Run:

@@ -116,7 +116,7 @@ Run = create_model(
     "Run",
     __base__=_MeasuredRow,
     __module__=__name__,
-    __doc__="One measurement: a row of `runs`. Metrics of other arms stay empty.",
+    __doc__="One measurement: a row of `runs`. What it did not measure stays empty.",
     **{m.name: (_column(m), None) for m in DEFINITIONS.values()},
 )
 

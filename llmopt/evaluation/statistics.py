@@ -26,7 +26,7 @@ def block_ratios(
     metric: str,
     base: str = "baseline",
 ) -> pd.Series | None:  # log ratios, indexed by (query, round); None if there are none
-    "log(method/base) in each block of the speed arm where both were measured."
+    "log(method/base) in each block whose speed was measured for both."
     rows = df[(df.arm == "speed") & df.error.isna() & df[metric].notna() & df.method.isin([method, base])]
     values = rows.drop_duplicates(["query", "round", "method"]).set_index(["query", "round", "method"])[metric]
     by_method = values.astype(float).unstack()

@@ -122,7 +122,7 @@ def _failures(res):
         arms = " and ".join(dict.fromkeys(r.arm for r in rows))
         queries = list(dict.fromkeys(r.query for r in rows))
         some = ", ".join(queries[:3]) + (f" and {len(queries) - 3} more" if len(queries) > 3 else "")
-        yield f"failed: {method}, {arms} arm, query {some}: {error}"
+        yield f"failed: {method}, {arms}, query {some}: {error}"
 
 
 def _skipped(res):

@@ -2,7 +2,7 @@
 # ruff: noqa
 
 from fastcore.test import expect_fail, test_eq
-from llmopt.core import LM, load
+from llmopt.core import load, LM
 from llmopt.engine.fused import EnhancedFusedLLMEngine
 from llmopt.engine.recipe import known_methods
 from llmopt.errors import UnsupportedModelError

@@ -6,14 +6,14 @@ from pathlib import Path
 from fastcore.test import expect_fail, test_eq
 from llmopt.engine import known_methods
 from llmopt.errors import LlmoptError
-from llmopt.evaluation.results import SECOND_BASELINE, load as load_results
+from llmopt.evaluation.results import load as load_results, SECOND_BASELINE
 from llmopt.evaluation.comparison import *
 
 
 def test_plan():
     """A *block* is one query in one round; within it all methods run in random order. `baseline*` is the baseline a
-    second time: between two equal methods every difference is noise. The quality arm needs one pass, because
-    greedy answers do not change from round to round."""
+    second time: between two equal methods every difference is noise. Quality needs one pass, because greedy
+    answers do not change from round to round."""
     p = plan(["q1", "q2"], ["baseline", "words"], 3, 0)
     test_eq(len(p), 6)
     test_eq({frozenset(m) for _, _, m in p}, {frozenset(["baseline", "words", SECOND_BASELINE])})
@@ -25,14 +25,13 @@ def test_comparison():
     """`run` is all of it. Rows go into the journal as they come; at the end, and after Ctrl-C, the whole file is
     written and the journal goes. A process that is killed leaves its journal, and `resume=True` goes on from
     either."""
-    few = compare(
-        ["What is rain?", "What is snow made of, and why is it white?"], quick=True, memory=False, progress=False
-    )
+    queries = ["What is rain?", "What is snow made of, and why is it white?"]
+    few = compare(queries, rounds=1, max_new_tokens=6, memory=False, progress=False)
     df = few.frame
     test_eq(len(df[df.arm == "speed"]), 2 * (len(known_methods()) + 1))
     test_eq(len(df[df.arm == "quality"]), 2 * len(known_methods()))
     assert df.error.isna().all() and (df.output_text.str.len() > 0).all()
-    assert (df[df.arm == "speed"].completion_tokens == 30).all()
+    assert (df[df.arm == "speed"].completion_tokens == 6).all()
     base = df[(df.arm == "quality") & (df.method == "baseline")]
     assert (base.kl_mean < 1e-6).all() and (base.exact_match == 1).all() and (base.top1_agree == 1).all()
 
@@ -40,7 +39,12 @@ def test_comparison():
 def test_failures_are_rows():
     "A query that does not fit the context, and an empty one, are rows with the reason; the others are measured."
     res = compare(
-        ["why " * 3000, " ", "Why is snow white?"], ["word_removal:n=2"], quick=True, memory=False, progress=False
+        ["why " * 3000, " ", "Why is snow white?"],
+        ["words:n=2"],
+        rounds=1,
+        max_new_tokens=4,
+        memory=False,
+        progress=False,
     )
     df = res.frame
     bad = df[df.error.notna()]
@@ -58,7 +62,7 @@ def test_resume():
 
     qs = ["Why is the sky blue?", "Why is grass green?"]
     with tempfile.TemporaryDirectory() as d:
-        f, kw = Path(d) / "r.json", dict(quick=True, memory=False, progress=False)
+        f, kw = Path(d) / "r.json", dict(rounds=1, max_new_tokens=4, memory=False, progress=False)
         orig, Comparison.speed_block = Comparison.speed_block, stopped
         try:
             with expect_fail(KeyboardInterrupt):

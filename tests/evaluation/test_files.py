@@ -32,7 +32,7 @@ def test_a_link_is_written_through_and_nothing_else_is_left():
 
 
 def test_the_second_comparison_on_one_output_is_refused():
-    "Now the process from above. It leaves two rows and half a third."
+    "The lock goes with the process that holds it: a comparison that was killed blocks nobody."
     with tempfile.TemporaryDirectory() as d:
         with Journal(Path(d) / "r.json") as first:
             first.append(dict(row=1))

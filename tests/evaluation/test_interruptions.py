@@ -15,7 +15,7 @@ from helpers import tiny
 from llmopt.engine import ChatMetrics
 from llmopt.errors import ConfigError, LlmoptError, ResultsError
 from llmopt.evaluation import comparison as C
-from llmopt.evaluation import setup
+from llmopt.evaluation import resuming, setup
 from llmopt.evaluation import statistics as S
 from llmopt.evaluation.files import Journal
 from llmopt.evaluation.results import Query, Results, load
@@ -326,12 +326,13 @@ def test_bookkeeping_grows_with_the_rows(tmp_path, monkeypatch):
         work["bytes"] = max(work["bytes"], self.size)
 
     monkeypatch.setattr(Journal, "append", counted)
-    monkeypatch.setattr(C, "save", lambda results, path: work.update(saved=work["saved"] + 1))
+    monkeypatch.setattr(resuming, "save", lambda results, path: work.update(saved=work["saved"] + 1))
     seen = []
     for n in (10, 20, 40):
         work.update(looks=0, bytes=0, saved=0)
-        c = C.Comparison([Query(id=f"q{i}", text="Why?") for i in range(n)], ["kv"], tiny(), rounds=1, memory=False)
-        c.output, c.done, c.progress = tmp_path / f"{n}.json", Counted(), False
+        queries, quiet = [Query(id=f"q{i}", text="Why?") for i in range(n)], dict(memory=False, progress=False)
+        c = C.Comparison(queries, ["kv"], tiny(), tmp_path / f"{n}.json", rounds=1, **quiet)
+        c.record.done = Counted()
         c.run()
         seen.append(dict(work))
     for a, b in zip(seen, seen[1:]):

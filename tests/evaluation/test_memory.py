@@ -7,7 +7,7 @@ from llmopt.errors import LlmoptError
 from llmopt.evaluation.memory import *
 
 
-def test_memory_arm():
+def test_peak_memory():
     "It reads what to do as JSON from its input, and its last line of output is the answer."
     m = peak_memory("baseline", "What is rain?", n=4)
     assert m["peak_rss_bytes"] > load("llmopt-tiny", "cpu").weight_bytes and m["peak_rss_delta_bytes"] >= 0

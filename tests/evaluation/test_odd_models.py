@@ -7,8 +7,9 @@ import transformers as T
 from helpers import save_model, small_model, tokenizer
 from llmopt.adaptivocab import PhraseReader, SimpleAdaptiVocab, save_rows
 from llmopt.core import LM, load
+from llmopt.engine import comprehensive
 from llmopt.errors import ConfigError, LlmoptError
-from llmopt.evaluation import compare, setup, summary_text
+from llmopt.evaluation import compare, summary_text
 from llmopt.evaluation import comparison as C
 from llmopt.evaluation.results import Method, Query, Run
 
@@ -42,19 +43,19 @@ def test_a_method_that_does_not_know_the_model_has_error_rows():
     df = res.frame
     assert df[df.method == "simple_adaptivocab"].error.notna().all()
     assert df[df.method.isin(["baseline", "word_removal"])].error.isna().all()
-    assert "failed: simple_adaptivocab, quality and speed arm" in summary_text(res)
+    assert "failed: simple_adaptivocab, quality and speed, query q1:" in summary_text(res)
 
 
 def test_any_exception_at_setting_up_is_that_methods_rows(monkeypatch):
     "Even one that no one foresaw; what the user got wrong ends the comparison at its start."
-    made = setup.EnhancedFusedLLMEngine
+    made = comprehensive.EnhancedFusedLLMEngine
 
     def odd(lm, recipe):
         if recipe.on:
             raise ZeroDivisionError("nobody foresaw this")
         return made(lm, recipe=recipe)
 
-    monkeypatch.setattr(setup, "EnhancedFusedLLMEngine", odd)
+    monkeypatch.setattr(comprehensive, "EnhancedFusedLLMEngine", odd)
     df = quick(small(), methods=["kv"]).frame
     assert df[df.method == "kv"].error.str.contains("ZeroDivisionError: nobody foresaw this").all()
     monkeypatch.undo()
