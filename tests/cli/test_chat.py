@@ -9,8 +9,7 @@ from llmopt.cli.chat import *
 
 
 def test_chat_commands():
-    """An answer that reached the limit of tokens carries a mark: it is not the model that stopped there. Ctrl-C
-    stops the answer and not the chat."""
+    "The loop itself only reads lines."
     engine, out = EnhancedFusedLLMEngine(max_new_tokens=2), io.StringIO()
     with contextlib.redirect_stdout(out):
         goes_on = [

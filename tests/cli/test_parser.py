@@ -6,8 +6,8 @@ from llmopt.cli.parser import *
 
 
 def test_options():
-    """Names, parameters and defaults are read from the configurations themselves when somebody asks for them, so
-    that they cannot be out of date."""
+    "The others measure nothing, or measure something else."
     a = parser().parse_args(["compare", "--methods", "words:n=2", "kv", "--quick", "--rounds", "3"])
     test_eq((a.command, a.methods, a.rounds, a.max_new_tokens), ("compare", ["words:n=2", "kv"], 3, None))
     test_eq(parser().parse_args(["chat"]).max_new_tokens, 200)
+    test_eq(parser().parse_args(["ask", "Why", "not?", "--quick"]).question, ["Why", "not?"])

@@ -81,6 +81,24 @@ def test_what_is_said_explicitly_is_obeyed(terminal, tmp_path):
     assert (config["rounds"], config["max_new_tokens"]) == (2, 2)
 
 
+def test_a_question_may_stand_by_itself(terminal, tmp_path):
+    "With `--message`, in quotes, or as words; before the options or behind one that takes no value."
+    for args in (["--message", "What is rain?"], ["What is rain?"], ["What", "is", "rain?"]):
+        assert terminal("ask", *args, *BASELINE)[0] == 0
+        stored = json.loads((tmp_path / "comprehensive_results.json").read_text(encoding="utf-8"))
+        assert [q["text"] for q in stored["queries"]] == ["What is rain?"]
+    assert terminal("ask", "--quick", "What is rain?", *BASELINE)[0] == 0
+
+
+def test_no_question_or_two(terminal, tmp_path):
+    "An empty message is named as such, even where an unfinished comparison would be refused, too."
+    (tmp_path / "comprehensive_results.json.journal").write_text('{"journal": "llmopt"}\n')
+    refused(terminal("ask", "--message", ""), "the message is empty")
+    refused(terminal("ask", " ", "--quick"), "the message is empty")
+    refused(terminal("ask"), "the message is empty")
+    refused(terminal("ask", "Why?", "--message", "What?"), "two questions, 'What?' and 'Why?'")
+
+
 def queries(folder):
     "A file with one short query."
     (folder / "q.jsonl").write_text('{"text": "What is rain?"}\n')

@@ -244,7 +244,7 @@ def test_each_set_is_measured_on_the_bundled_model():
     assert len({q.sha256 for q in results.queries}) == 3
 
 
-def test_the_memory_arm_takes_the_longest_prompt(monkeypatch):
+def test_memory_is_measured_with_the_longest_prompt(monkeypatch):
     "In tokens of the whole prompt; it is asked with its history."
     asked = []
     monkeypatch.setattr("llmopt.evaluation.comparison.peak_memory", lambda m, prompt, *a: asked.append(prompt) or {})
@@ -253,5 +253,5 @@ def test_the_memory_arm_takes_the_longest_prompt(monkeypatch):
     c = Comparison([many_characters, talk], ["baseline"], progress=False)
     c.results.runs = [Run(arm="speed", query=q.id, method="baseline") for q in (many_characters, talk)]
     c.bar = tqdm(disable=True)
-    c.memory_arm()
+    c.memory_block()
     assert asked == [talk.prompt]
