@@ -9,6 +9,8 @@ __all__ = ['kv_targets', 'benchmark_kv']
 from .kv import benchmark_append, benchmark_decode, benchmark_eviction, benchmark_prefill
 from .restore import benchmark_restore
 from .targets import Targets
+from ..core import TINY
+from ..errors import ConfigError
 
 # %% ../../nbs/10_benchmark/16_kv_suite.ipynb #c07d4c88
 def _decode_targets(targets, rows):
@@ -56,8 +58,13 @@ def kv_targets(
     return targets
 
 # %% ../../nbs/10_benchmark/16_kv_suite.ipynb #3bc24e4f
-def benchmark_kv(quick: bool = False, **_) -> dict:  # table -> rows
-    "KV cache: decoding beside stock caches and the byte bound, appends, eviction, restoring a prefix; and targets."
+def benchmark_kv(quick: bool = False, model=TINY, texts=None) -> dict:  # table -> rows
+    """KV cache: decoding beside stock caches and the byte bound, appends, eviction, restoring a prefix; and targets.
+
+    Raises `ConfigError` for a `model` or `texts` of yours: it measures random weights of a fixed shape."""
+    if model not in (None, TINY) or texts is not None:
+        named = f"--model {model}" if texts is None else f"--texts {texts}"
+        raise ConfigError(f"benchmark kv measures random weights of a fixed shape and takes no {named}")
     decode, evict, context, dtypes = [], [], 512 if quick else 8192, ("float32", "bfloat16")
     shape = dict(layers=2, hidden=256, heads=4, kv_heads=2) if quick else {}
     for dtype in dtypes:

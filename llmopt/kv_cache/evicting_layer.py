@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..errors import ConfigError
 from .attention import owned, packed_attention, read_keys
-from .cache import SlabLayer
+from .cache import SlabLayer, check_crop
 from .evicting_slab import EvictingSlab, check_mask, slot_mask
 from .policies import Observed, dispersion, moments, seen_attention
 
@@ -184,8 +183,7 @@ def _fit_received(self: EvictingLayer):
 @patch
 def crop(self: EvictingLayer, tokens_to_remove: int):  # 0 or negative
     "Take back the last tokens; `ConfigError` where they have been evicted."
-    if tokens_to_remove > 0:
-        raise ConfigError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+    tokens_to_remove = check_crop(tokens_to_remove)
     if not self.slab or not tokens_to_remove:
         return
     self.slab.truncate(max(self.slab.tokens_seen + tokens_to_remove, 0))

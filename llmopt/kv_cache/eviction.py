@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from .attention import FEW
 from .budget import EvictionConfig, apportion, sizes_for_mass
 from .cache import SlabCache
@@ -171,6 +171,8 @@ class EvictingCache(SlabCache):
         eviction: EvictionConfig,
         **kw,  # see `SlabCache`
     ):
+        if not isinstance(eviction, EvictionConfig):
+            raise ConfigError(f"eviction must be an EvictionConfig, not {eviction!r}")
         super().__init__(config, **kw)
         if not self.slab_layers:
             raise UnsupportedModelError(

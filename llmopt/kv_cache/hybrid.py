@@ -63,15 +63,19 @@ class KVCacheConfig:
         if self.budget is not None:
             EvictionConfig(self.budget, self.policy or "cake")  # refuses what is no budget or no policy
 
-    @property
-    def eviction(self) -> EvictionConfig | None:
-        "What is evicted; None without a budget."
-        return None if self.budget is None else EvictionConfig(self.budget, self.policy or "cake")
-
 # %% ../../nbs/04_kv_cache/15_hybrid.ipynb #63d7c3d8
+@patch(as_prop=True)
+def eviction(self: KVCacheConfig) -> EvictionConfig | None:
+    "What is evicted; None without a budget."
+    return None if self.budget is None else EvictionConfig(self.budget, self.policy or "cake")
+
+
 def _model(m):
-    "The transformers model of an `LM`, or `m` itself."
-    return m if isinstance(m, PreTrainedModel) else m.model
+    "The transformers model of an `LM`, or `m` itself; `ConfigError` if it is neither."
+    model = m if isinstance(m, PreTrainedModel) else getattr(m, "model", None)
+    if model is None:
+        raise ConfigError(f"model must be a transformers model or an `LM`, not {type(m).__name__}")
+    return model
 
 
 @patch
@@ -110,6 +114,14 @@ def _check_budget_fits(model):
         raise UnsupportedModelError(f"{reason}, and so it cannot have a budget; {instead}") from None
 
 # %% ../../nbs/04_kv_cache/15_hybrid.ipynb #e66e0cfb
+def _device(name) -> torch.device:
+    "The device `name`; `ConfigError` if torch knows none of that name."
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device must be one that torch knows, such as 'cpu' or 'cuda', not {name!r}") from None
+
+
 class HybridKVCacheOptimizer:
     "Makes KV caches of one shape and measures what they take. Raises `ConfigError` for sizes that cannot be."
 
@@ -132,7 +144,9 @@ class HybridKVCacheOptimizer:
         max_seq_len = check_count("max_seq_len", max_seq_len)
         if self.max_batch_size * self.num_heads * self.head_size * max_seq_len > MOST_BYTES:
             raise ConfigError("no system has addresses for such a cache; ask for a shorter max_seq_len")
-        self.device, self.store = torch.device(device), store
+        if store is not None and not callable(getattr(store, "prefill", None)):
+            raise ConfigError(f"store must be a PrefixStore, not {store!r}")
+        self.device, self.store = _device(device), store
         self.caches, self.last = weakref.WeakSet(), None  # those alive; figures of the one that was closed last
         settings = asdict(config or KVCacheConfig()) | dict(max_seq_len=max_seq_len)
         if budget is not None or policy is not None:
@@ -157,7 +171,7 @@ def _shape_of_config(config):
     return c.num_hidden_layers, heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
-_shapes = weakref.WeakKeyDictionary()  # model -> its shape
+_shapes = weakref.WeakKeyDictionary()  # model -> what it looked like when its shape was found, and the shape
 
 
 def cache_shape(
@@ -165,12 +179,14 @@ def cache_shape(
 ) -> dict:  # `num_layers`, `num_heads` (key-value heads) and `head_size`
     "The shape of the cache of `model`: what it caches for a token, or what its configuration says."
     model = _model(model)
-    if model not in _shapes:
+    looks = [(name, tuple(p.shape)) for name, p in model.named_parameters()]  # layers may have been removed since
+    if _shapes.get(model, (None,))[0] != looks:
         try:
-            _shapes[model] = _shape_after_one_token(model)
+            shape = _shape_after_one_token(model)
         except Exception:  # it needs more than a token: an encoder, an image
-            _shapes[model] = _shape_of_config(model.config)
-    return dict(zip(("num_layers", "num_heads", "head_size"), _shapes[model]))
+            shape = _shape_of_config(model.config)
+        _shapes[model] = looks, shape
+    return dict(zip(("num_layers", "num_heads", "head_size"), _shapes[model][1]))
 
 # %% ../../nbs/04_kv_cache/15_hybrid.ipynb #fddca229
 @patch

@@ -68,13 +68,13 @@ class PrefixFill:
         except UnsupportedModelError as e:
             self.key, self.names, self.report.not_stored = None, [None] * n, str(e)
             warn_once(f"prefixes are not stored: {e}; say in `salt` of the store what it does")
-        self.stored = [name is not None and store.has(name) for name in self.names]
-        self.report.hits = sum(self.stored)
-        own = n - must_compute(cache, store.chunk)
-        first = store.meet_at or 0
-        self.table = ChunkTable([there and first <= i < own for i, there in enumerate(self.stored)])
-        self.costs = store.costs.setdefault(self.key, CostModel())
         self.slabs = self.empty_slabs()
+        most = 2 * store.chunk * sum(s.token_bytes for s in self.slabs) + 2**20  # a larger file is not ours
+        self.stored = [name is not None and store.has(name, most) for name in self.names]
+        self.report.hits = sum(self.stored)
+        own, first = n - must_compute(cache, store.chunk), store.meet_at or 0
+        self.table = ChunkTable([there and first <= i < own for i, there in enumerate(self.stored)])
+        self.costs = store.costs_of(self.key)
         for s in self.slabs:
             s.reserve_slots(n * store.chunk)
 
@@ -228,6 +228,10 @@ def finish(self: PrefixFill) -> Report:
 # %% ../../nbs/04_kv_cache/14_restore.ipynb #74103701
 def _token_ids(model, input_ids):
     "The token ids (n,) of a prompt; raises `ConfigError` for anything else."
+    if not callable(getattr(model, "get_input_embeddings", None)):
+        raise ConfigError(
+            f"model must be a transformers model, not {type(model).__name__}; of an `LM` it is `lm.model`"
+        )
     try:
         ids = torch.as_tensor(input_ids)
     except (TypeError, ValueError, RuntimeError) as e:
@@ -240,6 +244,7 @@ def _token_ids(model, input_ids):
             "repeat the cache afterwards (batch_repeat_interleave)"
         )
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    ids = ids.long() if whole else ids  # a small type could not even be compared with the number of tokens
     if not whole or ids.min() < 0 or ids.max() >= model.get_input_embeddings().num_embeddings:
         raise ConfigError("input_ids are not all tokens of this model")
     return ids
@@ -279,6 +284,14 @@ class PrefixStore(ChunkStore):
     def __init__(self, folder, max_bytes: int = 4 * 2**30, chunk: int = 128, salt: str = ""):
         super().__init__(folder, max_bytes, chunk, salt)
         self.costs, self.loaders = {}, []  # key of a model -> `CostModel`; threads that have not come back
+
+    def costs_of(self, key: bytes | None) -> CostModel:
+        "What loading and computing take for the model of this key; a few models are remembered."
+        with self.lock:
+            self.costs[key] = costs = self.costs.pop(key, None) or CostModel()
+            while len(self.costs) > 16:
+                del self.costs[next(iter(self.costs))]
+        return costs
 
 # %% ../../nbs/04_kv_cache/14_restore.ipynb #f5397eea
 @patch

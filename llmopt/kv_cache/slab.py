@@ -109,7 +109,8 @@ def _check(self: SimpleVAttention, t, rows):
     want = (self.batch, self.num_heads, rows.width)
     if (*t.shape[:2], t.shape[-1]) != want or t.dtype != rows.dtype:
         slab = f"slab of (batch, heads, width) {want} and {rows.dtype}"
-        raise ConfigError(f"{slab} cannot take {tuple(t.shape)} of {t.dtype}")
+        why = "" if t.dtype == rows.dtype else "; go on as it was begun, inside or outside of torch.autocast"
+        raise ConfigError(f"{slab} cannot take {tuple(t.shape)} of {t.dtype}{why}")
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #e67add50
 @patch

@@ -12,7 +12,7 @@ from llmopt.kv_cache.cache import *
 
 def test_same_logits_as_dynamic():
     """It is the same text, and every logit on the way is the same number, as with `DynamicCache`.
-    (`tests/kv_cache/test_equality.py` compares eight families in all the ways to generate.)"""
+    (`tests/kv_cache/test_equality.py` compares seven models in all the ways to generate.)"""
     lm = load("llmopt-tiny", "cpu")
     x = torch.arange(40).view(2, 20) * 7 + 10
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import psutil
@@ -11,7 +12,17 @@ import transformers as T
 
 from helpers import random_ids, small_config, small_model
 from llmopt.errors import ConfigError, LlmoptError
-from llmopt.kv_cache import KVCacheConfig, SlabCache, install, installed, uninstall
+from llmopt.kv_cache import (
+    EvictingCache,
+    EvictionConfig,
+    KVCacheConfig,
+    PrefixStore,
+    SlabCache,
+    install,
+    installed,
+    uninstall,
+)
+from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.backends import CopyingRows, backend
 from llmopt.kv_cache.slab import SimpleVAttention
 
@@ -45,6 +56,100 @@ def test_a_cache_longer_than_all_addresses_is_one_line():
     with torch.no_grad(), pytest.raises(ConfigError, match="cannot reserve .* max_seq_len") as e:
         small_model()(random_ids(5), past_key_values=SlabCache(small_config(), max_seq_len=2**60))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("attention", ["stock", "packed"])
+def test_autocast_gives_what_it_gives_with_a_stock_cache(family, attention):
+    "Keys come in float32, values in bfloat16; begun inside or outside, and going on inside."
+    m, ids = small_model(family), random_ids(30)
+    for begin in (True, False):
+        rows = []
+        for cache in T.DynamicCache(config=m.config), SlabCache(m.config):
+            with torch.no_grad(), packed(m) if attention == "packed" else nullcontext():
+                with torch.autocast("cpu", torch.bfloat16, enabled=begin):
+                    logits = [m(ids[:, :20], past_key_values=cache).logits]
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits += [m(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 30)]
+            rows.append(torch.cat([x.float() for x in logits], 1))
+        assert torch.equal(*rows) if attention == "stock" else (rows[0] - rows[1]).abs().max() < 0.02
+
+
+def test_autocast_under_a_budget_and_with_a_store(tmp_path):
+    m, ids = small_model(), random_ids(200)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), packed(m):
+        for policy in "cake", "h2o":
+            cache = EvictingCache(m.config, EvictionConfig(64, policy, window=8, unit=1))
+            m(ids, past_key_values=cache)
+            m(ids[:, :1], past_key_values=cache)
+            assert cache.evictor.rounds and all(0 < r["lost"] < 1 for r in cache.evictions)
+        store, logits = PrefixStore(tmp_path, chunk=16), []
+        for store.meet_at in (None, 0):
+            cache = SlabCache(m.config)
+            report = store.prefill(m, cache, ids)
+            logits.append(m(ids[:, 192:], past_key_values=cache).logits)
+        assert (report.loaded, report.damaged) == (12, 0) and torch.equal(*logits)
+
+
+def test_a_wider_type_than_the_cache_began_with_is_one_line():
+    m, cache = small_model("gpt2"), SlabCache(small_config("gpt2"))
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            m(random_ids(5), past_key_values=cache)
+        with pytest.raises(ConfigError, match="outside of torch.autocast") as e:
+            m(random_ids(5), past_key_values=cache)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("bad", [1, True, -0.5, "3", None, 10**30, float("-inf")])
+@pytest.mark.parametrize("make", [SlabCache, lambda c: EvictingCache(c, EvictionConfig(64))])
+def test_what_cannot_be_cropped_is_refused(make, bad):
+    "Half a token was taken for a length once."
+    m, cache = small_model(), make(small_config())
+    with torch.no_grad(), packed(m):
+        m(random_ids(7), past_key_values=cache)
+    with pytest.raises(ConfigError, match="as a negative number"):
+        cache.crop(bad)
+    cache.crop(np.int64(-2))
+    assert cache.get_seq_length() == 5
+    cache.crop(-(10**30))
+    assert cache.get_seq_length() == 0
+
+
+def test_what_no_cache_can_be_made_of_is_one_line():
+    for config in small_model(), None, "llmopt-tiny", {}:
+        with pytest.raises(ConfigError, match="model.config"):
+            SlabCache(config)
+    for eviction in "25%", 64, None:
+        with pytest.raises(ConfigError, match="must be an EvictionConfig"):
+            EvictingCache(small_config(), eviction)
+    for make in (lambda **kw: SlabCache(small_config(), **kw), install):
+        with pytest.raises(ConfigError, match="prefault must be True or False"):
+            make(prefault="no")
+
+
+def test_a_model_of_more_layers_than_the_cache_is_one_line():
+    with torch.no_grad(), pytest.raises(ConfigError, match="made for 2 layers"):
+        small_model(num_hidden_layers=3)(random_ids(5), past_key_values=SlabCache(small_config()))
+
+
+def test_a_pass_that_failed_leaves_a_cache_that_can_be_reset():
+    m, ids, cache = small_model(), random_ids(10), SlabCache(small_config())
+    hook = m.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.no_grad():
+        with pytest.raises(ZeroDivisionError):
+            m(ids, past_key_values=cache)
+        hook.remove()
+        cache.reset()
+        assert torch.equal(m(ids, past_key_values=cache).logits, m(ids).logits)
+
+
+def test_layers_made_before_the_first_token():
+    "As transformers can ask for."
+    m, ids, cache = small_model(), random_ids(10), SlabCache(small_config())
+    cache.early_initialization(1, [2, 2], [8, 8], torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(m(ids, past_key_values=cache).logits, m(ids).logits)
 
 
 def test_slabs_refuse_what_would_be_broadcast_or_cast():

@@ -7,7 +7,7 @@ import transformers as T
 import numpy as np
 import torch
 from fastcore.test import expect_fail, test_close, test_eq
-from llmopt.errors import ConfigError, LlmoptError, UnsupportedModelError
+from llmopt.errors import LlmoptError, ConfigError, UnsupportedModelError
 from llmopt.kv_cache import EvictingCache
 from llmopt.kv_cache.attention import packed, reference_attention
 from llmopt.kv_cache.budget import EvictionConfig

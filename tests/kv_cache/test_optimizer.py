@@ -140,6 +140,28 @@ def test_the_shape_of_a_cache_is_what_the_model_caches(family):
     assert cache.get_seq_length() == 5
 
 
+def test_the_shape_follows_a_model_that_was_cut():
+    m = small_model()
+    assert cache_shape(m)["num_layers"] == 2
+    m.model.layers = m.model.layers[:1]
+    m.config.num_hidden_layers = 1
+    assert cache_shape(m)["num_layers"] == 1
+
+
+def test_what_is_no_model_device_or_store_is_one_line():
+    m = small_model()
+    for use in cache_shape, KVCacheConfig().make_cache, KVCacheConfig().attach, optimizer(m).make_cache:
+        for bad in "llmopt-tiny", None, 7:
+            with pytest.raises(ConfigError, match="model must be a transformers model"):
+                use(bad)
+    for kw, text in (dict(device="gpu"), "device must be"), (dict(device=None), "device must be"):
+        with pytest.raises(ConfigError, match=text) as e:
+            optimizer(m, **kw)
+        assert "\n" not in str(e.value)
+    with pytest.raises(ConfigError, match="store must be a PrefixStore"):
+        optimizer(m, store="folder")
+
+
 def test_the_shape_of_a_model_that_cannot_read_a_token():
     "An encoder-decoder needs more: then the configuration has to do."
     size = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)

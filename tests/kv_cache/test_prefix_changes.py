@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers as T
 
-from helpers import random_ids, small_model, tiny
+from helpers import random_ids, small_config, small_model, tiny
+from llmopt.errors import UnsupportedModelError
 from llmopt.kv_cache import PrefixStore, SlabCache
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.prefix_key import model_key
@@ -177,6 +178,74 @@ def test_an_attention_function_replaced_under_its_name(tmp_path):
         m.set_attn_implementation("test_replaced")
         hits.append(fill(m, store)[0].hits)
     assert hits == [0, 4, 0]
+
+
+@pytest.fixture
+def fresh_class():
+    "A class of models that nobody has used in this process."
+
+    class Fresh(T.LlamaForCausalLM):
+        pass
+
+    torch.manual_seed(0)
+    return Fresh(small_config())
+
+
+def asks_for_attentions(m):
+    m.set_attn_implementation("eager")
+    m(IDS[:, :4], output_attentions=True, output_hidden_states=True)
+    m.set_attn_implementation("sdpa")
+
+
+def generates(m):
+    m.generate(IDS[:, :4], max_new_tokens=3, num_beams=2, pad_token_id=5)
+
+
+def is_packed(m):
+    with packed(m):
+        pass
+
+
+def sets_an_attribute_again(m):
+    attention = m.model.layers[0].self_attn
+    scaling = attention.scaling
+    del attention.scaling
+    attention.scaling = scaling
+
+
+@pytest.mark.parametrize("use", [asks_for_attentions, generates, is_packed, sets_an_attribute_again])
+def test_what_was_done_with_a_model_is_no_part_of_its_key(fresh_class, use):
+    "What transformers notes on a class at its first use, hooks of its own that stay, the order of attributes."
+    key = model_key(fresh_class, 16)
+    use(fresh_class)
+    assert model_key(fresh_class, 16) == key
+
+
+def test_other_hooks_of_the_same_model_are_still_seen(tmp_path):
+    m = small_model()
+    asks_for_attentions(m)
+    m.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match="has hooks"):
+        model_key(m, 16)
+
+
+def test_settings_that_round_products_are_part_of_the_key(monkeypatch):
+    "Both ways to set them, and what the libraries below read from the environment."
+    m, keys = small_model(), set()
+    keys.add(model_key(m, 16))
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    keys.add(model_key(m, 16))
+    monkeypatch.undo()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        keys.add(model_key(m, 16))
+        if hasattr(torch.backends.mkldnn, "matmul"):
+            torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+            keys.add(model_key(m, 16))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(keys) == 3 + hasattr(torch.backends.mkldnn, "matmul")
+    assert model_key(m, 16) in keys
 
 
 def test_the_same_model_twice_shares(tmp_path):

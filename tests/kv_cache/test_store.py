@@ -21,7 +21,6 @@ def test_the_oldest_go_first():
             sorted(p.name[:2] for p in Path(d).iterdir()), ["00", "01", *(f"{p}{i}" for p in (1, 2) for i in range(4))]
         )
         test_eq((s.bytes, s.counts["evicted"]), (1000, 2))
-        test_eq((s.write("big", bytes(1001), 10**10, 10**10), s.bytes), (0, 1000))  # larger than the store: all stays
         test_eq(oct(s.path("00").stat().st_mode & 0o777), "0o600")
 
 

@@ -7,12 +7,14 @@ import shutil
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from helpers import small_model
+from helpers import small_model, tiny
 from llmopt.errors import ConfigError, CorruptChunkError, LlmoptError
 from llmopt.kv_cache import EvictingCache, EvictionConfig, PrefixStore, SlabCache
 from llmopt.kv_cache.attention import packed
@@ -135,6 +137,84 @@ def test_all_damaged_and_vanishing_files(model, tmp_path):
     assert prefill(vanishing, model).computed == 6
 
 
+def test_layers_that_are_not_there_are_damage():
+    "The sum is right, the names are others."
+    from llmopt.kv_cache.store import _digest  # private: nobody else can write such a file
+
+    for tensors in dict(a=torch.ones(2), b=torch.ones(2)), dict(k0=torch.ones(2)), dict(k1=torch.ones(2)):
+        data = safetensors.torch.save(tensors | dict(sha256=_digest("name", tensors)))
+        with pytest.raises(CorruptChunkError, match="does not hold layers"):
+            unpack_chunk("name", data)
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "device", "loop", "huge"])
+def test_what_stands_under_the_name_of_a_chunk_and_is_none_is_not_opened(model, tmp_path, what):
+    "The chunk is computed, the others are loaded, and storing goes on."
+    store = PrefixStore(tmp_path, chunk=CHUNK)
+    prefill(store, model)
+    name = chunk_names(model_key(model, CHUNK, attention="packed"), prompt(CHUNK * 6 + 1)[0], CHUNK)[3]
+    path = store.path(name)
+    if what == "huge":
+        os.truncate(path, 2**31)  # sparse
+    else:
+        path.unlink()
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("this system has no pipes in folders")
+        os.mkfifo(path)
+    elif what != "huge":
+        path.symlink_to("/dev/zero" if what == "device" else path)
+    store.meet_at = 0
+    report = prefill(store, model)
+    assert (report.hits, report.computed, report.loader_error) == (5, 1, None) and store.writable
+    assert path.is_file() != (what == "folder") and path.is_symlink() is False
+    assert prefill(store, model).hits == (5 if what == "folder" else 6)
+    full = PrefixStore(tmp_path, chunk=CHUNK, max_bytes=30_000)
+    assert prefill(full, model, prompt(99, seed=2)).bytes_written > 0 and full.writable
+
+
+def test_files_from_a_time_that_has_not_come_are_the_oldest(model, tmp_path):
+    "A clock was wrong once: its files would never be deleted, and a full store take nothing any more."
+    store = PrefixStore(tmp_path, chunk=CHUNK, max_bytes=30_000)
+    prefill(store, model)
+    for p in tmp_path.iterdir():
+        os.utime(p, (time.time() + 10**8,) * 2)
+    again = PrefixStore(tmp_path, chunk=CHUNK, max_bytes=30_000)
+    assert [prefill(again, model, prompt(CHUNK * 6 + 1, seed=2)).hits for _ in range(2)] == [0, 6]
+
+
+def test_a_store_that_is_smaller_than_a_chunk_says_so(model, tmp_path):
+    store = PrefixStore(tmp_path, chunk=CHUNK, max_bytes=321)
+    said = said_by(lambda: [prefill(store, model) for _ in range(2)])
+    assert len(said) == 1 and "max_bytes=321" in said[0] and not [*tmp_path.iterdir()]
+
+
+def test_costs_of_a_few_models_are_remembered(tmp_path):
+    "A model that is trained has another key at every prefill."
+    m, store = small_model(), PrefixStore(tmp_path, chunk=CHUNK)
+    for _ in range(20):
+        m.lm_head.weight.data[0, 0] += 1
+        prefill(store, m, prompt(CHUNK + 1))
+    assert 0 < len(store.costs) <= 16
+
+
+def test_threads_share_a_store(model, tmp_path):
+    "Sixty prefills of five prompts by eight threads: the keys are always the same."
+    store, found = PrefixStore(tmp_path, chunk=CHUNK), {}
+
+    def keys(i):
+        cache = SlabCache(model.config)
+        store.prefill(model, cache, prompt(CHUNK * 4 + 1, seed=i % 5))
+        return i % 5, torch.cat([s.keys.flatten() for s in cache.slabs])
+
+    with ThreadPoolExecutor(8) as pool:
+        for i, k in pool.map(keys, range(60)):
+            assert torch.equal(found.setdefault(i, k), k)
+    assert store.stats()["hits"] > 100 and store.writable
+
+
 # the loader
 
 
@@ -225,7 +305,7 @@ def test_a_folder_without_access(model, tmp_path, monkeypatch):
     "No file can be looked at, and none made: as a folder of somebody else answers (also to a root user, here)."
     store, real = (
         PrefixStore(tmp_path / "locked", chunk=CHUNK),
-        {n: getattr(os, n) for n in ("stat", "open", "scandir")},
+        {n: getattr(os, n) for n in ("stat", "lstat", "open", "scandir")},
     )
 
     def deny(name):
@@ -324,7 +404,7 @@ def test_what_no_store_can_be_made_of(tmp_path):
     for kw in dict(max_bytes=0), dict(chunk=-1), dict(chunk=2.0), dict(chunk="128"), dict(salt=None):
         with pytest.raises(ConfigError):
             PrefixStore(tmp_path, **kw)
-    for folder in ("a\0b", 7, None):
+    for folder in ("a\0b", "", 7, None):
         with pytest.raises(ConfigError, match="folder must be a path"):
             PrefixStore(folder)
     import numpy as np
@@ -364,6 +444,10 @@ def test_what_cannot_be_restored_exactly_is_refused(model, tmp_path):
     ]:
         with pytest.raises(ConfigError, match=what):
             store.prefill(*args)
+    for what in None, "llmopt-tiny", tiny():
+        with pytest.raises(ConfigError, match="model must be a transformers model"):
+            store.prefill(what, new(), x)
+    assert store.prefill(model, new(), x.to(torch.uint8)).tokens == 32  # a small type of numbers is none of these
     dropping = small_model()
     dropping.model.layers[0].self_attn.attention_dropout = 0.5
     dropping.model.layers[0].self_attn.train()

@@ -8,28 +8,13 @@ import pytest
 import torch
 import transformers as T
 
+from helpers import small_model
 from llmopt.kv_cache.cache import SlabCache
 from llmopt.kv_cache.prefix_key import chunk_names, model_key
 from llmopt.kv_cache.restore import PrefixStore
 from llmopt.kv_cache.store import unpack_chunk
 
 CHUNK, LIMIT = 16, 70_000  # bytes: room for about 15 of the 30 chunks
-
-
-def make_model():
-    "The same model in every process."
-    torch.manual_seed(0)
-    return T.AutoModelForCausalLM.from_config(
-        T.LlamaConfig(
-            vocab_size=256,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-    ).eval()
 
 
 def prompt(seed, n=16 * 6 + 3):
@@ -48,7 +33,7 @@ def check(model, ids, cache):
 
 def work(folder, rounds=30):
     "Prefill a few prompts over and over; together they take more room than there is."
-    model, store = make_model(), PrefixStore(folder, LIMIT, CHUNK)
+    model, store = small_model(), PrefixStore(folder, LIMIT, CHUNK)
     for i in range(rounds):
         ids, cache = prompt(i % 5), SlabCache(model.config)
         store.meet_at = i % 3
@@ -56,17 +41,6 @@ def work(folder, rounds=30):
         check(model, ids, cache)
     assert store.writable, "stopped writing"
     assert store.stats()["evicted"], store.stats()
-
-
-def load(folder):
-    "Load what is there of each prompt: some of it is, and it is right."
-    model, hits = make_model(), 0
-    for seed in range(5):
-        cache, store = SlabCache(model.config), PrefixStore(folder, 10 * LIMIT, CHUNK)
-        store.meet_at = 0
-        hits += store.prefill(model, cache, prompt(seed)).loaded
-        check(model, prompt(seed), cache)
-    assert hits
 
 
 def die(folder):
@@ -84,7 +58,7 @@ def die(folder):
         rename(tmp, path)
 
     os.replace = replace
-    model = make_model()
+    model = small_model()
     PrefixStore(folder, LIMIT, CHUNK).prefill(model, SlabCache(model.config), prompt(99))
 
 
@@ -95,7 +69,7 @@ def start(what, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)},
     )
 
 
@@ -120,7 +94,7 @@ def test_half_a_file_is_never_a_chunk(folder):
     assert len([*folder.glob("*.tmp")]) == 1
     PrefixStore(folder).sweep(age=0)
     assert not [*folder.glob("*.tmp")]
-    model, ids = make_model(), prompt(99)
+    model, ids = small_model(), prompt(99)
     store = PrefixStore(folder, LIMIT, CHUNK)
     names = chunk_names(model_key(model, CHUNK, attention="packed"), ids[0], CHUNK)
     assert not store.path(names[2]).exists()
@@ -132,11 +106,15 @@ def test_half_a_file_is_never_a_chunk(folder):
 
 
 def test_what_one_process_wrote_another_loads(folder):
-    "A fresh process, for the tests before may have replaced functions of models here, which are part of a name."
-    process = start("load", folder)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    "Whatever tests have done in this process before: the names of chunks are those of a fresh one."
+    model, hits = small_model(), 0
+    for seed in range(5):
+        cache, store = SlabCache(model.config), PrefixStore(folder, 10 * LIMIT, CHUNK)
+        store.meet_at = 0
+        hits += store.prefill(model, cache, prompt(seed)).loaded
+        check(model, prompt(seed), cache)
+    assert hits
 
 
 if __name__ == "__main__":
-    dict(work=work, die=die, load=load)[sys.argv[1]](sys.argv[2])
+    dict(work=work, die=die)[sys.argv[1]](sys.argv[2])
