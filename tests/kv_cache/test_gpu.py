@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers as T
 
+from helpers import small_config
 from llmopt.kv_cache.attention import packed, reference_attention
 from llmopt.kv_cache.backends import backend
 from llmopt.kv_cache.budget import EvictionConfig
@@ -21,36 +22,17 @@ from llmopt.kv_cache.hybrid import HybridKVCacheOptimizer, cache_shape
 from llmopt.kv_cache.restore import PrefixStore
 from llmopt.kv_cache.slab import SimpleVAttention
 
-SMALL = dict(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=4096,
-    bos_token_id=0,
-    eos_token_id=3,
-    pad_token_id=5,
-)
+from . import test_equality
+from .test_equality import MODES, generate
+
+SMALL = dict(vocab_size=256, hidden_size=64, num_hidden_layers=3, max_position_embeddings=4096)
 CONFIGS = {
-    "llama": lambda: T.LlamaConfig(**SMALL),
-    "qwen3": lambda: T.Qwen3Config(**SMALL, head_dim=16),
-    "qwen3_mixed": lambda: T.Qwen3Config(
-        **SMALL, head_dim=16, sliding_window=16, use_sliding_window=True, max_window_layers=1
+    "llama": lambda: small_config("llama", **SMALL),
+    "qwen3": lambda: small_config("qwen3", **SMALL, head_dim=16),
+    "qwen3_mixed": lambda: small_config(
+        "qwen3", **SMALL, head_dim=16, sliding_window=16, use_sliding_window=True, max_window_layers=1
     ),
-    "gpt2": lambda: T.GPT2Config(
-        vocab_size=256, n_embd=64, n_layer=3, n_head=4, n_positions=4096, bos_token_id=0, eos_token_id=3, pad_token_id=5
-    ),
-}
-MODES = {
-    "greedy": dict(do_sample=False),
-    "sampling": dict(do_sample=True, temperature=1.3),
-    "beams": dict(do_sample=False, num_beams=3),
-    "several": dict(do_sample=True, num_return_sequences=3),
-    "prompt_lookup": dict(do_sample=False, prompt_lookup_num_tokens=3),
-    "chunked_prefill": dict(do_sample=False, prefill_chunk_size=7),
-    "padded": dict(do_sample=False),
+    "gpt2": lambda: small_config("gpt2", vocab_size=256, n_embd=64, n_layer=3, n_positions=4096, pad_token_id=5),
 }
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -74,26 +56,8 @@ def model_of(name="llama", dtype=torch.float32):
 
 
 def prompt(rows, n=20, seed=1):
-    "Token ids with repetitions, so that prompt lookup finds something."
-    ids = torch.randint(10, 250, (rows, n), generator=torch.Generator().manual_seed(seed))
-    ids[:, n // 2 : n // 2 + 6] = ids[:, :6]
-    return ids.cuda()
-
-
-def generate(model, cache, ids, mask, **kw):
-    torch.manual_seed(7)
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        max_new_tokens=14,
-        min_new_tokens=14,
-        pad_token_id=5,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **kw,
-    )
-    return out.sequences, torch.stack(out.logits).float()
+    "Token ids with repetitions, on the device."
+    return test_equality.prompt(rows, n, seed)[0].cuda()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -106,7 +70,7 @@ def test_generate_gives_what_it_gives_with_dynamic_cache(attention, name, mode, 
         pytest.skip("in bfloat16 the order of sums shows")
     model, ids = model_of(name, DTYPES[dtype]), prompt(1 if mode == "prompt_lookup" else 3)
     mask = torch.ones_like(ids)
-    if mode == "padded":
+    if mode.startswith("padded"):
         mask[1, :5] = 0
         mask[2, :11] = 0
     cache = SlabCache(model.config)
@@ -266,7 +230,7 @@ def test_a_budget_equals_full_attention_under_its_mask(policy, budget):
 
 def test_a_budget_gives_memory_back():
     "After a prompt, what is mapped are the pages of the budget; what the device reports agrees."
-    c = T.LlamaConfig(**{**SMALL, "hidden_size": 512, "max_position_embeddings": 2**15}, head_dim=128)
+    c = small_config("llama", **SMALL | dict(hidden_size=512, max_position_embeddings=2**15, head_dim=128))
     with torch.device("cuda"):
         model = T.AutoModelForCausalLM.from_config(c, dtype=torch.bfloat16).eval()
     ids, sizes = prompt(1, 20_000), {}

@@ -179,7 +179,7 @@ def test_a_forked_child_goes_on():
 def test_resizing_within_a_page_makes_no_call(monkeypatch):
     "Tokens one by one: calls to the system come with the pages, not with the tokens."
     r, calls = PagedRows(4, 100_000, 64, prefault=False), []
-    monkeypatch.setattr(PagedRows, "_advise", lambda *a: calls.append(a))
+    monkeypatch.setattr(PagedRows, "_advise", lambda *a: calls.append(a))  # private: each call to the system
     for n in range(10_000):
         r.resize(n)
     assert not calls
@@ -188,6 +188,7 @@ def test_resizing_within_a_page_makes_no_call(monkeypatch):
 @pytest.mark.parametrize("n", [1000, 2000, 4000])
 def test_copies_grow_with_the_tokens(n, monkeypatch):
     "Growing token by token copies each token about once: a buffer of twice the size each time."
+    # `_allocate` is private: each copy is counted
     copied, allocate = [], CopyingRows._allocate
     r = CopyingRows(1, 10_000, 4)
     monkeypatch.setattr(CopyingRows, "_allocate", lambda s, room: (copied.append(s.length), allocate(s, room)))
