@@ -34,12 +34,9 @@ def panels(
             kept, values = torch.arange(D, device=x.device).expand(B, D), x
         else:
             values = x.gather(1, kept)
-        y = F.embedding_bag(
-            (first + kept).flatten(0, 1),
-            table,
-            mode="sum",
-            per_sample_weights=values.expand(P, *values.shape).flatten(0, 1),
-        )
+        bags = (first + kept).flatten(0, 1)
+        factors = values.expand(P, *values.shape).flatten(0, 1)
+        y = F.embedding_bag(bags, table, mode="sum", per_sample_weights=factors)
         return y.view(P, B, width).transpose(0, 1).reshape(B, -1)[:, :N]
 
     return product
@@ -55,15 +52,15 @@ def _rows(w):
 
 
 def _own(w, kernel):
-    lin, all_ = SparseLinear(w, kernel=kernel), torch.arange(w.shape[1])
-    return lambda x: lin.sparse(x, all_)
+    layer, every = SparseLinear(w, kernel=kernel), torch.arange(w.shape[1])
+    return lambda x: layer.sparse(x, every)
 
 
 def _bags(w):
     return _own(w, "bags")
 
 
-def _axpy_all(w):
+def _axpy(w):
     return _own(w, "axpy")
 
 
@@ -77,11 +74,11 @@ def _mkl(w):
     return lambda x: torch.ops.mkl._mkl_linear(x, packed, w, None, len(x))
 
 
-DENSE = dict(linear=_linear, rows=_rows, bags=_bags, axpy=_axpy_all, panels=panels, onednn=_onednn, mkl=_mkl)
+DENSE = dict(linear=_linear, rows=_rows, bags=_bags, axpy=_axpy, panels=panels, onednn=_onednn, mkl=_mkl)
 
 # %% ../../nbs/10_benchmark/09_larosa_products.ipynb #0adc4b31
 def dense_ways(
-    dtype,  # of the weights
+    dtype: torch.dtype,  # of the weights
 ) -> list:
     "Names in `DENSE` that this machine and this torch have for `dtype`."
     have = dict(
@@ -89,81 +86,74 @@ def dense_ways(
         onednn=torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"),
         mkl=dtype == torch.float32 and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"),
     )
-    return [k for k in DENSE if have.get(k, True)]
+    return [name for name in DENSE if have.get(name, True)]
 
 # %% ../../nbs/10_benchmark/09_larosa_products.ipynb #f2b3acf6
-def _matrices(D, N, dtype, nbytes):
-    "Weights (N, D) of at least `nbytes` together, two or more, and an input for each."
+def _matrices(D, N, dtype, n_bytes):
+    "Weights (N, D) of at least `n_bytes` together, two or more, and an input for each."
     w, gen = torch.randn(N, D).to(dtype), torch.Generator().manual_seed(1)
-    n = max(2, math.ceil(nbytes / w.nbytes))
+    n = max(2, math.ceil(n_bytes / w.nbytes))
     return [w.roll(i, 0) for i in range(n)], [torch.randn(1, D, generator=gen).to(dtype) for _ in range(n)]
 
 
-def _each(products, xs):
-    return lambda: [f(x) for f, x in zip(products, xs)]
+def _each(products, *inputs):
+    "A function that computes all of the products, each of its own inputs."
+    return lambda: [product(*its) for product, *its in zip(products, *inputs)]
 
 
-def _sparse_arms(ws, xs, sparsities):
-    "`name -> function`: rows and panels at each sparsity, channels chosen before, and the choosing by itself."
-    tables, arms, kernels = [panels(w) for w in ws], {}, ["bags"] + ["axpy"] * ("axpy" in dense_ways(ws[0].dtype))
-    lins = {k: [SparseLinear(w, kernel=k) for w in ws] for k in kernels}
+def _sparse_variants(ws, xs, sparsities):
+    "`'name sparsity' -> function`: sparse products, whose channels are chosen before, and the choosing by itself."
+    kernels = ["bags"] + ["axpy"] * ("axpy" in dense_ways(ws[0].dtype))
+    products = {name: [SparseLinear(w, kernel=name).sparse for w in ws] for name in kernels}
+    products["panels"] = [panels(w) for w in ws]
+    variants = {}
     for s in sparsities:
         k = round((1 - s) * xs[0].shape[-1])
-        chosen = [topk_channels(x, k) for x in xs]
-        for name, ls in lins.items():
-            arms[f"{name} {s:g}"] = _each([lambda x, l=l, c=c: l.sparse(x, c) for l, c in zip(ls, chosen)], xs)
-        arms[f"panels {s:g}"] = _each([lambda x, t=t, c=c: t(x, c) for t, c in zip(tables, chosen)], xs)
-        arms[f"select {s:g}"] = _each([lambda x, k=k: topk_channels(x, k)] * len(xs), xs)
-    return arms
+        kept = [topk_channels(x, k) for x in xs]
+        for name, each in products.items():
+            variants[f"{name} {s:g}"] = _each(each, xs, kept)
+        variants[f"select {s:g}"] = _each([topk_channels] * len(xs), xs, [k] * len(xs))
+    return variants
+
+# %% ../../nbs/10_benchmark/09_larosa_products.ipynb #c199a56d
+def _row(variant, times, n, read_rate, about):
+    "One row: times of one product, `n` of which were timed together, bytes, and ratios within the rounds."
+    name, _, sparsity = variant.partition(" ")
+    D, itemsize, seconds = about["D"], getattr(torch, about["dtype"]).itemsize, times[variant]
+    k = round((1 - float(sparsity or 0)) * D)
+    n_bytes = 0 if name == "select" else product_bytes(D, about["N"], k, itemsize)
+    rate = n_bytes * n / statistics.median(seconds)
+
+    def ratio(other):
+        return statistics.median(o / t for o, t in zip(times[other], seconds))
+
+    return dict(
+        **about,
+        arm=name,
+        sparsity=float(sparsity) if sparsity and name != "select" else None,
+        k=k,
+        **timing_stats([t / n for t in seconds]),
+        bytes=n_bytes,
+        gb_per_s=rate / 1e9,
+        read_gb_per_s=read_rate / 1e9,
+        share_of_read=rate / read_rate,
+        vs_best_dense=ratio(about["best_dense"]),
+        vs_linear=ratio("linear"),
+    )
 
 # %% ../../nbs/10_benchmark/09_larosa_products.ipynb #6fa5fb74
 @torch.inference_mode()
-def _kernel_rows(D, N, dtype, n_threads, sparsities, rounds, nbytes):
+def _kernel_rows(D, N, dtype, n_threads, sparsities, rounds, n_bytes):
     "Rows of one shape, precision and number of threads."
     dt = getattr(torch, dtype)
-    ws, xs = _matrices(D, N, dt, nbytes)
+    ws, xs = _matrices(D, N, dt, n_bytes)
     dense = {way: _each([DENSE[way](w) for w in ws], xs) for way in dense_ways(dt)}
     with torch_threads(n_threads):
-        times = time_interleaved(dense | _sparse_arms(ws, xs, sparsities) | dict(read=bandwidth_probe()), rounds)
-    read, n = 2**28 / statistics.median(times.pop("read")), len(ws)
+        times = time_interleaved(dense | _sparse_variants(ws, xs, sparsities) | dict(read=bandwidth_probe()), rounds)
+    read_rate = 2**28 / statistics.median(times.pop("read"))
     best = min(dense, key=lambda way: statistics.median(times[way]))
-    return [
-        _row(
-            arm,
-            ts,
-            times[best],
-            times["linear"],
-            n,
-            read,
-            dict(D=D, N=N, dtype=dtype, threads=n_threads, best_dense=best),
-            dt.itemsize,
-        )
-        for arm, ts in times.items()
-    ]
-
-# %% ../../nbs/10_benchmark/09_larosa_products.ipynb #c199a56d
-def _row(arm, ts, best, linear, n, read, about, itemsize):
-    "One row: times of one product, bytes, and ratios of the same round."
-    kind, s = arm.split() if " " in arm else (arm, None)
-    k = about["D"] if s is None else round((1 - float(s)) * about["D"])
-    nbytes = 0 if kind == "select" else product_bytes(about["D"], about["N"], k, itemsize)
-    ratio, rate = (
-        (lambda other: statistics.median(o / t for o, t in zip(other, ts))),
-        nbytes * n / statistics.median(ts),
-    )
-    return dict(
-        **about,
-        arm=kind,
-        sparsity=None if s is None or kind == "select" else float(s),
-        k=k,
-        **timing_stats([t / n for t in ts]),
-        bytes=nbytes,
-        gb_per_s=rate / 1e9,
-        read_gb_per_s=read / 1e9,
-        share_of_read=rate / read,
-        vs_best_dense=ratio(best),
-        vs_linear=ratio(linear),
-    )
+    about = dict(D=D, N=N, dtype=dtype, threads=n_threads, best_dense=best)
+    return [_row(variant, times, len(ws), read_rate, about) for variant in times]
 
 # %% ../../nbs/10_benchmark/09_larosa_products.ipynb #94103c68
 def benchmark_kernel(
@@ -171,10 +161,10 @@ def benchmark_kernel(
     sparsities=(0.25, 0.4, 0.5, 0.6, 0.75),
     dtypes=("bfloat16", "float32"),
     n_threads=(1, 2),
-    rounds: int = 15,  # timed turns of each way
-    nbytes: int = 2**28,  # of weights that each way goes through in a turn
-) -> list:  # of dict: `arm`, times in ms of one product, bytes, ratios
-    "Time one-token products, every dense way and sparse ones, in turn; `vs_…` above 1 is quicker than that."
+    rounds: int = 15,  # timed turns of each variant
+    nbytes: int = 2**28,  # of weights that each variant goes through in a turn
+) -> list:  # of dict: `arm` (the variant), times in ms of one product, bytes, ratios
+    "Time products of one token in turn, dense and sparse; `vs_linear=2.0` is twice as fast as `F.linear`."
     return [
         row
         for D, N in shapes

@@ -52,7 +52,11 @@ def _own_steps(model, context, sparsities, best):
     return steps | {f"sparse {s:g}": lambda s=s: sparse(s) for s in (0.0, *sparsities)}
 
 
-def step_variants(model, context: int, sparsities):  # `name -> function`, and the name of the best dense product
+def step_variants(
+    model,  # what `step_model` returned
+    context: int,  # tokens in the cache
+    sparsities,  # beside 0
+) -> tuple:  # `name -> function`, and the name of the best dense product
     "Everything that is timed: stock transformers, our loop, and the model that `generate` runs."
     mlp = model.model.layers[0].mlp
     best = fastest_dense(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))

@@ -5,71 +5,67 @@ import torch
 from fastcore.test import test_eq
 from transformers import DynamicCache
 from llmopt.benchmark.clock import fill_random_kv
+from llmopt.benchmark.larosa_decode_step import *
 from llmopt.benchmark.larosa_products import DENSE
 from llmopt.larosa.products import keep_channels
 from llmopt.larosa.selection import topk_channels
 from llmopt.larosa.sparse_linear import SparseLinear
-from llmopt.benchmark.larosa_decode_step import *
 
 
 def tiny_step(dtype="float64"):
     "A tiny model with gains that are not 1, a filled cache, and a step over the same cache."
     model = step_model(32, 2, 48, 4, 2, 100, dtype)
-    for n, p in model.named_parameters():
-        if "norm" in n:
+    for name, p in model.named_parameters():
+        if "norm" in name:
             p.data.uniform_(0.5, 2)
     cache = fill_random_kv(DynamicCache(config=model.config), model.config, 7, model.dtype)
 
     def step(make):
-        s = DecodeStep(model, make, 7)
-        for i, l in enumerate(cache.layers):
-            s.keys[i, :, :, :7], s.values[i, :, :, :7] = l.keys[:, :, :7], l.values[:, :, :7]
-        return s
+        new = DecodeStep(model, make, 7)
+        for i, layer in enumerate(cache.layers):
+            new.keys[i, :, :, :7], new.values[i, :, :, :7] = layer.keys[:, :, :7], layer.values[:, :, :7]
+        return new
 
     return model, cache, step
 
 
-def masked(level):
+def masked(sparsity):
     "A hook that keeps the largest inputs."
 
     def hook(module, args):
         (x,) = args
-        kept = topk_channels(x, round((1 - level) * x.shape[-1]))
+        kept = topk_channels(x, round((1 - sparsity) * x.shape[-1]))
         return (keep_channels(x, kept),)
 
     return hook
 
 
 def test_steps_equal_those_of_transformers():
-    """Dense steps must give the logits of `transformers`. For sparse ones the reference is `transformers`, too, with
-    a hook before each linear layer that sets all but the largest inputs to zero: seven selections and masks
-    instead of four, but on the same inputs, so they keep the same."""
+    "Dense steps have the logits of transformers:"
     model, filled, step = tiny_step()
-    runs = {way: step(DENSE[way])(5) for way in ("linear", "rows", "panels")}
-    runs["sparse 0"] = step(SparseLinear)(5)
+    logits = {way: step(DENSE[way])(5) for way in ("linear", "rows", "panels")}
+    logits["sparse 0"] = step(SparseLinear)(5)
     with torch.no_grad():
         want = model(torch.tensor([[5]]), past_key_values=filled).logits[:, 0]
-    for k, v in runs.items():
-        assert (v - want).abs().max() < 1e-6, k
+    for name, found in logits.items():
+        assert (found - want).abs().max() < 1e-6, name
 
 
 def test_sparse_steps_equal_masked_ones():
-    """Dense steps must give the logits of `transformers`. For sparse ones the reference is `transformers`, too, with
-    a hook before each linear layer that sets all but the largest inputs to zero: seven selections and masks
-    instead of four, but on the same inputs, so they keep the same."""
+    "Sparse steps have those of transformers with masked inputs:"
     model, filled, step = tiny_step()
-    s = step(SparseLinear)
-    s.head, s.sparsity = model.lm_head, 0.4
-    for n, m in model.named_modules():
-        if n.endswith("_proj"):
-            m.register_forward_pre_hook(masked(0.4))
+    ours = step(SparseLinear)
+    ours.head, ours.sparsity = model.lm_head, 0.4
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(masked(0.4))
     with torch.no_grad():
         want, dense = model(torch.tensor([[5]]), past_key_values=filled).logits[:, 0], step(DENSE["linear"])(5)
-        assert (s(5) - want).abs().max() < 1e-6 < (dense - want).abs().max()
+        assert (ours(5) - want).abs().max() < 1e-6 < (dense - want).abs().max()
 
 
 def test_bytes_of_a_step():
-    "The bound: bytes of all products, the head, and the cache."
+    "And `decode_bytes` counts every weight but the embedding and the gains:"
     model, filled, _ = tiny_step("float32")
     weights = sum(p.nbytes for n, p in model.named_parameters() if "norm" not in n and "embed" not in n)
     test_eq(decode_bytes(model.config, 0, 4), weights + 2 * 2 * 2 * 8 * 4)

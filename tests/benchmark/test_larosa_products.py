@@ -11,10 +11,7 @@ from llmopt.benchmark.larosa_products import *
 
 
 def test_dense_ways_agree():
-    """Are panels a layout for sparse products as well? The function takes `kept`, so that the benchmark can tell.
-    There is reason for doubt: it skips channels within the panel, at random, and the prefetcher of the processor,
-    which reads ahead in blocks, then fetches much of what was skipped. In long rows little is fetched in vain,
-    but the generated kernel works through them 384 numbers at a time, at places far apart."""
+    "All ways compute the same product:"
     for dt, eps in ((torch.float32, 1e-3), (torch.bfloat16, 0.3)):
         w, x = torch.randn(400, 96).to(dt), torch.randn(1, 96).to(dt)
         assert {"linear", "rows", "bags", "panels"} <= set(dense_ways(dt))
@@ -30,16 +27,11 @@ def test_kernel_benchmark():
     "A small run shows what comes out; its times mean nothing."
     rows = benchmark_kernel([(32, 64)], (0.5,), ("float32", "bfloat16"), (1,), rounds=3, nbytes=2**14)
     table = pd.DataFrame(rows)
-    assert (
-        set(table.arm) >= {"linear", "rows", "bags", "panels", "select"}
-        and (table[table.sparsity.notna()].arm.value_counts() == 2).all()
-        and (table.median_ms > 0).all()
-    )
-    for _, g in table.groupby("dtype"):
-        best = g[g.sparsity.isna() & (g.arm != "select")].sort_values("median_ms").iloc[0]
-        test_eq(best.arm, best.best_dense)
-        test_eq(best.vs_best_dense, 1.0)
+    assert set(table.arm) >= {"linear", "rows", "bags", "panels", "select"} and (table.median_ms > 0).all()
+    assert (table[table.sparsity.notna()].arm.value_counts() == 2).all()
+    for _, group in table.groupby("dtype"):
+        best = group[group.sparsity.isna() & (group.arm != "select")].sort_values("median_ms").iloc[0]
+        test_eq((best.arm, best.vs_best_dense), (best.best_dense, 1.0))
     sparse = table[(table.arm == "bags") & (table.sparsity == 0.5) & (table.dtype == "float32")].iloc[0]
-    test_eq(sparse.k, 16)
-    test_eq(sparse.bytes, product_bytes(32, 64, 16, 4))
+    test_eq((sparse.k, sparse.bytes), (16, product_bytes(32, 64, 16, 4)))
     test_close(sparse.share_of_read, sparse.bytes / (sparse.median_ms / 1000) / 1e9 / sparse.read_gb_per_s, eps=1e-9)
