@@ -90,10 +90,10 @@ VARIANTS = {
     "random rotation": dict(rotation="random"),
     "published": dict(allocation="published"),
     "published, adapters free": dict(allocation="published", net=False),
-    "neutral levels": {},
+    "neutral allocation": {},
     "basis for each block": dict(rotation="block"),
     "one basis": dict(rotation="model"),
-    "measured levels": OURS | dict(rotation="model", heads=False),
+    "measured allocation": OURS | dict(rotation="model", heads=False),
     "values rotated": OURS | dict(rotation="model"),
     "basis learned": OURS,
     "+ first 4 tokens dense": OURS | dict(first=4),
@@ -206,7 +206,7 @@ def measure(
     base, other = (x[:, :-1].flatten(0, 1) for x in (self.reference, logprobs))
     f = fidelity(base, other, self.test[:, 1:].flatten())
     return dict(
-        arm=name,
+        arm=name,  # the key of the committed files
         p=p,
         skipped=skipped,
         net=net,

@@ -28,8 +28,7 @@ def test_sparse_answers():
 
 
 def test_benchmark_larosa():
-    """`quick` takes shapes and texts that are done in seconds. It shows that all parts run; its numbers say nothing
-    about your machine."""
+    "A quick run has all tables, and a target holds what they say."
     r = benchmark_larosa(quick=True)
     test_eq([*r], ["targets", "kernel", "step", "ablation", "answers"])
     test_eq([x["arm"] for x in r["answers"]], ["dense", "top-k", "published", "basis learned"])

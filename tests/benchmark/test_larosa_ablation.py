@@ -29,7 +29,7 @@ def random_model():
 
 
 def test_baselines():
-    "On the text it was made from, a threshold drops what it should, and top-k drops it in every token."
+    "On the text that it was made from, a threshold drops what it should, and top-k drops it in every token."
     model, ids = random_model()
     cut = thresholds(model, ids, 0.3)
     for rule in (
@@ -42,13 +42,12 @@ def test_baselines():
 
 
 def test_ablation():
-    """The variants do not wait for each other, so several processes can share them, each with one thread. They are
-    started afresh and get the ablation once."""
+    "With nothing skipped nothing is lost, but the adapters of the published method have to be paid even then."
     model, ids = random_model()
     small = Ablation(model, ids[:8], ids[8:])
     r = small.measure("basis learned", 0.5)
     assert r["kl"] > 1e-3 and abs(r["net"] - 0.5) < 0.01
     assert small.measure("basis learned", 0.0)["kl"] < 1e-5
-    assert small.measure("neutral levels", 0.0)["skipped"] > 0  # its adapters are not free
+    assert small.measure("neutral allocation", 0.0)["skipped"] > 0  # its adapters are not free
     with expect_fail(ConfigError, "unknown variant"):
         small.measure("magic", 0.5)
