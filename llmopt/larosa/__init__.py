@@ -51,6 +51,7 @@ from llmopt.larosa.sparsify import (
 )
 
 # %% ../../nbs/03_larosa/index.ipynb #dbc5af7e
+# Longer than forty lines: a list of names, one a line, so that a change of one is a change of one line.
 _all_ = [
     "BUNDLED",
     "BasisChange",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..errors import ConfigError
 from .selection import compiled
@@ -26,10 +27,10 @@ try:
 except ImportError:
     numba = None
 
-# %% ../../nbs/03_larosa/02_axpy.ipynb #0a411ffb
+# %% ../../nbs/03_larosa/02_axpy.ipynb #10eeb250
 LANES, AHEAD = 16, 512  # numbers in a vector, bytes to fetch ahead
 
-# %% ../../nbs/03_larosa/02_axpy.ipynb #10eeb250
+
 class _RowLoop:
     "Writes LLVM code that adds rows, each times its input, to outputs."
 
@@ -65,31 +66,37 @@ class _RowLoop:
         rows, offset = b.bitcast(self.rows.data, self.byte_pointer), b.mul(at, int64(self.size))
         return [b.gep(rows, [b.add(b.mul(c, stride), offset)]) for c in channels]
 
-    def input_of(self, channel):
-        "The input of a channel, in every lane."
-        b, int32 = self.b, self.int32
-        value = self.load(self.x.data, channel)
-        if self.pairs:
-            value = b.bitcast(b.shl(b.zext(value, int32), int32(16)), self.number)
-        one = b.insert_element(ir.Constant(self.vector, ir.Undefined), value, int32(0))
-        return b.shuffle_vector(one, one, ir.Constant(self.ints, [0] * LANES))
+# %% ../../nbs/03_larosa/02_axpy.ipynb #10eeb252
+@patch
+def input_of(self: _RowLoop, channel):
+    "The input of a channel, in every lane."
+    b, int32 = self.b, self.int32
+    value = self.load(self.x.data, channel)
+    if self.pairs:
+        value = b.bitcast(b.shl(b.zext(value, int32), int32(16)), self.number)
+    one = b.insert_element(ir.Constant(self.vector, ir.Undefined), value, int32(0))
+    return b.shuffle_vector(one, one, ir.Constant(self.ints, [0] * LANES))
 
-    def outputs(self, at):
-        "Addresses of the outputs from column `at` on; of even and of odd ones for pairs."
-        b = self.b
-        half = b.udiv(cgutils.unpack_tuple(b, self.y.strides)[0], self.int64(self.size))
-        places = [b.gep(self.y.data, [at]), b.gep(self.y.data, [b.add(at, half)])]
-        return places if self.pairs else places[:1]
 
-    def weights(self, pointer):
-        "The weights at `pointer`: one vector, or those of even and of odd outputs."
-        b = self.b
-        w = b.load(b.bitcast(pointer, (self.ints if self.pairs else self.vector).as_pointer()), align=self.size)
-        if not self.pairs:
-            return [w]
-        even = b.shl(w, ir.Constant(self.ints, [16] * LANES))
-        odd = b.and_(w, ir.Constant(self.ints, [0xFFFF0000] * LANES))
-        return [b.bitcast(even, self.vector), b.bitcast(odd, self.vector)]
+@patch
+def outputs(self: _RowLoop, at):
+    "Addresses of the outputs from column `at` on; of even and of odd ones for pairs."
+    b = self.b
+    half = b.udiv(cgutils.unpack_tuple(b, self.y.strides)[0], self.int64(self.size))
+    places = [b.gep(self.y.data, [at]), b.gep(self.y.data, [b.add(at, half)])]
+    return places if self.pairs else places[:1]
+
+
+@patch
+def weights(self: _RowLoop, pointer):
+    "The weights at `pointer`: one vector, or those of even and of odd outputs."
+    b = self.b
+    w = b.load(b.bitcast(pointer, (self.ints if self.pairs else self.vector).as_pointer()), align=self.size)
+    if not self.pairs:
+        return [w]
+    even = b.shl(w, ir.Constant(self.ints, [16] * LANES))
+    odd = b.and_(w, ir.Constant(self.ints, [0xFFFF0000] * LANES))
+    return [b.bitcast(even, self.vector), b.bitcast(odd, self.vector)]
 
 # %% ../../nbs/03_larosa/02_axpy.ipynb #0a411fc3
 def _add_columns(loop, outs, inputs, starts, first, last, ahead=None):

@@ -61,7 +61,7 @@ def _ends(eos):
         return ()
     return [_whole("eos", e) for e in (eos if isinstance(eos, Iterable) else [eos])]
 
-
+# %% ../../nbs/03_larosa/12_self_speculation.ipynb #b0789876
 @torch.inference_mode()
 def self_draft(
     model,  # a sparsified model

@@ -43,7 +43,7 @@ def _choose_kernel(dtype, name):
         raise ConfigError("kernel axpy takes bfloat16, float32 and float64, not float16")
     return name
 
-
+# %% ../../nbs/03_larosa/04_sparse_linear.ipynb #a4fef026
 def _huge(D, N, like):
     """Memory of (D, N) numbers of the type and device of `like`. On a CPU it begins at a cache line, and is in huge
     pages if the system has them."""

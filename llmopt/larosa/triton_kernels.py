@@ -128,7 +128,8 @@ def _product_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    # Longer than forty lines: Triton runs one function in one launch, and loads must be issued in this order.
+    # Longer than forty lines: a launch runs one kernel, whose arguments alone are fifteen, and loads must be issued in
+    # this order.
     block, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, i = block * BLOCK_N + tl.arange(0, BLOCK_N), UNROLL * tl.arange(0, ROWS)[:, None] + tl.arange(0, UNROLL)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -142,24 +143,14 @@ def _product_kernel(
     if SPLIT == 1:
         finish(tl.sum(total, 0), residual, y, b, block * BLOCK_N, N, GATED, BLOCK_N)
     else:
-        mine, counter, some = (
-            partial + b * split * N,
-            counters + b * tl.num_programs(0) + block,
-            tl.arange(0, SPLIT)[:, None],
-        )
+        mine, counter = partial + b * split * N, counters + b * tl.num_programs(0) + block
         tl.store(mine + s * N + n, tl.sum(total, 0), mask=n < N)
         tl.debug_barrier()  # all threads have stored
         if tl.atomic_add(counter, 1, sem="acq_rel") == split - 1:  # this program is the last at its block
-            out = tl.sum(
-                tl.load(
-                    mine + some * N + n[None, :],
-                    mask=(some < split) & (n < N)[None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                ),
-                0,
-            )
-            finish(out, residual, y, b, block * BLOCK_N, N, GATED, BLOCK_N)
+            some = tl.arange(0, SPLIT)[:, None]
+            there = (some < split) & (n < N)[None, :]
+            sums = tl.load(mine + some * N + n[None, :], mask=there, other=0.0, cache_modifier=".cg")
+            finish(tl.sum(sums, 0), residual, y, b, block * BLOCK_N, N, GATED, BLOCK_N)
             tl.store(counter, 0)
 
 # %% ../../nbs/03_larosa/03_triton_kernels.ipynb #c6c36f0a

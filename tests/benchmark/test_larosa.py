@@ -11,8 +11,7 @@ from llmopt.benchmark.larosa import *
 
 
 def test_sparse_answers():
-    """At sparsity 0 nothing changes; and the more is skipped, the further the model is from the dense one. Its first
-    token follows a prompt that was read dense, so it loses nothing:"""
+    "At sparsity 0 nothing changes, and the more is skipped, the further the model is from the dense one."
     lm = load(TINY, "cpu", dtype="float32")
     rows = read_texts()[:1]
     calibration = windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16)

@@ -65,7 +65,7 @@ def test_sparse_steps_equal_masked_ones():
 
 
 def test_bytes_of_a_step():
-    "And `decode_bytes` counts every weight but the embedding and the gains:"
+    "`decode_bytes` counts every weight but the embedding and the gains:"
     model, filled, _ = tiny_step("float32")
     weights = sum(p.nbytes for n, p in model.named_parameters() if "norm" not in n and "embed" not in n)
     test_eq(decode_bytes(model.config, 0, 4), weights + 2 * 2 * 2 * 8 * 4)

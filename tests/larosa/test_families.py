@@ -4,23 +4,20 @@
 import transformers as T
 import torch
 from fastcore.test import expect_fail, test_eq
+from llmopt.larosa.families import *
 from torch import nn
 from llmopt.errors import UnsupportedModelError
-from llmopt.larosa.families import *
 
 
 def test_a_family_that_is_not_known():
-    """A model that is not in this table is refused by name. So are weights that cannot be rotated: quantized ones,
-    adapters wrapped around linear maps, models that lie on several devices, and those that are converted already."""
+    "The error names what is known."
     bloom = T.AutoModelForCausalLM.from_config(T.BloomConfig(vocab_size=96, hidden_size=16, n_layer=1, n_head=2))
     with expect_fail(UnsupportedModelError, "cannot convert 'bloom' models; it knows llama, mistral"):
         family(bloom)
 
 
 def test_inputs_are_seen():
-    """To choose a rotation, we have to see what goes into parts of the model. `watch_inputs` passes every input on
-    to a function, for as long as it is open, and only what this thread computes: another thread may use the same
-    model meanwhile, and its text is no business of ours."""
+    "Inputs are seen as long as the block is open."
     linear, seen = nn.Linear(3, 2), []
     with watch_inputs(dict(a=linear), lambda key, x: seen.append((key, x.shape))):
         linear(torch.ones(5, 3))

@@ -19,11 +19,7 @@ def test_pieces():
 
 
 def test_how_many_pieces():
-    """How many pieces? With one token, as many as there are threads: the longer the pieces, the better. Several
-    tokens keep different channels, and their bags of the same piece come one after the other. So a row that two
-    tokens share can still be in a cache, if the piece is short enough for all its rows to fit: about 768 numbers.
-    If `N` has no such divisor, we take the one that loads the threads most evenly. Rows are padded to a multiple
-    of 64 numbers, so that there are divisors."""
+    "One token has a piece for each thread, and several tokens have short pieces."
     test_eq([n_pieces(11008, t) for t in (1, 2, 4, 8)], [1, 2, 4, 43])
     test_eq(n_pieces(64, 16), 1)
     test_eq(n_pieces(8192, 2, batch=4), 8)

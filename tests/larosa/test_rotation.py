@@ -10,20 +10,18 @@ from llmopt.errors import ModelError
 
 
 def test_what_a_norm_does_before_its_gain():
-    """LayerNorm also subtracts the mean. That is a linear map, $M = I-\\frac1D\\mathbb 1\\mathbb 1^\\top$, so those
-    who *write* the stream can do it: once every embedding and every written vector has mean zero, LayerNorm is
-    RMSNorm. Its bias $\\beta$ goes to the readers as $W\\beta$ (Ashkboos et al., *SliceGPT*, [arXiv
-    2401.15024](https://arxiv.org/abs/2401.15024), section 3)."""
+    "Without its gain and bias, a LayerNorm is `gain_free`, which commutes with a rotation once the mean is gone."
     torch.manual_seed(0)
     x, q = torch.randn(3, 8, dtype=torch.float64), torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     plain, gained = nn.LayerNorm(8, dtype=torch.float64), nn.LayerNorm(8, dtype=torch.float64)
     gained.weight.data.uniform_(0.5, 2)
     test_close(gain_free(x, gained), plain(x).detach(), 1e-9)
+    centred, rms = x - x.mean(-1, keepdim=True), nn.RMSNorm(8, eps=plain.eps, elementwise_affine=False)
+    test_close(gain_free(x, plain) @ q, rms(centred @ q), 1e-9)
 
 
 def test_a_converted_model_is_the_same_model():
-    """The logits are those of the plain model up to rounding: here in float32; in float64 they agree to $10^{-9}$
-    for every family and every rotation, with a KV cache and without (`tests/larosa/test_exactness.py`)."""
+    "Here the logits of the converted model are those of the plain one up to rounding in float32."
     lm = load(TINY, "cpu")
     ids = torch.tensor([lm.encode_chat([user("Why is the sky blue, and why is it red in the evening?")])])
     with torch.inference_mode():

@@ -9,8 +9,7 @@ from llmopt.larosa.self_speculation import *
 
 
 def test_self_draft():
-    """The text is that of dense greedy decoding, token for token; with nothing dropped, every draft is right.
-    (`tests/larosa/test_lossless.py` has every family, and every length of draft.)"""
+    "The text is that of dense greedy decoding, token for token; with nothing dropped, every draft is right."
     lm = load(TINY, "cpu")
     x = torch.tensor([lm.encode_chat([user("Why is the sky blue?")])])
     want = lm.model.generate(

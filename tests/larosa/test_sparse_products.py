@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from llmopt.benchmark.clock import torch_threads
 from llmopt.errors import ConfigError
 from llmopt.larosa.axpy import axpy_product, numba
-from llmopt.larosa.products import bag_product, n_pieces
+from llmopt.larosa.products import bag_product, n_pieces, product_bytes
 from llmopt.larosa.selection import select_by_sorting, topk_channels
 from llmopt.larosa.sparse_linear import SparseLinear
 
@@ -96,3 +97,70 @@ def test_a_channel_out_of_range_is_the_same_error_for_every_kernel(kernel):
     for channel in (12, -1):
         with pytest.raises(ConfigError, match="out of range: there are 12 channels"):
             layer.sparse(torch.randn(2, 12), torch.full((2, 1), channel))
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype, eps", [(torch.float32, 1e-3), (torch.float64, 1e-10), (torch.bfloat16, 0.3)])
+def test_both_kernels_compute_the_same_in_every_precision(dtype, eps):
+    rows = torch.randn(90, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for B, k, n in ((1, 0, 1), (1, 5, 2), (3, 90, 1), (4, 47, 2)):
+        x = torch.randn(B, 90, generator=torch.Generator().manual_seed(k)).to(dtype)
+        kept = topk_channels(x, k)
+        want = bag_product(rows, kept, x.gather(1, kept))
+        with torch_threads(n):
+            for threads in (1, 2, 4):
+                assert (axpy_product(rows, kept, x, threads) - want).abs().max() <= eps
+
+
+@needs_numba
+def test_long_sums_in_bfloat16_are_rounded_once_and_keep_nan():
+    torch.manual_seed(0)
+    w, x = torch.randn(64, 4096).bfloat16(), torch.randn(1, 4096).bfloat16()
+    want = (x.double() @ w.double().t()).bfloat16().double()
+    got = SparseLinear(w, kernel="axpy").sparse(x, torch.arange(4096)).double()
+    assert (got - want).abs().max() <= 1.1  # one place of bfloat16 at this size
+    x[0, 7] = float("nan")
+    assert SparseLinear(w).sparse(x, torch.arange(10)).isnan().all()
+
+
+@pytest.mark.skipif(numba is not None, reason="numba is installed")
+def test_the_error_without_numba_says_how_to_install_it():
+    with pytest.raises(ConfigError, match="pip install numba"):
+        SparseLinear(torch.randn(3, 4), kernel="axpy")
+
+
+@pytest.mark.parametrize(
+    "weight, bias, message",
+    [
+        (torch.ones(12), None, "out_features, in_features"),
+        (torch.ones(20, 12, dtype=torch.int8), None, "quantized"),
+        (torch.ones(20, 12).to(torch.float8_e4m3fn), None, "quantized"),
+        (torch.ones(20, 12), torch.zeros(12), "bias must be"),
+    ],
+)
+def test_a_weight_that_has_no_sparse_product_is_refused(weight, bias, message):
+    with pytest.raises(ConfigError, match=message):
+        SparseLinear(weight, bias)
+
+
+def test_a_layer_refuses_tensors_that_do_not_fit_together():
+    layer, x, kept = SparseLinear(torch.ones(20, 12)), torch.ones(2, 12), torch.tensor([[0, 1], [2, 3]])
+    assert (layer.sparse(x, kept) == 2).all()
+    bad = [
+        (x[:, :11], kept, "11 channels"),
+        (x.double(), kept, "convert"),
+        (x, kept.float(), "channel numbers"),
+        (x, kept[:1], "one row per token"),
+        (x, kept.to("meta"), "kept on meta"),
+        (x.clone().requires_grad_(), kept, "no gradient"),
+    ]
+    for *args, message in bad:
+        with pytest.raises(ConfigError, match=message):
+            layer.sparse(*args)
+    with torch.no_grad():
+        assert (layer.sparse(x.clone().requires_grad_(), kept) == 2).all()
+
+
+def test_bytes_of_more_channels_than_there_are_is_an_error():
+    with pytest.raises(ConfigError, match="between 0 and D=4"):
+        product_bytes(4, 4, 5, 2)

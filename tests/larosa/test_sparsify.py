@@ -8,8 +8,7 @@ from torch import nn
 
 
 def test_a_vector_is_searched_once():
-    """A tensor knows how often it was written to (`_version`), unless it was made in inference mode. So a vector
-    that was changed in place is searched again."""
+    "The same vector is searched once, and again when it has changed."
     x = torch.tensor([[3.0, -4.0, 1.0, 0.0]])
     kept = kept_channels(x, 2)
     assert kept_channels(x, 2) is kept and kept.tolist() == [[0, 1]]
@@ -18,9 +17,7 @@ def test_a_vector_is_searched_once():
 
 
 def test_a_sparsified_map():
-    """`SparsifiedLinear` stands in a model where a linear map stood. Its `sparsity` is the share of its inputs that
-    it drops; at 0 it is the plain dense product. `state_key` tells everything about it that changes an output and
-    is no weight, for whoever keeps keys and values or results and has to know whether they still fit."""
+    "One token is sparse, and two tokens in a pass are dense."
     torch.manual_seed(0)
     linear, x = nn.Linear(7, 5), torch.randn(3, 1, 7)
     m = SparsifiedLinear(MaskedLinear(linear.weight, linear.bias), ChannelSelector(), 7)
@@ -32,8 +29,7 @@ def test_a_sparsified_map():
 
 
 def test_dense_for_a_while():
-    """`sparsify` puts `SparsifiedLinear` where the projections of a converted model are. With kernels it does more
-    for decoding: the head, which stays dense, goes through the [same memory layout](04_sparse_linear.ipynb)."""
+    "Inside `dense` nothing is dropped, and afterwards all is as before."
     torch.manual_seed(0)
     linear, x = nn.Linear(7, 5), torch.randn(1, 1, 7)
     m = SparsifiedLinear(MaskedLinear(linear.weight, linear.bias), ChannelSelector(), 7)
