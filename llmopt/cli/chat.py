@@ -44,14 +44,15 @@ def say(engine, text: str, temperature: float = 0.0) -> None:
 # %% ../../nbs/09_cli/01_chat.ipynb #763f0e42
 def obey(engine, command: str) -> bool:  # whether the chat goes on
     "Carry out what begins with a slash."
-    if command == "/quit":
+    name = command.split()[0].lower()
+    if name == "/quit":
         return False
-    if command == "/reset":
+    if name == "/reset":
         engine.reset()
         print("forgotten")
-    elif command == "/stats":
+    elif name == "/stats":
         print(stats_line(engine.last))
-    elif command == "/help":
+    elif name == "/help":
         print(HELP)
     else:
         print(f"there is no {command.split()[0]}; /help lists what there is")
@@ -80,7 +81,7 @@ def chat_loop(engine, temperature: float = 0.0) -> None:
     while True:
         try:
             line = input("> ")
-        except EOFError:
+        except (EOFError, RuntimeError):  # the end of the input, or none: it was closed
             return
         if not turn(engine, line, temperature):
             return

@@ -67,7 +67,10 @@ def _compare(a, queries=None, kind="compare"):
     if kind == "ask":
         print(answers(results))
     print(summary_text(results, a.output, leave_out=_noted))
-    return 1 if all(r.error for r in results.runs) else 0
+    if not all(r.error for r in results.runs):
+        return 0
+    print("llmopt: error: nothing could be measured; the reasons stand below the table", file=sys.stderr)
+    return 1
 
 
 def _ask(a):
@@ -146,10 +149,20 @@ def explain(error: Exception) -> tuple:  # (exit code, one line)
 def _failed(error, debug):
     "Say what went wrong in one line; the exit code."
     code, line = explain(error)
-    if debug or os.environ.get("LLMOPT_DEBUG"):
+    if debug or os.environ.get("LLMOPT_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
     print(f"llmopt: error: {line}", file=sys.stderr)
+    if isinstance(error, OSError):
+        _let_go_of_output()
     return code
+
+
+def _let_go_of_output():
+    "Python writes what is left of the output once more at the end: if it cannot, that goes nowhere."
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _nobody_reads()
 
 
 def _interrupted(a):
@@ -177,7 +190,8 @@ def main(argv=None) -> int:  # exit code
     quiet()
     try:
         code = COMMANDS[a.command](a)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed before we began
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return _interrupted(a)

@@ -280,7 +280,7 @@ def chat_text(
     if not getattr(self.tokenizer, "chat_template", None):
         warn_once(f"model '{self.name}' has no chat template: its prompts are the plain text")
         return "\n".join(m["content"] for m in messages)
-    text, last = self._render(messages), messages[-1]["content"].strip()
+    text, last = plain_text(self._render(messages)), messages[-1]["content"].strip()
     if not text.strip():
         raise ModelError(
             f"the chat template of '{self.name}' writes nothing; give the tokenizer another `chat_template`"
@@ -314,16 +314,20 @@ def _end_of_turn(tokenizer):
         text = tokenizer.apply_chat_template([user("a question"), assistant(mark)], tokenize=False)
     except Exception:  # a template that fails is reported where it is used for a prompt
         return []
-    ids = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+    ids = tokenizer(plain_text(text.rpartition(mark)[2]), add_special_tokens=False)["input_ids"]
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     return [i for i in ids[:1] if i in special]
 
 
 @patch(as_prop=True)
 def stop_ids(self: LM) -> list:  # token ids, in order
-    "The tokens that end an answer: by the generation config, the tokenizer and the chat template."
-    named = self.model.generation_config.eos_token_id
-    ids = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id}
+    "The tokens that end an answer, by generation config, tokenizer and chat template; `ModelError` for odd ones."
+    named = getattr(self.model.generation_config, "eos_token_id", None)
+    named = named.tolist() if hasattr(named, "tolist") else named
+    named = named if isinstance(named, list) else [named]
+    if not all(i is None or isinstance(i, int) for i in named):
+        raise ModelError(f"the generation config of '{self.name}' has an eos_token_id that is none: {named!r:.40}")
+    ids = {*named, self.tokenizer.eos_token_id}
     if getattr(self.tokenizer, "chat_template", None):
         ids |= {*_end_of_turn(self.tokenizer)}
     return sorted(i for i in ids if i is not None)

@@ -11,10 +11,10 @@ import time
 from fastcore.basics import patch
 
 from ..core import LM, TINY
-from .checks import loaded
+from .checks import check_options, loaded
 from .fused import EnhancedFusedLLMEngine
-from .recipe import Recipe, known_methods
-from ..errors import LlmoptError, UnsupportedModelError, one_line
+from .recipe import Recipe, named_recipes
+from ..errors import ConfigError, LlmoptError, UnsupportedModelError, one_line
 
 # %% ../../nbs/05_engine/06_comprehensive.ipynb #f858ae5b
 class RefusedEngine:
@@ -61,9 +61,9 @@ class ComprehensiveChatEngine:
         dtype: str = "auto",
         max_new_tokens: int = 256,
     ):
-        if methods is None or isinstance(methods, str):
-            methods = known_methods() if methods is None else [methods]
-        self.recipes = {m: Recipe.parse(m) for m in methods}
+        self.recipes = named_recipes(methods)
+        if not self.recipes:
+            raise ConfigError("there is no method to ask; name one, or leave `methods` out for all of them")
         self.lm = loaded(model_name, device, dtype)
         self.engines, self.setup_s = {}, {}  # method -> engine, and the seconds it took to make it
         for m, recipe in self.recipes.items():
@@ -75,4 +75,5 @@ class ComprehensiveChatEngine:
 @patch
 def chat(self: ComprehensiveChatEngine, text: str, **kw) -> dict:  # method -> ChatMetrics
     "The answer of every method to `text`, outside any history; `kw` as for `EnhancedFusedLLMEngine.run`."
+    check_options(kw, ("max_new_tokens", "fixed", "temperature", "seed", "on_token", "stop"), "chat")
     return {m: e.run(text, **kw) for m, e in self.engines.items()}

@@ -26,6 +26,8 @@ NO_DECODING = {*_IDS, *_RETURNED, "transformers_version"}
 
 def checkpoint_decoding(model) -> dict:  # `model`: a transformers causal LM
     "What the generation config of `model` asks for beyond plain greedy decoding; a run does not obey it."
+    if model.generation_config is None:
+        return {}
     usual = GenerationConfig._get_default_generation_params()  # the values that transformers takes for what is open
     asked = model.generation_config.to_diff_dict()
     named = {k: v for k, v in asked.items() if k not in NO_DECODING and not k.startswith("_")}

@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
@@ -18,11 +19,14 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from ..adaptivocab import PhraseReader
 from ..core import TINY, PromptInputs, assistant, kv_bytes, prompt_inputs, teacher_forced_logprobs, user
 from llmopt.engine.checks import (
+    check_callbacks,
     check_options,
+    checked_ids,
     checked_messages,
     checked_temperature,
     checked_text,
     loaded,
+    switch,
     whole_number,
     with_cache,
 )
@@ -50,10 +54,10 @@ class EnhancedFusedLLMEngine:
         max_new_tokens: int = 256,  # default length of an answer
         system: str | None = None,  # system message of the chat
     ):
-        keywords = simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal
+        by_keywords = _from_keywords(simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal)
         if recipe is None:
-            recipe = _from_keywords(*keywords)
-        elif any(keywords):
+            recipe = by_keywords
+        elif by_keywords.on:
             raise ConfigError("give a recipe, or the keywords of the optimizations, not both")
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
         self.max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
@@ -69,16 +73,26 @@ class EnhancedFusedLLMEngine:
         self.reset()
 
 # %% ../../nbs/05_engine/05_fused.ipynb #5bf85c90
+def _plain(value):
+    "`value` as a number of Python's own, if it is one of numpy's; float32 as it is written."
+    if not isinstance(value, np.generic):
+        return value
+    return float(str(value)) if isinstance(value, np.floating) else value.item()
+
+
 def _from_keywords(vocab, sparsity, cache, nth):
     "The recipe for the keyword form of the engine; a keyword that is just True takes the defaults."
+    vocab, sparsity, nth = _plain(vocab), _plain(sparsity), _plain(nth)
     slots, on = {s.name: s for s in SLOTS}, {}
-    if nth:
-        on["words"] = {} if nth is True else dict(n=whole_number(nth, "word_removal", 0))
-    if vocab:
+    if nth is True:
+        on["words"] = {}
+    elif nth is not None and nth is not False and (n := whole_number(nth, "word_removal", 0)):
+        on["words"] = dict(n=n)
+    if vocab is not None and vocab is not False:
         on["vocab"] = {} if vocab is True else dict(phrases=vocab)
-    if sparsity:
+    if sparsity is not None and not (isinstance(sparsity, (int, float)) and sparsity == 0):
         on["larosa"] = dict(sparsity=sparsity)
-    if cache:
+    if switch(cache, "vattention_enabled"):
         on["cache"] = {}
     return Recipe(**{name: slots[name].make(**parameters) for name, parameters in on.items()})
 
@@ -229,6 +243,8 @@ def run(
     "Answer once, outside the conversation's history, and measure it. Raises a `LlmoptError` for whatever goes wrong."
     events = Events()
     n, choice = self.settings(max_new_tokens, temperature, seed)
+    fixed = switch(fixed, "fixed")
+    check_callbacks(on_token, stop)
     with _model_errors(self.lm):
         prompt = self.prompt(text, room=n)
         inputs = self.inputs(prompt.ids)
@@ -282,9 +298,10 @@ def _metrics(self: EnhancedFusedLLMEngine, prompt, inputs, meter):
 def score(
     self: EnhancedFusedLLMEngine,
     text,  # question, or list of messages
-    answer_ids: list,  # token ids of the answer to be teacher-forced on
+    answer_ids: list,  # token ids of the answer to be teacher-forced on; an array is fine
 ) -> torch.Tensor:  # (n, vocabulary) log-probabilities, float32
     "Log-probabilities before each token of `answer_ids`, given `text`. Raises a `LlmoptError` for whatever goes wrong."
+    answer_ids = checked_ids(answer_ids, self.lm.rows)
     with _model_errors(self.lm):
         inputs = self.inputs(self.prompt(text, room=len(answer_ids)).ids)
         with self.attention():
@@ -317,6 +334,7 @@ def stream(self: EnhancedFusedLLMEngine, text: str, fixed: bool = False, **kw):
 
     The options are those of `run` but `on_token` and `stop`; `ConfigError` at once for others."""
     check_options(kw, _STREAMED, "stream")
+    switch(fixed, "fixed")
     self.settings(**kw)
     return self._pieces(checked_text(text), fixed=fixed, **kw)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'PYTHON_WORDS', 'PLAIN', 'KEY', 'NAME', 'BARE', 'SPACE', 'Slot', 'known_methods', 'Recipe', 'read_value',
-           'write_value']
+           'write_value', 'named_recipes']
 
 # %% ../../nbs/05_engine/00_recipe.ipynb #abf080ae
 import json
@@ -236,3 +236,17 @@ def from_dict(cls: Recipe, d: dict) -> Recipe:
     if not isinstance(d, dict) or not all(k in slots and isinstance(v, dict) for k, v in d.items()):
         raise ConfigError(f"a recipe as a dict has the keys {', '.join(slots)} and dicts of parameters, unlike {d!r}")
     return cls(**{k: slots[k].make(**v) for k, v in d.items()})
+
+# %% ../../nbs/05_engine/00_recipe.ipynb #3a84ce8a
+def named_recipes(methods=None) -> dict:  # `methods`: names, one name, or None for all; -> name: `Recipe`
+    "The recipes of `methods`, each once, by the name that it was given first; raises `ConfigError` for what is none."
+    if methods is None or isinstance(methods, str):
+        methods = known_methods() if methods is None else [methods]
+    try:
+        methods = list(methods)
+    except TypeError:
+        raise ConfigError(f"methods are a list of names such as 'words+kv', not {type(methods).__name__}") from None
+    names = {}
+    for name in methods:
+        names.setdefault(Recipe.parse(name), str(name).strip())
+    return {name: recipe for recipe, name in names.items()}

@@ -15,9 +15,11 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 import llmopt
-from ..core import LM, TINY, load, user
+from ..core import LM, TINY, user
 from ..engine import ComprehensiveChatEngine, Recipe
+from ..engine.checks import loaded
 from ..engine.comprehensive import make_engine
+from ..errors import ConfigError
 from .machine import environment
 from .memory import peak_memory
 from .quality import attempt, measured_row, quality
@@ -57,6 +59,8 @@ class Comparison:
         self.queries, self.methods, self.progress = queries, checked_methods(methods), progress
         self.live = model if isinstance(model, LM) else None
         self.config = settings(self.methods, model, **options)
+        if kind not in ("compare", "ask"):
+            raise ConfigError(f"kind is 'compare' or 'ask', not {kind!r:.40}")
         self.record = Record(Results(kind=kind, queries=queries, config=self.config), output, resume)
         self.results = self.record.results
 
@@ -69,7 +73,7 @@ class Comparison:
 @patch
 def setup(self: Comparison):
     "Load the model, make the engines, and describe both in the results."
-    self.lm = self.live or load(self.config["model_id"], self.config["device"], self.config["dtype"])
+    self.lm = loaded(self.live or self.config["model_id"], self.config["device"], self.config["dtype"])
     recipes = {m: Recipe.parse(m) for m in self.methods}
     self.engines = {}
     for m, recipe in recipes.items():

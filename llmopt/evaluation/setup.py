@@ -10,20 +10,14 @@ import hashlib
 from pathlib import Path
 
 from ..core import LM, TINY, weights_hash
-from ..engine import Recipe, known_methods
-from ..engine.checks import whole_number
+from ..engine.checks import place, whole_number
+from ..engine.recipe import named_recipes
 from ..errors import ConfigError, LlmoptError
 
 # %% ../../nbs/06_evaluation/10_setup.ipynb #d41aad0c
 def checked_methods(methods=None) -> list:  # `methods`: ids or combinations, one of them, or None for all
     "Ids of methods, the baseline first, each once; raises `ConfigError` for one that is unknown."
-    if methods is None or isinstance(methods, str):
-        methods = known_methods() if methods is None else [methods]
-    if not isinstance(methods, (list, tuple)):
-        raise ConfigError(f"methods are a list of names such as 'words+kv', not {methods!r:.40}")
-    for name in methods:
-        Recipe.parse(name)
-    return ["baseline", *dict.fromkeys(name for name in methods if name != "baseline")]
+    return ["baseline", *(name for name, recipe in named_recipes(methods).items() if recipe.on)]
 
 # %% ../../nbs/06_evaluation/10_setup.ipynb #299784f4
 _MOST = 10**9  # rounds and tokens that can be asked for: enough for anybody, and small enough for the file
@@ -44,6 +38,7 @@ def settings(
     "The entry `config` of a results file; raises `ConfigError` for settings that cannot be."
     if memory and isinstance(model, LM):
         raise ConfigError("peak memory is measured in fresh processes, which need the model's name; or memory=False")
+    device, dtype = place(device, dtype)
     tokens = whole_number(max_new_tokens, "max_new_tokens", 2, _MOST)
     most = 2 * tokens if quality_tokens is None else whole_number(quality_tokens, "quality_tokens", 1, _MOST)
     return dict(

@@ -220,3 +220,43 @@ def test_errors_do_not_end_the_chat(terminal):
 
 def test_end_of_input_ends_the_chat(terminal):
     assert terminal("chat", typed=b"")[0] == 0
+
+
+def test_commands_with_something_behind_them_and_in_capitals(terminal):
+    "The first word is the command; whatever is unknown is still not sent to the model."
+    code, out, _ = terminal("chat", typed=b"/HELP me\n/stats now\n/exit\n/ \n/Quit please\nnever read\n")
+    assert code == 0 and "/reset" in out and "nothing answered yet" in out and "no /exit" in out
+    assert out.count(">") == 5
+
+
+def test_nothing_measured_is_one_line_and_1(terminal):
+    "Every row failed: the table says so, the error stream too."
+    code, out, err = terminal("ask", "why " * 2000, *BASELINE)
+    assert code == 1 and "context of 1,024" in out
+    assert [l for l in err.splitlines() if l.startswith("llmopt: error:")] == [
+        "llmopt: error: nothing could be measured; the reasons stand below the table"
+    ]
+
+
+@pytest.mark.parametrize("value, shown", [("0", False), ("", False), ("1", True)])
+def test_debugging_can_be_switched_off(monkeypatch, capsys, value, shown):
+    monkeypatch.setenv("LLMOPT_DEBUG", value)
+    assert main(["plot", "none.json"]) == 2 and ("Traceback" in capsys.readouterr().err) == shown
+
+
+@pytest.mark.skipif(os.name == "nt", reason="redirections of bash")
+@pytest.mark.parametrize(
+    "redirected, code, says",
+    [
+        ("plot none.json >&-", 2, "no results file"),
+        ("plot none.json > /dev/full", 2, "no results file"),
+        ("chat <&-", 0, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed(tmp_path, redirected, code, says):
+    "No traceback, no complaint at the end, and the exit code of what happened."
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = f"{sys.executable} -m llmopt.cli {redirected}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == code and says in done.stderr, (done.returncode, done.stderr)
+    assert len(done.stderr.splitlines()) <= 1 and "Exception" not in done.stderr, done.stderr

@@ -10,11 +10,12 @@ from llmopt.engine.checks import *
 
 
 def test_checked_numbers():
-    """A wrong value that travels into a model comes back as an error from the depths of torch, or as an answer to
-    another question. So what you ask for is checked first, and a mistake is one line that says what would be
-    right:"""
+    """A switch is on or off. A text such as `"no"` would be on, by Python's rules."""
     test_eq(whole_number(np.int64(3), "n", 1), 3)
     test_eq(checked_temperature("0.5"), 0.5)
+    test_eq([switch(x, "s") for x in (True, None, np.True_, 0)], [True, False, True, False])
+    with expect_fail(ConfigError, "fixed must be True or False, not 'no'"):
+        switch("no", "fixed")
     for bad in (0, True, None):
         with expect_fail(ConfigError, "max_new_tokens must be a whole number of at least 1"):
             whole_number(bad, "max_new_tokens", 1)
@@ -39,9 +40,18 @@ def test_options():
         check_options(["sed"], ("seed", "stop"), "stream")
 
 
+def test_token_ids():
+    """The tokens of an answer that is to be scored. A number that is no token would be read as another one, and a
+    list of lists as one token."""
+    test_eq(checked_ids(np.array([1, 2]), 10), [1, 2])
+    for bad in ([10], [-1], [1.5], [None], [[1]], "ab", None):
+        with expect_fail(ConfigError, "token id"):
+            checked_ids(bad, 10)
+
+
 def test_loaded_models():
-    """A misspelled option is answered with those that there are. Python's own `TypeError` would name a function that
-    you never called, and a stream, which begins to work when it is read, would raise it far from your line."""
+    """The tokens of an answer that is to be scored. A number that is no token would be read as another one, and a
+    list of lists as one token."""
     lm = loaded("llmopt-tiny")
     assert loaded(lm) is lm
     with expect_fail(ConfigError, "name or folder"):

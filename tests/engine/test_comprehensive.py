@@ -3,10 +3,9 @@
 
 from fastcore.test import expect_fail, test_eq
 from llmopt.core import load, LM
+from llmopt.engine import known_methods, ComprehensiveChatEngine
 from llmopt.engine.fused import EnhancedFusedLLMEngine
-from llmopt.engine.recipe import known_methods
 from llmopt.errors import UnsupportedModelError
-from llmopt.engine import ComprehensiveChatEngine
 from llmopt.engine.comprehensive import *
 
 
