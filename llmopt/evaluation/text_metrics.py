@@ -20,18 +20,20 @@ _POINTS = re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0640\u
 
 @cache
 def _invisible():
-    "A table that drops the format characters of Unicode, such as joiners and marks of direction."
-    return {i: None for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf"}
+    "A table that drops format characters, such as joiners and marks of direction, and selectors of variants."
+    selectors = {0x034F, *range(0x180B, 0x180E), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
+    return {i: None for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf" or i in selectors}
 
 
 def normalized(text: str) -> str:
     "`text` in one spelling: compatibility composed, without case, points and invisible characters."
-    text = unicodedata.normalize("NFKC", text.translate(_SAME)).casefold().replace("i\u0307", "i")  # of the Turkish İ
+    text = unicodedata.normalize("NFKC", text).translate(_SAME).casefold().replace("i\u0307", "i")  # of the Turkish İ
     return _POINTS.sub("", unicodedata.normalize("NFKC", text).translate(_invisible()))
 
 # %% ../../nbs/06_evaluation/05_text_metrics.ipynb #te000011
 _SPACELESS = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Myanmar, Khmer
+    "\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\ua000-\ua4cf\ua980-\ua9ff\uaa60-\uaadf"  # Tai, Balinese, Yi, Javanese
     "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"  # Japanese syllables
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
 )
@@ -126,6 +128,12 @@ def _is_word(c):
     return c.isalnum() or unicodedata.category(c)[0] == "M"
 
 
+def _script(c):
+    "The script of `c`, as its name begins; digits count as Latin ones, and marks have none."
+    first = unicodedata.name(c, "").partition(" ")[0]
+    return "LATIN" if first == "DIGIT" else None if first == "COMBINING" else first
+
+
 def _begins(text, i):
     "Does a word begin at `text[i]`?"
     if not _is_word(text[i]) or re.match(f"[{_SPACELESS}]", text[i]) or i == 0:
@@ -133,8 +141,11 @@ def _begins(text, i):
     before = text[i - 1]
     if text[i].isdigit() and before in ".,":
         return i < 2 or not text[i - 2].isdigit()
-    if not _is_word(before):
+    if not _is_word(before) or re.match(f"[{_SPACELESS}]", before):
         return True
+    scripts = {_script(before), _script(text[i])}
+    if len(scripts) == 2 and None not in scripts:
+        return True  # such as *Python* in a Korean sentence
     start = i
     while start and i - start < 5 and _is_word(text[start - 1]):
         start -= 1

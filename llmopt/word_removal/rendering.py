@@ -14,6 +14,7 @@ from fastcore.basics import patch
 
 from llmopt.word_removal.text import (
     END_MARK,
+    WORD_DOTS,
     ends_sentence,
     gaps_between,
     line_breaks,
@@ -112,13 +113,13 @@ def _bridge(p, a, b, fixed=(), all_lines=False):
     end = "" if left.mark or ends_sentence(p.text, left) else _last_end(p, a + 1, b)
     if left.mark:
         close = ""
-    droppable = _COMMAS + "：:" if end else _COMMAS
+    droppable = _COMMAS + "：:" + WORD_DOTS if end else _COMMAS
     cut = int(a not in fixed and left.tail > 0 and p.text[left.end - 1] in droppable)
     if b == len(p):
         lines = "".join(g for g in p.gaps[a + 1 : b] if all_lines and line_breaks(g))
         return cut, close + end, lines + p.gaps[b], ""
     space = _space(p.gaps[a + 1 : b + 1], all_lines)
-    if not space and not (_stands_alone(p, a) or _stands_alone(p, b)):
+    if not space and not (_stands_alone(p, a) or _stands_alone(p, b) or p.text[left.end - 1] in WORD_DOTS):
         space = " "
     return cut, close + end, space, opened
 

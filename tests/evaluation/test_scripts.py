@@ -6,6 +6,8 @@ import random
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from helpers import ODD_TEXTS
+from llmopt.core import plain_text
 from llmopt.errors import ConfigError
 from llmopt.evaluation import as_queries, keyword_recall, read_queries, rouge_l, split_words
 from llmopt.evaluation import text_metrics as T
@@ -24,6 +26,10 @@ SENTENCES = {
     "japanese": "水は百度で沸騰します。",
     "thai": "น้ำเดือดที่หนึ่งร้อยองศา",
     "khmer": "ទឹកពុះនៅមួយរយអង្សា",
+    "tibetan": "ཆུ་བརྒྱ་ལ་ཁོལ།",
+    "ethiopic": "ውሃ፡በመቶ፡ዲግሪ፡ይፈላል።",
+    "javanese": "ꦧꦚꦸꦥꦤꦱ꧀",
+    "yi": "ꀀꁂꃄꄆꅈ",
     "emoji": "👍🏽 👎 ☔",
 }
 
@@ -38,6 +44,15 @@ def test_an_answer_equals_itself_and_no_other(script):
     assert all(
         rouge_l(text, other) == 0 for name, other in SENTENCES.items() if name not in (script, "chinese", "japanese")
     )
+
+
+@pytest.mark.filterwarnings("ignore:the text holds bytes")
+@pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
+def test_an_odd_text_equals_itself_and_holds_its_words(text):
+    text = plain_text(text)
+    words = split_words(text)
+    assert rouge_l(text, text) == (1 if words else None)
+    assert keyword_recall(text, words[:20]) == (1 if words else None)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +106,20 @@ def test_words_are_counted_as_a_reader_would(text, count):
         ("ＡＩ", "ai", True),
         ("İstanbul", "istanbul", True),
         ("nothing", "???", False),
+        ("我使用Python编程", "Python", True),
+        ("使用C++编程", "C++", True),
+        ("我有3.5个，不是13.5个", "3.5", True),
+        ("塔は333mです", "333m", True),
+        ("塔は1333mです", "333m", False),
+        ("ฉันเขียนPythonทุกวัน", "python", True),
+        ("저는Python을 씁니다", "Python", True),
+        ("제3세대", "3", True),
+        ("язык Pythonа", "python", True),
+        ("vPython", "python", False),
+        ("Việtnam", "tnam", False),
+        ("pro\u0308gram", "gram", False),
+        ("བོད་ཀྱི་སྐད་ཡིག", "སྐད", True),
+        ("ሰላም፡ዓለም", "ዓለም", True),
     ],
 )
 def test_keywords_are_found_where_a_reader_finds_them(text, keyword, found):

@@ -29,8 +29,9 @@ def test_rouge_by_hand():
 
 def test_keyword_recall():
     """A keyword is found where it begins a word, whatever follows: *model* is in *Models*, and not in *remodel*. In
-    a script without spaces it may stand anywhere, and in Arabic a short word such as *and*, *in* or *the* may be
-    written onto it. A keyword that ends in a digit must end there: 3.5 is not in 3.55."""
+    a script without spaces it may stand anywhere, a word begins where the script changes, and in Arabic a short
+    word such as *and*, *in* or *the* may be written onto it. A keyword that ends in a digit must end there: 3.5
+    is not in 3.55."""
     test_eq(keyword_recall("Models learn from DATA.", ["data", "model", "learn", "atom"]), 0.75)
     test_eq(keyword_recall("", ["a"]), 0.0)
     test_eq(keyword_recall("remodel", ["model"]), 0.0)

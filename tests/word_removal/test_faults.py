@@ -288,14 +288,22 @@ GROWING = {
     "protected": "`a b` 12 of NASA, ",
     "empty lines": "\r\n \r\n",
     "punctuation": "(“!?” ",
+    "one letter": "x",
+    "Tibetan": "བོད་ཀྱི་སྐད། ",
+    "joined emoji": "👩\u200d👧",
+    "tabs": "a\tb\t\n",
+    "addresses": "https://a.org/b?c=1 ",
+    "NUL": "a\x00 ",
+    "code": "if x > 0: return [y] ",
 }
 
 
 @pytest.mark.parametrize("unit", GROWING.values(), ids=GROWING)
 def test_twice_the_text_is_at_most_twice_the_work(unit):
-    "Function calls, and characters that the tokenizer reads, at n and at 2n; the tokenizer never sees all at once."
+    """Function calls, and characters that the tokenizer reads, at n and at 4n: that is twice doubled, so that one text
+    more or less which the search counts does not matter."""
     work = []
-    for n in (15_000, 30_000):
+    for n in (4_000, 16_000):
         text, tok = unit * (n // len(unit)), CountingTokenizer()
 
         def everything(text=text, tok=tok):
@@ -306,19 +314,18 @@ def test_twice_the_text_is_at_most_twice_the_work(unit):
 
         work.append((operations(everything), tok.read))
     for small, large in zip(*work, strict=True):
-        assert large <= 2.3 * small
+        assert large <= 2.3**2 * small
 
 
 def test_memory_is_a_small_multiple_of_the_text():
-    "Memory of Python at its highest, for each byte of Chinese: the same at n and 2n, and the tokenizer gets pieces."
+    "Memory of Python at its highest, for each byte of Chinese: the same at n and 2n."
     peaks = []
-    for n in (1500, 3000):
-        text, tok = GROWING["Chinese"] * n, CountingTokenizer()
+    for n in (500, 1000):
+        text = GROWING["Chinese"] * n
         tracemalloc.start()
-        compress(text, 0.5, tokenizer=tok)
+        compress(text, 0.5, tokenizer=TOK)
         peaks.append(tracemalloc.get_traced_memory()[1] / len(text.encode()))
         tracemalloc.stop()
-        assert tok.most < 40_000
     assert peaks[1] < 1.1 * peaks[0] and peaks[1] < 150
 
 
@@ -326,6 +333,7 @@ def test_memory_is_a_small_multiple_of_the_text():
     "unit", ["The sea was calm; Maria slept.\n", "我今天去公园了。", "cafe\u0301 de\u0301ja\u0300 "]
 )
 def test_a_text_counted_in_pieces_has_the_tokens_of_the_whole(unit):
-    text = unit * (130_000 // len(unit))
-    assert token_counter(TOK)(text) == len(TOK.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    text, tok = unit * (130_000 // len(unit)), CountingTokenizer()
+    assert token_counter(tok)(text) == len(TOK.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    assert tok.most < 40_000  # it never sees all at once
     assert token_counter(TOK)("x" * 60_000) == len(TOK("x" * 60_000, add_special_tokens=False)["input_ids"])

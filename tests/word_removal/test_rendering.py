@@ -24,3 +24,4 @@ def test_taking_words_out():
     test_eq(without("abc日def", 1), "abc def")
     test_eq(without("我很爱你。", 1), "我爱你。")
     test_eq(without("我爱你。", 2), "我爱。")
+    test_eq(without("བོད་ཀྱི་སྐད།", 1), "བོད་སྐད།")

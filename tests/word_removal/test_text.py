@@ -12,6 +12,7 @@ def test_segmentation():
         test_eq("".join(segments(t)), t)
     test_eq(segments("我爱NLP,和コンピュータ。")[1::2], ["我", "爱", "NLP,", "和", "コンピュータ。"])
     test_eq(segments("नमस्ते दुनिया")[1::2], ["नमस्ते", "दुनिया"])
+    test_eq(segments("བོད་ཀྱི་སྐད། ሰላም፡ዓለም።")[1::2], ["བོད་", "ཀྱི་", "སྐད།", "ሰላም፡", "ዓለም።"])
     test_eq([w.mark for w in split_words("a - 😀 1.")], [False, True, True, False])
 
 
