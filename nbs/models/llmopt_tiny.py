@@ -64,10 +64,12 @@ def chat(turns):
 
 
 def qa(question, answer):
+    "One question and its answer, as a conversation."
     return chat([dict(role="user", content=question), dict(role="assistant", content=answer)])
 
 
 def key(text):
+    "`text` without case and punctuation, to find repeats by."
     return re.sub(r"\W+", " ", text.lower()).strip()
 
 
@@ -104,6 +106,7 @@ def pieces(text, size=6000):
 
 
 def unwrap(text):
+    "`text` without the line breaks inside of its sentences."
     return re.sub(r"(?<=[a-z,;])\n(?=[a-zA-Z])", " ", text)
 
 
@@ -118,8 +121,8 @@ def first_sentences(text, limit):
 
 
 def medquad(root):
-    """Question and the first new sentences of its answer; sentences seen before in another answer are dropped. What
-    remains of the answers is a second list, of plain text, without the rows whose question and answer are held out."""
+    """Two lists of documents. The first holds each question with the first sentences of its answer that are new, that
+    is, in no earlier answer. The second holds the rest of those answers as plain text, unless the pair is held out."""
     seen, docs, rest = set(), [], []
     for row in map(json.loads, open(root / "medquad" / "medquad.jsonl")):
         q = (
@@ -146,6 +149,7 @@ def medquad(root):
 
 
 def instructions(root):
+    "Pairs of a source and a document: instructions with what was answered."
     docs = []
     for name, out in (
         ("instruction-data", "output"),
@@ -210,7 +214,7 @@ def gather(src):
 
 
 def reading(docs, **kw):
-    "Documents of `reading_tasks` from `docs`: to train on from the training part, to test on from the rest."
+    "Documents of `reading_tasks`, made from `docs`; make those to train on and those to test on from their own parts."
     texts = [x for k in ("wikipedia", "web", "own_text", "medtext", "books", "speeches") for x in docs[k]]
     pairs = [
         m.groups()
@@ -224,7 +228,7 @@ def reading(docs, **kw):
 
 
 TASKS = "facts", "recall", "extract", "choose"
-# how often the main phase goes through each source, relative to the others, and how the annealing phase leans
+# How often the main phase goes through each source, relative to the others, and how the annealing phase leans.
 EPOCHS = dict(
     medquad=8,
     medtext=8,
@@ -297,28 +301,18 @@ def make_data(src, work):
     test |= reading(test, n=(300,) * 4, seed=1)
     train |= {k: [x for x in v if not held_out(x)] for k, v in reading(train).items()}
     if not (work / "tokenizer").exists():
-        train_tokenizer({k: v for k, v in train.items() if k not in TASKS}).save_pretrained(
-            work / "tokenizer"
-        )  # an existing tokenizer is kept
+        found = train_tokenizer({k: v for k, v in train.items() if k not in TASKS})  # an existing tokenizer is kept
+        found.save_pretrained(work / "tokenizer")
     tok = AutoTokenizer.from_pretrained(work / "tokenizer")
     stats, arrays = {}, {}
-    for k in train:
-        tr, te = train[k], test[k]
-
-        def enc(xs):
-            return (
-                [np.array([0] + e, dtype=np.uint16) for e in tok(xs, add_special_tokens=False)["input_ids"]]
-                if xs
-                else []
-            )
-
-        ids = enc(tr)
+    for k, texts in train.items():
+        encoded = tok(texts, add_special_tokens=False)["input_ids"] if texts else []
+        ids = [np.array([0] + e, dtype=np.uint16) for e in encoded]
         arrays[k] = np.concatenate(ids)
         arrays[k + "_starts"] = np.cumsum([0] + [len(i) for i in ids[:-1]])
-        json.dump(te, open(work / f"heldout_{k}.json", "w"))
-        stats[k] = dict(
-            documents=len(tr), bytes=sum(len(x.encode()) for x in tr), tokens=len(arrays[k]), held_out=len(te)
-        )
+        json.dump(test[k], open(work / f"heldout_{k}.json", "w"))
+        size = sum(len(x.encode()) for x in texts)
+        stats[k] = dict(documents=len(texts), bytes=size, tokens=len(arrays[k]), held_out=len(test[k]))
         print(k, stats[k], flush=True)
     np.savez_compressed(work / "tokens.npz", **arrays)
     json.dump(stats, open(work / "data.json", "w"), indent=1)
@@ -326,41 +320,52 @@ def make_data(src, work):
 
 # ------------------------------------------------------------------------------------------------ training
 class Stream:
-    "Endless batches: shuffled documents of each source, drawn by weight, packed into rows of `T+1` tokens."
+    "Endless batches: shuffled documents of each source, drawn by weight, packed into rows of `row_tokens + 1` tokens."
 
     def __init__(self, path, weights, seed=0):
         z = np.load(path)
         self.rng = np.random.default_rng(seed)
-        self.src = [k for k in weights if k in z.files and weights[k] > 0]
-        self.tok, self.starts = {k: z[k] for k in self.src}, {k: z[k + "_starts"] for k in self.src}
-        mean = {k: len(self.tok[k]) / len(self.starts[k]) for k in self.src}
-        p = np.array([weights[k] / mean[k] for k in self.src])
+        self.sources = [k for k in weights if k in z.files and weights[k] > 0]
+        self.tokens = {k: z[k] for k in self.sources}
+        self.starts = {k: z[k + "_starts"] for k in self.sources}
+        mean = {k: len(self.tokens[k]) / len(self.starts[k]) for k in self.sources}
+        p = np.array([weights[k] / mean[k] for k in self.sources])
         self.p = p / p.sum()  # documents drawn so that tokens follow the weights
-        self.order, self.drawn, self.buf = {k: [] for k in self.src}, [], np.zeros(0, np.uint16)
+        self.order, self.drawn, self.left = {k: [] for k in self.sources}, [], np.zeros(0, np.uint16)
 
-    def doc(self):
+    def document(self):
+        "The token ids of the next document."
         if not self.drawn:
-            self.drawn = self.rng.choice(len(self.src), 4096, p=self.p).tolist()
-        k = self.src[self.drawn.pop()]
+            self.drawn = self.rng.choice(len(self.sources), 4096, p=self.p).tolist()
+        k = self.sources[self.drawn.pop()]
         if not len(self.order[k]):
             self.order[k] = list(self.rng.permutation(len(self.starts[k])))
         i = self.order[k].pop()
-        s = self.starts[k]
-        return self.tok[k][s[i] : s[i + 1] if i + 1 < len(s) else None]
+        starts = self.starts[k]
+        return self.tokens[k][starts[i] : starts[i + 1] if i + 1 < len(starts) else None]
 
-    def batch(self, B, T):
-        need, parts = B * (T + 1), [self.buf]
-        n = len(self.buf)
+    def batch(self, rows, row_tokens):
+        "The next (rows, row_tokens + 1) token ids."
+        need, parts, n = rows * (row_tokens + 1), [self.left], len(self.left)
         while n < need:
-            d = self.doc()
-            parts.append(d)
-            n += len(d)
+            parts.append(self.document())
+            n += len(parts[-1])
         flat = np.concatenate(parts)
-        self.buf = flat[need:]
-        return torch.from_numpy(flat[:need].astype(np.int64)).view(B, T + 1)
+        self.left = flat[need:]
+        return torch.from_numpy(flat[:need].astype(np.int64)).view(rows, row_tokens + 1)
+
+
+def prefetched(data, rows, row_tokens):
+    "The batches of a `Stream`, each made while the one before it is used."
+    pool = ThreadPoolExecutor(1)
+    ahead = pool.submit(data.batch, rows, row_tokens)
+    while True:
+        batch, ahead = ahead.result(), pool.submit(data.batch, rows, row_tokens)
+        yield batch
 
 
 def new_model():
+    "The model with random weights, always the same."
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -381,6 +386,98 @@ def optimizers(m, lr, lr_emb):
     ]
 
 
+def add_dropout(model, rate):
+    "Dropout behind every block: what is read many times is learned by heart later with it."
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, y: F.dropout(y, rate, model.training))
+        layer.self_attn.register_forward_hook(lambda _, args, y: (F.dropout(y[0], rate, model.training), *y[1:]))
+
+
+def next_token_loss(model, device):
+    "A function: rows of token ids -> mean loss in nats per token, computed in bfloat16."
+
+    def loss(x):
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(x[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())
+
+    return loss
+
+
+def load_checkpoint(start, file, model, opts, device):
+    "The state in `start`, weights and moments loaded, or a new one. A start from another phase's file begins a phase."
+    if not start.exists():
+        return dict(step=0, tokens=0, phase_tokens=0, seconds=0.0, log=[])
+    found = torch.load(start, map_location=device)
+    model.load_state_dict(found["model"])
+    for opt, moments in zip(opts, found["opts"]):
+        opt.load_state_dict(moments)
+    state = found["state"]
+    if start != file:
+        state["phase_tokens"] = 0
+    print("from", start.name, {k: v for k, v in state.items() if k != "log"}, flush=True)
+    return state
+
+
+def save_checkpoint(file, model, opts, state):
+    "Write `file`, whole or not at all."
+    tmp = file.with_suffix(".tmp")
+    torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], state=state), tmp)
+    tmp.replace(file)
+
+
+class Budget:
+    "What a run may take, in `minutes` or `tokens`, and how much of it is spent."
+
+    def __init__(self, state, minutes, tokens):
+        self.state, self.minutes, self.tokens = state, minutes, tokens
+        self.start, self.seconds, self.first = time.time(), state["seconds"], state["phase_tokens"]
+
+    def spent(self):
+        "The share that is spent, of what ends first."
+        minutes = (time.time() - self.start) / 60 / self.minutes if self.minutes else 0
+        return max(minutes, (self.state["phase_tokens"] - self.first) / self.tokens if self.tokens else 0)
+
+    def count(self, tokens):
+        "Account for one step over `tokens`."
+        for k, n in dict(step=1, tokens=tokens, phase_tokens=tokens).items():
+            self.state[k] += n
+        self.state["seconds"] = self.seconds + time.time() - self.start
+
+
+def take_step(model, opts, loss_of, x, part_rows, rates):
+    "One step on the rows `x`, `part_rows` at a time; their mean loss before it."
+    for opt, rate in zip(opts, rates):
+        for group in opt.param_groups:
+            group["lr"] = rate
+    loss = 0.0
+    for part in x.split(part_rows):  # small parts: their logits stay in the processor's cache
+        share = loss_of(part) * (len(part) / len(x))
+        share.backward()
+        loss = loss + share.detach()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for opt in opts:
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return loss
+
+
+@torch.no_grad()
+def heldout_losses(model, loss_of, rows, device):
+    "Loss on the fixed rows of each source, without dropout."
+    model.eval()
+    losses = {k: round(loss_of(torch.tensor(x).to(device)).item(), 4) for k, x in rows.items()}
+    model.train()
+    return losses
+
+
+def mixture_of(weights, state, phase, **settings):
+    "The mixture for the log: it may change from one run to the next, so each is written down."
+    total = sum(weights.values())
+    share = {k: round(w / total, 4) for k, w in weights.items()}
+    return dict(phase=phase, from_tokens=state["tokens"], **settings, share=share)
+
+
 def train(
     work,
     phase,
@@ -388,8 +485,8 @@ def train(
     tokens=None,
     lr=2e-3,
     lr_emb=3e-3,
-    B=None,
-    T=CONTEXT,
+    rows=None,
+    row_tokens=CONTEXT,
     device="cpu",
     threads=2,
     every=100,
@@ -401,153 +498,98 @@ def train(
     its budget. A stopped run resumes from its file."""
     work = Path(work)
     torch.set_num_threads(threads)
-    stats, main, cpu = json.load(open(work / "data.json")), phase == "main", device == "cpu"
-    B = B or (8 if cpu else 64)
-    micro = max(1, 2048 // T) if cpu else B
-    weights = {k: EPOCHS[k] * stats[k]["tokens"] * (1 if main else ANNEAL.get(k, 1)) for k in stats}
-    m = new_model().to(device)
-    for l in m.model.layers:  # what is read many times is learned by heart later with dropout
-        l.mlp.register_forward_hook(lambda _, a, y: F.dropout(y, dropout, m.training))
-        l.self_attn.register_forward_hook(lambda _, a, y: (F.dropout(y[0], dropout, m.training), *y[1:]))
-    opts = optimizers(m, lr, lr_emb)
-    state, file = dict(step=0, tokens=0, phase_tokens=0, seconds=0.0, log=[]), work / f"{phase}.pt"
+    stats, cpu = json.load(open(work / "data.json")), device == "cpu"
+    rows = rows or (8 if cpu else 64)
+    lean = {} if phase == "main" else ANNEAL
+    weights = {k: EPOCHS[k] * stats[k]["tokens"] * lean.get(k, 1) for k in stats}
+    model = new_model().to(device)
+    add_dropout(model, dropout)
+    opts, file = optimizers(model, lr, lr_emb), work / f"{phase}.pt"
     start = file if file.exists() else Path(init) if init else work / "main.pt"
-    if start.exists():
-        ck = torch.load(start, map_location=device)
-        m.load_state_dict(ck["model"])
-        [o.load_state_dict(s) for o, s in zip(opts, ck["opts"])]
-        state = ck["state"]
-        if start != file:
-            state["phase_tokens"] = 0
-        print("from", start.name, {k: v for k, v in state.items() if k != "log"}, flush=True)
-    total = sum(weights.values())  # the mixture may change from one run to the next: each is written down
-    state.setdefault("mixtures", []).append(
-        dict(
-            phase=phase,
-            from_tokens=state["tokens"],
-            lr=lr,
-            rows=f"{B} x {T}",
-            device=torch.cuda.get_device_name() if device == "cuda" else f"{threads} cores",
-            share={k: round(w / total, 4) for k, w in weights.items()},
-        )
-    )
-    data = Stream(work / "tokens.npz", weights, seed=1000 * state["step"] + (0 if main else 1))
-    val = {k: torch.tensor(x) for k, x in heldout_rows(work, T).items()}
+    state = load_checkpoint(start, file, model, opts, device)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{threads} cores"
+    mixture = mixture_of(weights, state, phase, lr=lr, rows=f"{rows} x {row_tokens}", device=where)
+    state.setdefault("mixtures", []).append(mixture)
+    data = Stream(work / "tokens.npz", weights, seed=1000 * state["step"] + (0 if phase == "main" else 1))
+    run_steps(model, opts, data, state, Budget(state, minutes, tokens), file, (lr, lr_emb), rows, row_tokens, every)
 
-    def loss_fn(x):
-        with torch.autocast(device, torch.bfloat16):
-            logits = m(x[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten())
 
-    step_loss = (
-        torch.compile(loss_fn, dynamic=False) if cpu else loss_fn
-    )  # on a GPU the compiler would take longer than it saves
-    pool = ThreadPoolExecutor(1)
-    ahead = pool.submit(data.batch, B, T)
-    t0, sec0, p0 = time.time(), state["seconds"], state["phase_tokens"]
-
-    def done():
-        return max(
-            (time.time() - t0) / 60 / minutes if minutes else 0, (state["phase_tokens"] - p0) / tokens if tokens else 0
-        )
-
-    last_save = time.time()
-    m.train()
-    ema = None
-    while True:
-        f = done()
-        stop = f >= 1
-        warm = min(1, (state["step"] + 1) / 150)
-        scale = warm if main else max(0.0, 1 - f)
-        for o, base in zip(opts, (lr, lr_emb)):
-            for g in o.param_groups:
-                g["lr"] = base * scale
+def run_steps(model, opts, data, state, budget, file, rates, rows, row_tokens, every):
+    "Step, log and save until the budget is spent."
+    device, phase = model.device.type, file.stem
+    loss_of = next_token_loss(model, device)
+    cpu = device == "cpu"  # on a GPU the compiler would take longer than it saves
+    compiled = torch.compile(loss_of, dynamic=False) if cpu else loss_of
+    part_rows = max(1, 2048 // row_tokens) if cpu else rows
+    batches, heldout = prefetched(data, rows, row_tokens), heldout_rows(file.parent, row_tokens)
+    saved, mean = time.time(), None
+    model.train()
+    stop = False
+    while not stop:
+        spent = budget.spent()
+        stop = spent >= 1
+        scale = min(1, (state["step"] + 1) / 150) if phase == "main" else max(0.0, 1 - spent)
         if not stop:
-            x, ahead = ahead.result().to(device), pool.submit(data.batch, B, T)
-            loss = 0.0
-            for part in x.split(micro):  # small parts: their logits stay in the processor's cache
-                l = step_loss(part) * (len(part) / B)
-                l.backward()
-                loss = loss + l.detach()
-            torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
-            for o in opts:
-                o.step()
-                o.zero_grad(set_to_none=True)
-            ema = loss if ema is None else 0.97 * ema + 0.03 * loss
-            state["step"] += 1
-            state["tokens"] += B * T
-            state["phase_tokens"] += B * T
-            state["seconds"] = sec0 + time.time() - t0
+            x = next(batches).to(device)
+            loss = take_step(model, opts, compiled, x, part_rows, [r * scale for r in rates])
+            mean = loss if mean is None else 0.97 * mean + 0.03 * loss
+            budget.count(rows * row_tokens)
         if state["step"] % every == 0 or stop:
-            row = dict(
-                step=state["step"],
-                tokens=state["tokens"],
-                seconds=round(state["seconds"]),
-                phase=phase,
-                lr=scale * lr,
-                train=round(float(ema or 0), 4),
-            )
+            counts = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"]))
+            row = dict(**counts, phase=phase, lr=scale * rates[0], train=round(float(mean or 0), 4))
             if state["step"] % (5 * every) == 0 or stop:
-                m.eval()
-                with torch.no_grad():
-                    row["val"] = {k: round(loss_fn(v.to(device)).item(), 4) for k, v in val.items()}
-                m.train()
+                row["val"] = heldout_losses(model, loss_of, heldout, device)
             state["log"].append(row)
             print(json.dumps(row), flush=True)
-        if time.time() - last_save > 240 or stop:  # on a fast machine once, at the end
-            tmp = file.with_suffix(".tmp")
-            torch.save(dict(model=m.state_dict(), opts=[o.state_dict() for o in opts], state=state), tmp)
-            tmp.replace(file)
-            last_save = time.time()
-        if stop:
-            break
+        if time.time() - saved > 240 or stop:  # on a fast machine once, at the end
+            save_checkpoint(file, model, opts, state)
+            saved = time.time()
 
 
-def heldout_rows(work, T, rows=12):
-    "A few fixed rows of held-out tokens a source, for the curve during training."
+def heldout_rows(work, row_tokens, rows=12):
+    "A few fixed rows of held-out tokens of each source, for the curve during training."
     from transformers import AutoTokenizer
 
     tok, out = AutoTokenizer.from_pretrained(Path(work) / "tokenizer"), {}
     for k in ("wikitext", "wikipedia", "web", "books", "medquad", "own_qa", "facts", "recall", "extract", "choose"):
         docs = json.load(open(Path(work) / f"heldout_{k}.json"))
-        ids = [t for d in docs for t in [0] + tok(d, add_special_tokens=False)["input_ids"]][: rows * (T + 1)]
-        n = len(ids) // (T + 1)
+        ids = [t for d in docs for t in [0] + tok(d, add_special_tokens=False)["input_ids"]]
+        n = len(ids[: rows * (row_tokens + 1)]) // (row_tokens + 1)
         if n:
-            out[k] = np.array(ids[: n * (T + 1)]).reshape(n, T + 1)
+            out[k] = np.array(ids[: n * (row_tokens + 1)]).reshape(n, row_tokens + 1)
     return out
 
 
 # ---------------------------------------------------------------------------------------- yardsticks and measurement
 class KneserNey:
-    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1998, one discount per order) over token ids < 4,096, as
-    sorted arrays of packed keys. The highest order uses counts, the lower ones continuation counts, the unigram is
-    smoothed with a uniform one."""
+    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1998, one discount per order) over token ids below 4,096.
+    N-grams are sorted arrays of packed keys. The highest order uses counts, the lower ones continuation counts; the
+    unigram is smoothed with a uniform distribution."""
 
     def __init__(self, ids, order=5, bits=12):
         self.order, self.bits, self.V, self.levels = order, bits, 1 << bits, {}
         ids = np.asarray(ids, dtype=np.int64)
         keys, counts = np.unique(self._grams(ids, order), return_counts=True)
         for n in range(order, 0, -1):
-            ones, twos = (counts == 1).sum(), (counts == 2).sum()
-            ctx, start = np.unique(keys >> bits, return_index=True)
-            self.levels[n] = dict(
-                keys=keys,
-                counts=counts,
-                D=ones / (ones + 2 * twos) if ones else 0.5,
-                ctx=ctx,
-                total=np.add.reduceat(counts, start),
-                types=np.diff(np.append(start, len(keys))),
-            )
-            if n > 1:
-                keys, counts = np.unique(
-                    keys & ((1 << bits * (n - 1)) - 1), return_counts=True
-                )  # distinct left neighbours
+            self.levels[n] = self._level(keys, counts)
+            if n > 1:  # distinct left neighbours
+                keys, counts = np.unique(keys & ((1 << bits * (n - 1)) - 1), return_counts=True)
+
+    def _level(self, keys, counts):
+        "What the probabilities of one order need: keys, counts, discount, and totals by context."
+        ones, twos = (counts == 1).sum(), (counts == 2).sum()
+        ctx, start = np.unique(keys >> self.bits, return_index=True)
+        discount = ones / (ones + 2 * twos) if ones else 0.5
+        total, types = np.add.reduceat(counts, start), np.diff(np.append(start, len(keys)))
+        return dict(keys=keys, counts=counts, D=discount, ctx=ctx, total=total, types=types)
 
     def _grams(self, ids, n):
+        "The n-grams of `ids` as packed keys, by position."
         return sum(ids[i : len(ids) - n + 1 + i] << self.bits * (n - 1 - i) for i in range(n))
 
     @staticmethod
     def _find(table, q):
+        "Where each of `q` stands in the sorted `table`, and whether it does."
         i = np.searchsorted(table, q).clip(max=len(table) - 1)
         return i, table[i] == q
 
@@ -556,26 +598,23 @@ class KneserNey:
         ids = np.asarray(ids, dtype=np.int64)
         p = np.full(len(ids) - 1, 1 / VOCAB)
         for n in range(1, (max_order or self.order) + 1):
-            L, g = (
-                self.levels[n],
-                self._grams(ids, n)[(1 if n == 1 else 0) :],
-            )  # grams that end at positions max(1, n-1)..
-            k, hit = self._find(L["keys"], g)
-            c, seen = self._find(L["ctx"], g >> self.bits)
-            low = p[len(p) - len(g) :]
-            num = np.where(hit, np.maximum(L["counts"][k] - L["D"], 0), 0)
-            p = np.concatenate(
-                [
-                    p[: len(p) - len(g)],
-                    np.where(seen, (num + L["D"] * L["types"][c] * low) / np.where(seen, L["total"][c], 1), low),
-                ]
-            )
+            grams = self._grams(ids, n)[(1 if n == 1 else 0) :]  # those that end at positions max(1, n-1)..
+            begin = len(p) - len(grams)
+            p = np.concatenate([p[:begin], self._mixed(self.levels[n], grams, p[begin:])])
         return np.log(p)
+
+    def _mixed(self, level, grams, lower):
+        "Probabilities of one order for `grams`, with those of the `lower` order mixed in."
+        k, hit = self._find(level["keys"], grams)
+        c, seen = self._find(level["ctx"], grams >> self.bits)
+        top = np.where(hit, np.maximum(level["counts"][k] - level["D"], 0), 0)
+        mixed = (top + level["D"] * level["types"][c] * lower) / np.where(seen, level["total"][c], 1)
+        return np.where(seen, mixed, lower)
 
 
 @torch.inference_mode()
 def model_nll(m, ids, context=CONTEXT, stride=512):
-    "Nats of `ids[1:]`, in windows of `context` tokens: each token once, with at least `context-stride` before it."
+    "Nats of `ids[1:]`, in windows of `context` tokens: each token once, with `context - stride` or more before it."
     total, prev = 0.0, 1
     for end in range(min(context, len(ids)), len(ids) + stride, stride):
         end = min(end, len(ids))
@@ -589,50 +628,45 @@ def model_nll(m, ids, context=CONTEXT, stride=512):
     return total
 
 
-def evaluate(src, work, model_dir, out, threads=2, most=300):
-    "Bits per byte of the model, a unigram and a 5-gram on WikiText-2 test and on `most` held-out documents a source."
+def load_for_measuring(model_dir):
+    "Tokenizer and float32 model of a folder."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(model_dir), model
+
+
+def evaluated(name, docs, tok, model, ngrams):
+    "Bits per byte of `docs` by the model, a unigram and a 5-gram, of which the best of `ngrams` counts."
+    n_bytes = sum(len(d.encode()) for d in docs)
+    ids = [[0] + tok(d, add_special_tokens=False, verbose=False)["input_ids"] for d in docs]
+
+    def bits(nats):
+        return nats / math.log(2) / n_bytes
+
+    row = dict(text=name, documents=len(docs), bytes=n_bytes, tokens=sum(map(len, ids)) - len(ids))
+    row["model"] = bits(sum(model_nll(model, i) for i in ids))
+    for kind, order in (("unigram", 1), ("fivegram", 5)):
+        row[kind] = min(bits(-sum(kn.log_probs(i, order).sum() for i in ids)) for kn in ngrams)
+    return dict(row, ratio=row["model"] / row["fivegram"])
+
+
+def evaluate(src, work, model_dir, out, threads=2, most=300):
+    "Write bits per byte on WikiText-2 test and on `most` held-out documents of each source to `out`."
     torch.set_num_threads(threads)
-    work = Path(work)
-    tok, m = (
-        AutoTokenizer.from_pretrained(model_dir),
-        AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval(),
-    )
+    work, (tok, model) = Path(work), load_for_measuring(model_dir)
     z = np.load(work / "tokens.npz")
     names = [k for k in z.files if not k.endswith("_starts")]
-    kns = [
-        KneserNey(np.concatenate([z[k] for k in some])) for some in (names, [k for k in names if k not in TASKS])
-    ]  # with and without the reading tasks: the better counts
-
-    def enc(d):
-        return [0] + tok(d, add_special_tokens=False, verbose=False)["input_ids"]
-
+    counted = names, [k for k in names if k not in TASKS]  # with the reading tasks and without
+    ngrams = [KneserNey(np.concatenate([z[k] for k in some])) for some in counted]
     sets = {"WikiText-2 test": [(Path(src) / "wikitext2" / "test.raw").read_text()]}
     sets |= {k.stem[len("heldout_") :]: json.load(open(k))[:most] for k in sorted(work.glob("heldout_*.json"))}
     rows = []
     for name, docs in sets.items():
-        t0, n_bytes, ids = time.time(), sum(len(d.encode()) for d in docs), [enc(d) for d in docs]
-        if not ids:
-            continue
-
-        def bits(nats, n_bytes=n_bytes):
-            return nats / math.log(2) / n_bytes
-
-        row = dict(
-            text=name,
-            documents=len(docs),
-            bytes=n_bytes,
-            tokens=sum(map(len, ids)) - len(ids),
-            model=bits(sum(model_nll(m, i) for i in ids)),
-            **{
-                name: min(bits(-sum(kn.log_probs(i, order).sum() for i in ids)) for kn in kns)
-                for name, order in (("unigram", 1), ("fivegram", 5))
-            },
-        )
-        row["ratio"] = row["model"] / row["fivegram"]
-        rows.append(row)
-        print(json.dumps(row), f"{time.time() - t0:.0f} s", flush=True)
+        if docs:
+            start = time.time()
+            rows.append(evaluated(name, docs, tok, model, ngrams))
+            print(json.dumps(rows[-1]), f"{time.time() - start:.0f} s", flush=True)
     json.dump(rows, open(out, "w"), indent=1)
 
 
@@ -646,20 +680,18 @@ def pack(work, to, phase):
     m.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[3, 0], pad_token_id=5, do_sample=False)
     m.save_pretrained(to)
     AutoTokenizer.from_pretrained(Path(work) / "tokenizer").save_pretrained(to)
-    cfg = Path(to) / "tokenizer_config.json"  # what speaks of this machine's loading, not of the tokenizer, stays here
-    cfg.write_text(
-        json.dumps(
-            {k: v for k, v in json.loads(cfg.read_text()).items() if k not in ("is_local", "local_files_only")},
-            indent=2,
-        )
-        + "\n"
-    )
+    file = Path(to) / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    for k in ("is_local", "local_files_only"):  # they tell how it was loaded here, not what it is
+        config.pop(k, None)
+    file.write_text(json.dumps(config, indent=2) + "\n")
     log = dict(config=CONFIG, phase=phase, data=json.load(open(Path(work) / "data.json")), **ck["state"])
     json.dump(log, open(HERE.parents[1] / "data" / "llmopt_tiny_training.json", "w"), indent=1)
     return ck["state"]
 
 
 def main():
+    "The command line."
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("what", choices=["data", "train", "eval", "pack"])
     a.add_argument("--sources", default="../../../shared/data")
@@ -686,7 +718,7 @@ def main():
             a.tokens,
             a.lr,
             a.lr_emb,
-            B=a.batch,
+            rows=a.batch,
             device=a.device,
             threads=a.threads,
             init=a.init,

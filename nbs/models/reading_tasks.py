@@ -1,21 +1,23 @@
 """Texts with questions that only the text answers, made for the training of `llmopt-tiny`.
 
-A model this small, trained on plain text, hardly looks at a passage that stands before a question. These tasks make it look: the answer stands in the
-prompt, in other words or among others like it, and differs from document to document, so that it cannot be learned by heart. Three families:
+A model this small, trained on plain text, hardly looks at a passage before a question. These tasks make it look. The
+answer stands in the prompt, in other words or among others like it, and differs from document to document, so it cannot
+be learned by heart. Four kinds:
 
 - `facts`: invented people, places and things with random properties, told in one wording and asked in another;
 - `recall`: lists of keys and values in many layouts;
-- `extract`: real passages of the training text: find the sentence that speaks of something, go on where it was cut, fill a gap, answer one of
-  several questions whose answers were shuffled together.
+- `extract`: real passages of the training text: find the sentence that speaks of something, go on where it was cut, or
+  fill a gap;
+- `choose`: the answers to several questions, shuffled into one text, of which some are asked.
 
-Everything is drawn from a seed. `llmopt_tiny.py data` calls `tasks`.
+Everything is drawn from a seed: `r` is a `random.Random` throughout. `llmopt_tiny.py data` calls `tasks`.
 """
 
 import itertools
 import random
 import re
 
-# ------------------------------------------------------------------------------------------------ invented names and values
+# ---- invented names and values
 ONSET, NUCLEUS, CODA = (
     "b br c d dr f g gl h j k l m n p pr r s st t th tr v w z".split(),
     "a e i o u ai ea o u a e".split(),
@@ -24,21 +26,27 @@ ONSET, NUCLEUS, CODA = (
 
 
 def name(r, parts=(2, 3)):
+    "An invented name of some syllables."
     return "".join(
         r.choice(ONSET) + r.choice(NUCLEUS) + (r.choice(CODA) if r.random() < 0.5 else "")
         for _ in range(r.randint(*parts))
     ).capitalize()
 
 
-FIRST = """Anna Ben Clara David Elena Farid Grace Hugo Ines Jonas Kim Lena Marco Nadia Omar Paula Quinn Rosa Samir Tara Uma Victor Wanda Xenia Yusuf Zoe Peter Maria
-Aisha Carlos Mei Ivan Sofia Tom Ruth Leo Nora Amir Julia Felix Hana Oscar Priya Erik""".split()
+FIRST = """
+Anna Ben Clara David Elena Farid Grace Hugo Ines Jonas Kim Lena Marco Nadia Omar Paula Quinn Rosa Samir Tara
+Uma Victor Wanda Xenia Yusuf Zoe Peter Maria Aisha Carlos Mei Ivan Sofia Tom Ruth Leo Nora Amir Julia Felix
+Hana Oscar Priya Erik
+""".split()
 
 
 def person(r):
+    "A first name and an invented family name."
     return f"{r.choice(FIRST)} {name(r, (2, 2))}"
 
 
 def number(r):
+    "A number from 2 to 900,000, mostly with a comma for thousands."
     x = r.choice(
         [
             r.randint(2, 99),
@@ -52,6 +60,7 @@ def number(r):
 
 
 def small(r):
+    "A small number, in digits or in words."
     return r.choice(
         [
             str(r.randint(2, 60)),
@@ -61,46 +70,59 @@ def small(r):
 
 
 def year(r):
+    "A year from 1640 on."
     return str(r.randint(1640, 2024))
 
 
 def month(r):
+    "A month."
     return r.choice("January February March April May June July August September October November December".split())
 
 
 def one(words):
+    "A function that draws one of `words`."
     return lambda r: r.choice(words)
 
 
 def words(text):
+    "A function that draws one of the phrases in `text`, which commas set apart."
     return one([w.strip() for w in text.split(",")])
 
 
 JOB = words(
-    "a baker, a nurse, a carpenter, a teacher, a pilot, a chemist, a farmer, a judge, a painter, a sailor, an engineer, a gardener, a writer, a musician, a doctor, a clockmaker, a librarian, a photographer, a geologist, a programmer, a miner, a translator, a beekeeper, an actor"
+    "a baker, a nurse, a carpenter, a teacher, a pilot, a chemist, a farmer, a judge, a painter, a sailor, an "
+    "engineer, a gardener, a writer, a musician, a doctor, a clockmaker, a librarian, a photographer, a "
+    "geologist, a programmer, a miner, a translator, a beekeeper, an actor"
 )
 COLOR = words(
     "red, blue, green, yellow, white, black, grey, brown, orange, purple, silver, golden, dark green, pale blue"
 )
 FOOD = words(
-    "bread, cheese, apples, rice, honey, fish, soup, olives, mushrooms, potatoes, nuts, berries, beans, seeds, leaves, insects, grass, small crabs, snails, roots"
+    "bread, cheese, apples, rice, honey, fish, soup, olives, mushrooms, potatoes, nuts, berries, beans, seeds, "
+    "leaves, insects, grass, small crabs, snails, roots"
 )
 PLACE = words(
-    "the north coast, the old harbour, a valley, the edge of the desert, a small island, the foot of a hill, the western plain, the lake shore, a pine forest, the high mountains, the river mouth, a quiet bay"
+    "the north coast, the old harbour, a valley, the edge of the desert, a small island, the foot of a hill, the "
+    "western plain, the lake shore, a pine forest, the high mountains, the river mouth, a quiet bay"
 )
 STUFF = words(
-    "copper, iron, wood, clay, glass, steel, silk, wool, stone, paper, bronze, cotton, leather, bamboo, granite, tin, salt, amber"
+    "copper, iron, wood, clay, glass, steel, silk, wool, stone, paper, bronze, cotton, leather, bamboo, granite, "
+    "tin, salt, amber"
 )
 TOPIC = words(
-    "the stars, old maps, sea birds, bridges, rare plants, music, volcanoes, trade routes, deep lakes, the brain, clouds, ancient coins, bees, machines, glaciers, poems, trains, medicine, soil, languages"
+    "the stars, old maps, sea birds, bridges, rare plants, music, volcanoes, trade routes, deep lakes, the brain, "
+    "clouds, ancient coins, bees, machines, glaciers, poems, trains, medicine, soil, languages"
 )
 SENSE = words(
-    "the weather, earthquakes, traffic, water quality, the heartbeat, air pollution, ships, wind, forest fires, machine faults, sleep, crop growth, temperature, noise"
+    "the weather, earthquakes, traffic, water quality, the heartbeat, air pollution, ships, wind, forest fires, "
+    "machine faults, sleep, crop growth, temperature, noise"
 )
 DAY = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
 ANIMAL = words("dog, cat, horse, goat, parrot, turtle, donkey, rabbit, crow, sheep")
 
-# kind: name, then relations: (value, sentences, questions, answers); {n} is the name, {v} the value
+HOUSES = "Project Museum Bridge Library School Theatre Hospital Observatory Station Company".split()
+
+# Kind: name, then relations: (value, sentences, questions, answers); {n} is the name, {v} the value.
 KINDS = {
     "town": (
         name,
@@ -281,9 +303,7 @@ KINDS = {
         ],
     ),
     "project": (
-        lambda r: (
-            f"{name(r)} {r.choice(['Project', 'Museum', 'Bridge', 'Library', 'School', 'Theatre', 'Hospital', 'Observatory', 'Station', 'Company'])}"
-        ),
+        lambda r: f"{name(r)} {r.choice(HOUSES)}",
         [
             (
                 year,
@@ -328,24 +348,26 @@ LINK = [""] * 14 + ["Moreover, ", "As everyone knows, ", "It is also said that "
 
 
 def cap(s):
+    "`s` with a capital."
     return s[:1].upper() + s[1:]
 
 
 def low(s, keep):
+    "`s` with a small letter, unless it begins with one of `keep`."
     return s if any(s.startswith(k) for k in keep) else s[:1].lower() + s[1:]
 
 
+ASKED = ["{t}\n\n{q}"] * 6 + [
+    "{q}\n\n{t}",
+    "Text: {t}\n\nQuestion: {q}",
+    "Read the text and answer the question.\n\n{t}\n\n{q}",
+    "{t}\n{q}",
+]
+
+
 def ask(r, text, question):
-    "Where the question stands beside the text; mostly behind it."
-    return r.choice(
-        ["{t}\n\n{q}"] * 6
-        + [
-            "{q}\n\n{t}",
-            "Text: {t}\n\nQuestion: {q}",
-            "Read the text and answer the question.\n\n{t}\n\n{q}",
-            "{t}\n{q}",
-        ]
-    ).format(t=text, q=question)
+    "The prompt of a text and a question, which mostly stands behind it."
+    return r.choice(ASKED).format(t=text, q=question)
 
 
 def turns(r, text, pairs):
@@ -379,8 +401,9 @@ def facts(r):
     return turns(r, sep.join(text), [pair(t) for t in r.sample(told, min(len(told), r.randint(1, 5)))])
 
 
-# ------------------------------------------------------------------------------------------------ keys and values
+# ---- keys and values
 def token(r):
+    "A key or value without meaning: digits, letters, an identifier."
     return r.choice(
         [
             lambda: "".join(r.choice("0123456789abcdef") for _ in range(r.randint(4, 8))),
@@ -396,60 +419,51 @@ def token(r):
     )()
 
 
+def described(r):
+    "A key of two words."
+    return r.choice(["blue", "red", "old", "small", "north", "great"]) + " " + name(r, (1, 2)).lower()
+
+
+KEYS, VALUES = [token, name, person, described], [token, number, name, token]
+LAYOUTS = [
+    "{k}: {v}",
+    "{k} = {v}",
+    '"{k}": "{v}",',
+    "The code of {k} is {v}.",
+    "{k} has the number {v}.",
+    "| {k} | {v} |",
+    "- {k} -> {v}",
+    "The value for {k} is {v}.",
+]
+VALUE_ASKED = [
+    "What is the value for {k}?",
+    "Which value belongs to {k}?",
+    "{k}?",
+    "What stands beside {k}?",
+    "What is the code of {k}?",
+    'Give the value of the key "{k}".',
+    "Tell me the number of {k}.",
+]
+VALUE_TOLD = ["{v}", "{v}", "The value is {v}.", "{k}: {v}"]
+
+
 def recall(r, most=40):
     "A list of keys and values in one of many layouts, with questions for some of the values."
-    k, v = (
-        r.choice(
-            [
-                token,
-                name,
-                person,
-                lambda r: r.choice(["blue", "red", "old", "small", "north", "great"]) + " " + name(r, (1, 2)).lower(),
-            ]
-        ),
-        r.choice([token, number, name, token]),
-    )
-    pairs = list({k(r): v(r) for _ in range(r.randint(3, most))}.items())
-    layout = r.choice(
-        [
-            "{k}: {v}",
-            "{k} = {v}",
-            '"{k}": "{v}",',
-            "The code of {k} is {v}.",
-            "{k} has the number {v}.",
-            "| {k} | {v} |",
-            "- {k} -> {v}",
-            "The value for {k} is {v}.",
-        ]
-    )
+    key, value = r.choice(KEYS), r.choice(VALUES)
+    pairs = list({key(r): value(r) for _ in range(r.randint(3, most))}.items())
+    layout = r.choice(LAYOUTS)
     sep = " " if layout.endswith(".") and r.random() < 0.5 else "\n"
-    text = sep.join(layout.format(k=a, v=b) for a, b in pairs)
+    text = sep.join(layout.format(k=k, v=v) for k, v in pairs)
     if layout.startswith('"'):
         text = "{" + text.rstrip(",") + "}"
-    asked = r.choice(
-        [
-            "What is the value for {k}?",
-            "Which value belongs to {k}?",
-            "{k}?",
-            "What stands beside {k}?",
-            "What is the code of {k}?",
-            'Give the value of the key "{k}".',
-            "Tell me the number of {k}.",
-        ]
-    )
-    answer = r.choice(["{v}", "{v}", "The value is {v}.", "{k}: {v}"])
-    return turns(
-        r,
-        text,
-        [
-            (asked.format(k=a, v=b), answer.format(k=a, v=b))
-            for a, b in r.sample(pairs, min(len(pairs), r.randint(2, 8)))
-        ],
-    )
+    asked, told = r.choice(VALUE_ASKED), r.choice(VALUE_TOLD)
+    some = r.sample(pairs, min(len(pairs), r.randint(2, 8)))
+    return turns(r, text, [(asked.format(k=k, v=v), told.format(k=k, v=v)) for k, v in some])
 
 
-# ------------------------------------------------------------------------------------------------ real passages
+# ---- real passages
 def sentences(text):
+    "The sentences of `text` that are neither very short nor very long."
     return [s.strip() for s in re.split(r"(?<=[.!?])\s+|\n+", text) if 25 < len(s.strip()) < 300]
 
 
@@ -476,6 +490,31 @@ GOES_ON = [
 GAP = ['Which word is missing: "{a}"', 'Fill the gap from the text: "{a}"', 'What stands in place of the gap: "{a}"']
 
 
+def about(r, sentence, others):
+    "A question about a rare word of `sentence`, which is the answer; None if it has none."
+    found = rare(sentence, [o.lower() for o in others])
+    if not found:
+        return None
+    word = r.choice(found[:4])
+    after = sentence[sentence.find(word) + len(word) :].split(" ")
+    two = len(after) > 2 and after[0] == "" and r.random() < 0.4
+    phrase = word + (" " + after[1].strip('.,;:!?()"') if two else "")
+    return r.choice(SAYS).format(w=phrase), sentence
+
+
+def cut_off(r, words):
+    "The beginning of a sentence; the answer is how it goes on."
+    cut = r.randint(3, len(words) - 3)
+    return r.choice(GOES_ON).format(a=" ".join(words[:cut])), " ".join(words[cut:])
+
+
+def with_gap(r, words):
+    "A sentence with a gap; the answer is the word that is missing."
+    m = r.randrange(1, len(words) - 1)
+    gapped = " ".join([*words[:m], "___", *words[m + 1 :]])
+    return r.choice(GAP).format(a=gapped), words[m].strip('.,;:!?()"')
+
+
 def extract(r, docs, lengths):
     "A run of sentences of a document, drawn by its length, with questions about single ones."
     for _ in range(50):
@@ -486,48 +525,34 @@ def extract(r, docs, lengths):
     ss = ss[i : i + n]
     pairs = []
     for j in r.sample(range(len(ss)), min(len(ss), r.randint(1, 4))):
-        s, w = ss[j], ss[j].split(" ")
-        how = r.random()
+        words, how = ss[j].split(" "), r.random()
         if how < 0.55:
-            ws = rare(s, [o.lower() for o in ss[:j] + ss[j + 1 :]])
-            if ws:
-                x = r.choice(ws[:4])
-                at = s.find(x)
-                after = s[at + len(x) :].split(" ")
-                phrase = x + (
-                    " " + after[1].strip('.,;:!?()"') if len(after) > 2 and after[0] == "" and r.random() < 0.4 else ""
-                )
-                pairs.append((r.choice(SAYS).format(w=phrase), s))
-        elif how < 0.8 and len(w) > 6:
-            cut = r.randint(3, len(w) - 3)
-            pairs.append((r.choice(GOES_ON).format(a=" ".join(w[:cut])), " ".join(w[cut:])))
-        elif len(w) > 6:
-            m = r.randrange(1, len(w) - 1)
-            pairs.append((r.choice(GAP).format(a=" ".join([*w[:m], "___", *w[m + 1 :]])), w[m].strip('.,;:!?()"')))
+            pairs.append(about(r, ss[j], ss[:j] + ss[j + 1 :]))
+        elif len(words) > 6:
+            pairs.append(cut_off(r, words) if how < 0.8 else with_gap(r, words))
+    pairs = [p for p in pairs if p]
     return turns(r, r.choice([" ", " ", "\n"]).join(ss), pairs) if pairs else extract(r, docs, lengths)
 
 
 def choose(r, pairs):
     "The answers to several questions as one text; one or more of the questions are asked."
-    some = r.sample(pairs, r.randint(2, 5))
-    shorts = []
-    for q, a in some:
+    told = []
+    for q, a in r.sample(pairs, r.randint(2, 5)):
         ss = sentences(a)
         if ss:
-            shorts.append((q, ss[: r.randint(1, 3)]))
-    if len(shorts) < 2:
+            told.append((q, ss[: r.randint(1, 3)]))
+    if len(told) < 2:
         return choose(r, pairs)
-    text = [" ".join(ss) for _, ss in shorts]
+    text = [" ".join(ss) for _, ss in told]
     r.shuffle(text)
-    return turns(
-        r,
-        r.choice(["\n", "\n\n", " "]).join(text),
-        [(q, " ".join(ss[:2])) for q, ss in r.sample(shorts, r.randint(1, len(shorts)))],
-    )
+    sep = r.choice(["\n", "\n\n", " "])
+    asked = r.sample(told, r.randint(1, len(told)))
+    return turns(r, sep.join(text), [(q, " ".join(ss[:2])) for q, ss in asked])
 
 
 def tasks(docs, pairs, n=(28000, 18000, 44000, 28000), seed=0):
-    "`n` documents of `facts`, `recall`, `extract` and `choose`, as lists of (question, answer) turns, from texts and question-answer pairs of the training part."
+    """`n` documents each of `facts`, `recall`, `extract` and `choose`, as lists of (question, answer) turns, made from
+    texts and question-answer pairs of the training part."""
     r, lengths = random.Random(seed), [*itertools.accumulate(map(len, docs))]
     return dict(
         facts=[facts(r) for _ in range(n[0])],

@@ -29,6 +29,8 @@ TEXTS = {
     "combining marks": lambda n, rng: "".join("e" + "\u0301" * rng.randint(1, 4) for _ in range(n // 4)),
     "one letter": lambda n, rng: "a" * n,
     "one phrase": lambda n, rng: "machine learning " * (n // 17),
+    "Tibetan": lambda n, rng: "".join(rng.choices(["བོད་", "ཀྱི་", "སྐད་", "ཡིག་", "ནི། "], k=n // 4)),
+    "emoji": lambda n, rng: "".join(rng.choices("😀👩👧\u200d🏽", k=n)),
 }
 
 
@@ -76,7 +78,7 @@ def once_and_twice(kind, n):
 def test_encoding(kind, segmentation, cost):
     v = SimpleAdaptiVocab(tokenizer(), segmentation=segmentation)
     v.encode("of the")
-    one, two = (cost(lambda t=t: v.encode(t)) for t in once_and_twice(kind, 20_000))
+    one, two = (cost(lambda t=t: v.encode(t)) for t in once_and_twice(kind, 8_000))
     assert one < two <= MOST * one
 
 
@@ -86,7 +88,7 @@ def test_fitting(kind, n_new):
     v = SimpleAdaptiVocab(tokenizer(), [])
     v.fit(["of the of the"], 5)
     fixed = work(lambda: v.fit([""], n_new))
-    one, two = (work(lambda t=t: v.fit([t], n_new)) - fixed for t in once_and_twice(kind, 20_000))
+    one, two = (work(lambda t=t: v.fit([t], n_new)) - fixed for t in once_and_twice(kind, 8_000))
     assert 0 < one < two <= MOST * one
 
 
@@ -99,10 +101,10 @@ def test_fitting_many_documents_is_as_one():
     assert two <= MOST * one
 
 
-def test_five_megabytes():
+def test_a_megabyte_comes_back():
     v, rng = SimpleAdaptiVocab(tokenizer()), random.Random(0)
     words = [p.strip() for p in v.phrases] + ["zyx", "7", "and", "\n"]
-    text = " ".join(rng.choices(words, k=5_500_000 * len(words) // sum(len(w) + 1 for w in words)))
+    text = " ".join(rng.choices(words, k=1_100_000 * len(words) // sum(len(w) + 1 for w in words)))
     base = v.tokens([text])[0].tolist()
     f = v.fold(base)
-    assert len(text) > 5e6 and len(f.ids) < 0.8 * len(base) and v.unfold(f.ids) == base
+    assert len(text) > 1e6 and len(f.ids) < 0.8 * len(base) and v.unfold(f.ids) == base
