@@ -6,11 +6,12 @@
 __all__ = ['LEGEND', 'pareto', 'gap_lines', 'gap_shares']
 
 # %% ../../nbs/07_visualization/05_curves.ipynb #0ad5fe80
+import numpy as np
 import seaborn as sns
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from .lanes import heading, no_data, ratio_axis, tick, within
-from .style import BAND, label
+from .lanes import few_ticks, heading, no_data, ratio_axis, tick, within
+from .style import BAND, label, sized, tint
 from .view import View, beaten
 
 # %% ../../nbs/07_visualization/05_curves.ipynb #9a48b00f
@@ -31,10 +32,10 @@ def pareto(ax, v: View, names=True):
     heading(ax, "what speed costs", f"right: faster; up: {v.title(loss)}, {v.metric(loss).unit}")
     sns.despine(ax=ax)
     if not len(t):
-        return no_data(ax, "speed and quality were not both measured")
+        return no_data(ax, "speed and quality were not both measured", lanes=False)
     pale = beaten(t)
     for m in [m for m in v.methods if m in t.index]:
-        _cross(ax, t.loc[m], *v.look[m], 0.45 if m in pale else 1.0, m)
+        _cross(ax, t.loc[m], *v.look[m], m in pale, m)
     ends = [t.x_low.min(), t.x_high.max()]
     floor = v.results.noise_floor.get("e2el_ms")
     if floor:
@@ -44,68 +45,86 @@ def pareto(ax, v: View, names=True):
     ax.tick_params(labelsize=8, length=0)
     lo, hi = min(0, t.y_low.min()), max(0, t.y_high.max())
     span = (hi - lo) or 1
-    ax.yaxis.set_major_locator(MaxNLocator(4))
-    ax.yaxis.set_major_formatter(FuncFormatter(tick))
+    few_ticks(ax.yaxis)
     ax.set_ylim(lo - 0.07 * span, lo + 1.09 * span)
     if names:
         ax.legend(**LEGEND)
 
 # %% ../../nbs/07_visualization/05_curves.ipynb #4dd4c3e5
-def _cross(ax, r, color, mark, alpha, name):
-    "One method of a `tradeoff`: a marker with an interval both ways."
-    ax.plot([r.x_low, r.x_high], [r.y, r.y], color=color, lw=1.6, alpha=alpha, zorder=3)
-    ax.plot([r.x, r.x], [r.y_low, r.y_high], color=color, lw=1.6, alpha=alpha, zorder=3)
+def _cross(ax, r, color, mark, pale, name):
+    "One method of a `tradeoff`: a marker with an interval both ways, below the others if it is `pale`."
+    color, z = (tint(color, 0.45), 3) if pale else (color, 4)
+    ax.plot([r.x_low, r.x_high], [r.y, r.y], color=color, lw=1.6, zorder=z)
+    ax.plot([r.x, r.x], [r.y_low, r.y_high], color=color, lw=1.6, zorder=z)
     ax.plot(
-        r.x, r.y, mark, color=color, ms=8, mec="white", mew=0.8, alpha=alpha, zorder=5, ls="", label=label(name, 30)
+        r.x,
+        r.y,
+        mark,
+        color=color,
+        ms=sized(mark, 8),
+        mec="white",
+        mew=0.8,
+        zorder=z + 0.5,
+        ls="",
+        label=label(name, 30),
     )
 
 # %% ../../nbs/07_visualization/05_curves.ipynb #c541e058
 def _line(v, method, every) -> dict:
     "Look of a method as a line, with its marker now and then."
     color, mark = v.look[method]
-    return dict(color=color, lw=1.4, marker=mark, ms=5, mec="white", mew=0.5, markevery=every)
+    return dict(color=color, lw=1.4, marker=mark, ms=sized(mark, 5), mec="white", mew=0.5, markevery=every)
 
 
 def gap_lines(ax, v: View, methods):
     "Gap between tokens at each step: median and range."
     g = v.gaps()
+    g = g[g.method.isin(methods)]
     heading(ax, "gap between tokens, step by step", "ms at each step; line: median, band: all of them")
     sns.despine(ax=ax)
     ax.tick_params(labelsize=8, length=0)
     if not len(g):
-        return no_data(ax)
+        return no_data(ax, lanes=False)
     for m in [m for m in methods if m in set(g.method)]:
-        band = dict(estimator="median", errorbar=("pi", 100), err_kws=dict(alpha=0.12, lw=0))
-        sns.lineplot(g[g.method == m], x="step", y="x", ax=ax, **band, **_line(v, m, g.step.max() // 6 or 1))
+        at = g[g.method == m].groupby("step").x.agg(["min", "median", "max"])
+        ax.fill_between(at.index, at["min"], at["max"], color=v.look[m][0], alpha=0.12, lw=0)
+        ax.plot(at.index, at["median"], **_line(v, m, g.step.max() // 6 or 1))
     _time_axis(ax.yaxis, ax.set_ylim, g.x)
     ax.set(xlabel="", ylabel="")
 
 # %% ../../nbs/07_visualization/05_curves.ipynb #d5c2ea45
+def _time_ticks(lo, hi):
+    "A few round numbers from `lo` to `hi`, as the ticks of a logarithmic axis."
+    digits = (1, 2, 5) if hi > 30 * lo else (1, 1.5, 2, 3, 5, 7)
+    ticks = [a * 10.0**e for e in range(-30, 31) for a in digits] if hi > 2 * lo else MaxNLocator(5).tick_values(lo, hi)
+    ticks = [t for t in ticks if lo / 1.08 <= t <= hi * 1.08] or [lo, hi]
+    return ticks[:: len(ticks) // 8 + 1]
+
+
 def _time_axis(axis, limits, x):
     "A logarithmic axis for times, with plain numbers."
     lo, hi = x.min(), x.max()
-    if hi > 5 * lo:
-        ticks = [a * 10.0**e for e in range(-30, 31) for a in (1, 2, 5)]
-    else:
-        ticks = MaxNLocator(5).tick_values(lo, hi)
-    ticks = [t for t in ticks if lo / 1.08 <= t <= hi * 1.08] or [lo, hi]
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     limits(lo / 1.08, hi * 1.08)
     axis.set_minor_locator(NullLocator())
-    axis.set_major_locator(FixedLocator(ticks[:: len(ticks) // 8 + 1]))
+    axis.set_major_locator(FixedLocator(_time_ticks(lo, hi)))
     axis.set_major_formatter(FuncFormatter(tick))
 
 # %% ../../nbs/07_visualization/05_curves.ipynb #982b8361
-def gap_shares(ax, v: View, methods):
-    "Share of the gaps that are at most so long."
+def gap_shares(ax, v: View, methods, names=True):
+    "Share of the gaps that are at most so long; `names` adds a legend."
     g = v.gaps()
+    g = g[g.method.isin(methods)]
     heading(ax, "gap between tokens, all of them", "share of the gaps up to so many ms")
     sns.despine(ax=ax)
     ax.tick_params(labelsize=8, length=0)
     if not len(g):
-        return no_data(ax)
+        return no_data(ax, lanes=False)
     for m in [m for m in methods if m in set(g.method)]:
-        sns.ecdfplot(x=g[g.method == m].x, ax=ax, label=label(m, 26), **_line(v, m, 0.12))
+        x = np.sort(g[g.method == m].x)
+        share = np.arange(len(x) + 1) / len(x)
+        ax.plot([x[0], *x], share, drawstyle="steps-post", label=label(m, 26), **_line(v, m, 0.12))
     _time_axis(ax.xaxis, ax.set_xlim, g.x)
-    ax.set(xlabel="", ylabel="")
-    ax.legend(**LEGEND)
+    ax.set(xlabel="", ylabel="", ylim=(0, 1.03))
+    if names:
+        ax.legend(**LEGEND)

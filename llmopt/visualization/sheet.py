@@ -10,17 +10,21 @@ from .style import COLORS, FAINT, WIDTH, Chart, wrap
 from .view import View
 
 # %% ../../nbs/07_visualization/02_sheet.ipynb #55942831
-def _lines(remarks, width, size, most=8):
-    "`remarks` wrapped to `width` inches: at most 40 of them, each on at most `most` lines."
-    out = []
-    for remark in remarks[:40]:
-        lines = wrap(remark[:3000], width, size)
-        out += lines[:most]
-        if len(lines) > most:
-            out[-1] += " …"
-    if len(remarks) > 40:
-        out.append(f"{len(remarks) - 40:,} more remarks stand in the file.")
-    return out
+def _lines(remark, width, size, most=8):
+    "`remark` on at most `most` lines of `width` inches."
+    lines = wrap(remark[:3000], width, size)
+    return [*lines[: most - 1], lines[most - 1] + " …"] if len(lines) > most else lines
+
+
+def _two_columns(remarks, width, size, most=40):
+    "The lines of at most `most` remarks in two columns, the left one not shorter; no remark is torn."
+    if len(remarks) > most:
+        remarks = [*remarks[:most], f"{len(remarks) - most:,} more remarks stand in the file."]
+    blocks = [_lines(r, width, size) for r in remarks]
+    total, left, right = sum(map(len, blocks)), [], []
+    for block in blocks:
+        (right if 2 * len(left) >= total else left).extend(block)
+    return left, right
 
 # %% ../../nbs/07_visualization/02_sheet.ipynb #6ed9dfbf
 def sheet(
@@ -32,9 +36,8 @@ def sheet(
     width: float = WIDTH,  # inches
 ) -> tuple:  # figure, body
     "A figure with a heading and remarks around a body to draw in."
-    head = _lines([f"{v.model()} on {v.machine()}", v.extent()], width - 0.4, 9)
-    left = _lines([*read, *v.remarks()], width / 2 - 0.5, 7.5)
-    right = _lines(v.formulas(metrics), width / 2 - 0.5, 7.5)
+    head = [line for r in (f"{v.model()} on {v.machine()}", v.extent()) for line in _lines(r, width - 0.4, 9)]
+    left, right = _two_columns([*read, *v.formulas(metrics), *v.remarks()], width / 2 - 0.5, 7.5)
     top, bottom = 0.42 + 0.18 * len(head), 0.2 + 0.15 * max(len(left), len(right))
     own = dict.fromkeys([*(color for color, _ in v.look.values()), *COLORS.values()])
     fig = Chart(figsize=(width, top + height + bottom), layout="constrained", own=[*own])

@@ -76,18 +76,15 @@ def columns(text: str) -> int:
 
 
 def chunks(parts: list, width: int) -> list:  # of lists of (piece, kind)
-    "Parts that must stay on one line: a word and the punctuation after it; what is wider than a line is cut."
+    "Parts that must stay on one line: a word and what ends it; what is wider than a line is cut."
     out, glue = [], None  # glue: the kind that the next piece must have to stay with the last one
     for p, kind in parts:
         n = max(1, width // 2) if columns(p) > width else len(p)
-        for i in range(0, len(p), n):
-            stay = (
-                glue == kind and i == 0 and not p[0].isspace() and columns("".join(t for t, _ in out[-1]) + p) <= width
-            )
-            if stay:
-                out[-1].append((p[i : i + n], kind))
-            else:
-                out.append([(p[i : i + n], kind)])
+        near = glue == kind and not p[0].isspace() or (out and kind == "mark" and p == "↵")
+        if near and columns("".join(t for t, _ in out[-1]) + p) <= width:
+            out[-1].append((p, kind))
+        else:
+            out += [[(p[i : i + n], kind)] for i in range(0, len(p), n)]
         glue = None if kind == "mark" or re.search(r"[\s\u3040-\u30ff\u3400-\u9fff]$", p) else kind
     return out
 
@@ -98,13 +95,20 @@ def flow(
     n: int,  # lines
 ) -> list:  # of lines of [column, text, kind]
     "Fill at most `n` lines; the last one says how much was left out."
-    lines, col, todo = [[]], 0, chunks([(plain(p.replace("\n", "↵").replace("\t", " ")), k) for p, k in parts], width)
-    for i, chunk in enumerate(todo):
+    room = 1 + int(np.searchsorted(np.cumsum([len(p) for p, _ in parts]), 2 * width * (n + 1)))  # pieces, at most
+    shown = [(plain(p.replace("\n", "↵").replace("\t", " ")), k) for p, k in parts[:room]]
+    lines, col, left = [[]], 0, sum(len(p) for p, _ in parts)
+
+    def cut(left):
+        return [[0, f"… {left:,} more characters", "cut"]]
+
+    for chunk in chunks(shown, width):
         if col and col + sum(columns(p) for p, _ in chunk) > width:
             if len(lines) == n:
-                return lines + [[[0, f"… {sum(len(p) for c in todo[i:] for p, _ in c):,} more characters", "cut"]]]
+                return [*lines, cut(left)]
             lines.append([])
             col = 0
+        left -= sum(len(p) for p, _ in chunk)
         for p, kind in chunk:
             p = p if col else p.lstrip()
             if lines[-1] and lines[-1][-1][2] == kind:
@@ -112,4 +116,4 @@ def flow(
             else:
                 lines[-1].append([col, p, kind])
             col += columns(p)
-    return lines
+    return [*lines, cut(left)] if left else lines

@@ -6,16 +6,14 @@
 __all__ = ['MONO', 'SIZE', 'STEP', 'CHAR', 'KINDS_OF_TEXT', 'LEFT', 'COLS', 'facts', 'answer', 'texts', 'input_output_pairs']
 
 # %% ../../nbs/07_visualization/07_texts.ipynb #aea64847
-import numpy as np
-
 from ..evaluation.results import Run
 from .sheet import sheet
-from .style import AA, FAINT, FONTS, INK, WIDTH, Chart, fit, inches, label, number
+from .style import AA, FAINT, FONTS, INK, WIDTH, Chart, fit, inches, label, number, sized
 from .text_diff import changes, columns, flow, pieces
 from .view import View
 
 # %% ../../nbs/07_visualization/07_texts.ipynb #bfd70b6a
-MONO, SIZE, STEP = ["DejaVu Sans Mono", *FONTS], 8, 0.158  # font, points, inches from line to line
+MONO, SIZE, STEP = ["DejaVu Sans Mono", "DejaVu Sans", *FONTS], 8, 0.158  # font, points, inches from line to line
 CHAR = SIZE / 72 * 1233 / 2048  # inches: the width of a character of that font
 KINDS_OF_TEXT = dict(
     same=INK, mark="#a8a8a8", removed="#b3573a", added="#0072B2", cut=FAINT, faint=FAINT, failed="#b3573a"
@@ -93,17 +91,22 @@ def input_output_pairs(v: View) -> Chart:
     "What each method's model read and answered, query by query."
     cells = max(1, len(v.queries) * len([m for m in v.methods if m != AA]))
     n = max(2, min(7, 600 // cells))
-    blocks = [(q, texts(v, q, COLS, n)) for q in v.queries]
-    heights = [0.46 + sum(_row_height(r) for r in rows) for _, rows in blocks]
-    shown = max(1, int(np.searchsorted(np.cumsum(heights), 200)))
-    left = [f"{len(blocks) - shown} more queries do not fit on this sheet."] if shown < len(blocks) else []
+    blocks, height = [], 0.3
+    for q in v.queries:
+        rows = texts(v, q, COLS, n)
+        more = 0.46 + sum(_row_height(r) for r in rows)
+        if blocks and height + more > 200:
+            break
+        blocks.append((q, rows, height))
+        height += more
+    left = [f"{len(v.queries) - len(blocks)} more queries do not fit on this sheet."] * (len(blocks) < len(v.queries))
     read = (
         "Struck out: words that the method removed. Blue: words it put in. "
         "Grey: marks of the chat template, and the beginning that an answer shares with the baseline's."
     )
-    fig, body = sheet(v, "What each model read, and what it answered", sum(heights[:shown]) + 0.3, [read, *left])
-    ax = _page(body, sum(heights[:shown]) + 0.3)
-    for (q, rows), y in zip(blocks[:shown], 0.3 + np.cumsum([0, *heights])):
+    fig, body = sheet(v, "What each model read, and what it answered", height, [read, *left])
+    ax = _page(body, height)
+    for q, rows, y in blocks:
         _query_block(ax, v, q, rows, y)
     return fig
 
@@ -145,7 +148,7 @@ def _text_row(ax, v, row, y):
     "One method: name and facts, text read, answer."
     name, fact, read, said = row
     color, mark = v.look[name]
-    ax.plot(0.24, y + 0.5 * STEP, mark, color=color, ms=6.5, mec="white", mew=0.6)
+    ax.plot(0.24, y + 0.5 * STEP, mark, color=color, ms=sized(mark, 6.5), mec="white", mew=0.6)
     for i, t in enumerate(label(name, 30).split("\n")):
         ax.text(
             0.36, y + (i + 0.5) * STEP, fit(t, LEFT - 0.4, 8, True), fontsize=8, weight="bold", va="center_baseline"

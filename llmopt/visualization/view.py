@@ -37,6 +37,7 @@ class View:
         self.look = looks(self.methods)
         self.queries = list(dict.fromkeys([*(q.id for q in results.queries), *rows["query"]]))
         self.summary = {(s.method, s.metric): s for s in results.summary}
+        self._medians = {}  # metric -> its median in each block, for `blocks`
 
 # %% ../../nbs/07_visualization/01_view.ipynb #7ab2ce6d
 @patch
@@ -147,7 +148,10 @@ def formulas(self: View, metrics) -> list:  # lines
 @patch
 def blocks(self: View, metric, method) -> pd.DataFrame:  # query, round, x
     "method/baseline in every block where both were measured."
-    x = self.values(metric).groupby(["method", "query", "round"], sort=False).x.median()
+    if metric not in self._medians:
+        by_block = self.values(metric).groupby(["method", "query", "round"], sort=False)
+        self._medians[metric] = by_block.x.median()
+    x = self._medians[metric]
     have = x.index.get_level_values("method")
     if not {method, "baseline"} <= set(have):
         return pd.DataFrame(dict(query=[], round=[], x=[]))
@@ -214,8 +218,8 @@ def beaten(t: pd.DataFrame) -> set:  # methods
 def gaps(self: View) -> pd.DataFrame:  # method, step, x
     "Every gap between two tokens in the speed arm, in ms; gaps that are not positive have no place on the axis."
     d = self.rows[(self.rows.arm == "speed") & self.rows.itl_ms.notna()]
-    parts = [
-        pd.DataFrame(dict(method=r.method, step=np.arange(1, len(r.itl_ms) + 1), x=r.itl_ms)) for r in d.itertuples()
-    ]
-    every = pd.concat(parts or [pd.DataFrame(dict(method=[], step=[], x=[]))], ignore_index=True)
+    n = [len(gaps) for gaps in d.itl_ms]
+    step = np.concatenate([np.arange(1, k + 1) for k in n]) if n else []
+    x = np.array([x for gaps in d.itl_ms for x in gaps], dtype=float)
+    every = pd.DataFrame(dict(method=np.repeat(d.method.to_numpy(), n), step=step, x=x))
     return every[(every.x > 1 / HUGE) & (every.x < HUGE)]

@@ -12,7 +12,7 @@ from llmopt.evaluation.results import Floor, Method, Query, Results, Run, Summar
 
 def made_up_run(rng, m, k, q, j, r):
     "Made-up times, tokens and bytes: query number `j` costs `k` times what the baseline takes."
-    t, n = rng.normal(20, 0.5, 8) * k, 10 + 7 * j
+    t, n = rng.normal(20, 0.5, 8) * k, 10 + 7 * (j % 20)
     first = n * k + t[0]
     return Run(
         arm="speed",
@@ -40,7 +40,7 @@ def made_up_run(rng, m, k, q, j, r):
 
 def made_up_answer(m, i, q, j):
     "A made-up answer of method number `i`, which drops every third word."
-    words = " ".join(f"word{w}" for w in range(10 + 7 * j) if w % 3 or not i)
+    words = " ".join(f"word{w}" for w in range(10 + 7 * (j % 20)) if w % 3 or not i)
     return Run(
         arm="quality",
         query=q,

@@ -1,17 +1,21 @@
 "Results that nobody measured, as a hand-edited file may hold them: a chart, or one line, never a traceback."
 
 import json
-from pathlib import Path
 from unittest import mock
 
 import pytest
-from matplotlib.text import Text
 
-from llmopt.evaluation.results import Floor, Query, Results, Run, Summary, load
+from llmopt.evaluation.results import Floor, Query, Results, Run, Summary
 from llmopt.visualization.charts import plot
 from llmopt.visualization.style import Chart, looks
-from llmopt.visualization.text_diff import _longest, common  # private: what is counted is how often it is called
+from llmopt.visualization.text_diff import (
+    _longest,  # private: what is counted is how often it is called
+    columns,
+    common,
+    flow,
+)
 from llmopt.visualization.view import NUMBERS, View
+from visualization.drawn import draw, panels, says, silent, texts_drawn
 from visualization.made_up import made_up
 
 COUNTS = [k for k in NUMBERS if Run.model_fields[k].annotation == Run.model_fields["prompt_tokens"].annotation]
@@ -32,8 +36,9 @@ def rows(value, methods=("baseline", "fast"), **more):
 def test_every_number_the_same(value):
     "Zeros, negative, tiny and absurdly large numbers are drawn, or left out and counted."
     res = Results(runs=rows(value))
-    for chart in ("performance_dashboard", "time_metrics"):
-        plot(res, chart).draw_without_rendering()
+    fig = panels(res)
+    draw(fig)
+    assert silent(fig) == []
     assert any("beyond 1e30" in s for s in View(res).remarks()) == (value > 1e30)
 
 
@@ -41,9 +46,9 @@ def test_extreme_intervals():
     "Ratios and floors at the ends of what a number can be stay on the axis."
     floor = dict(e2el_ms=Floor(median=1, low=5e-324, high=1.7e308))
     summary = [Summary(method="fast", metric="e2el_ms", median=1, ratio=5e-324, ratio_low=5e-324, ratio_high=1.7e308)]
-    fig = plot(Results(runs=rows(5.0), noise_floor=floor, summary=summary), "performance_dashboard")
-    fig.draw_without_rendering()
-    assert any("e-324" in t.get_text() for t in fig.findobj(Text))
+    fig = panels(Results(runs=rows(5.0), noise_floor=floor, summary=summary))
+    draw(fig)
+    assert any("e-324" in text for text in says(fig))
 
 
 def test_rows_that_stand_twice():
@@ -56,8 +61,8 @@ def test_rows_that_stand_twice():
 def test_definitions_that_were_taken_out():
     "A file without definitions is drawn with ours."
     res = made_up().model_copy(update=dict(definitions={}))
-    says = [t.get_text() for t in plot(res, "quality_comparison").findobj(Text)]
-    assert "KL divergence" in says and any("lower is better" in s for s in says)
+    said = says(panels(res))
+    assert "KL divergence" in said and any("lower is better" in s for s in said)
 
 
 def test_a_look_does_not_depend_on_the_others():
@@ -69,10 +74,9 @@ def test_a_look_does_not_depend_on_the_others():
 
 def test_longer_is_not_better():
     "What only says that an answer was longer has no better direction."
-    fig = plot(
-        load(Path(__file__).resolve().parents[2] / "data" / "sample_comprehensive_results.json"), "token_metrics"
-    )
-    assert not any("higher is better" in t.get_text() for t in fig.findobj(Text))
+    said = says(plot(made_up(queries=1, rounds=1, kind="ask"), "token_metrics"))
+    assert "characters per token of the answer" in said
+    assert not any("higher is better" in s for s in said)
 
 
 def test_a_very_tall_sheet_can_be_written():
@@ -93,7 +97,17 @@ def test_long_texts_are_compared_in_windows():
     assert counts[1] <= 2.3 * counts[0]
 
 
-@pytest.mark.parametrize("chart", ["input_output_pairs", "performance_dashboard", "comprehensive_dashboard"])
+def test_what_is_left_out_is_counted():
+    "Also where characters take no room, and no more than what can be shown is looked at."
+    parts = [("e" + "\u0301" * 99, "same")] * 500
+    with mock.patch("llmopt.visualization.text_diff.columns", side_effect=columns) as called:
+        lines = flow(parts, 10, 3)
+    shown = sum(len(text) for line in lines[:-1] for _, text, _ in line)
+    assert lines[-1] == [[0, f"… {50_000 - shown:,} more characters", "cut"]]
+    assert called.call_count < 100
+
+
+@pytest.mark.parametrize("chart", ["input_output_pairs", "performance_dashboard"])
 def test_odd_words(chart):
     "Names, labels, warnings and texts may be of any length and script."
     wide = ["W" * 400, "空" * 90, "", "a b\n\tc", "\u202eright to left", "é" * 60]
@@ -102,17 +116,15 @@ def test_odd_words(chart):
     raw["definitions"]["kl_mean"]["label"] = "K" * 500
     raw |= dict(warnings=["W" * 5000] * 3 + ["x"] * 500, queries=[dict(id="q1", text="空" * 900, keywords=wide)])
     fig = plot(Results.model_validate(raw), chart)
-    fig.draw_without_rendering()
     assert fig.get_figheight() < 60
-    ticks = {t.label1 for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for t in axis.get_major_ticks()}
-    for text in set(fig.findobj(Text)) - ticks:  # ticks out of view are not drawn
-        if text.get_text().strip() and text.get_visible():
-            box = text.get_window_extent().extents / fig.dpi
-            assert box[0] > -0.1 and box[2] < fig.get_figwidth() + 0.1, text.get_text()[:80]
+    with texts_drawn() as drawn:
+        draw(fig)
+    outside = [text[:80] for text, box, (w, h) in drawn.values() if box[0] < -0.1 or box[2] > w + 0.1]
+    assert len(drawn) > 20 and outside == []
 
 
 def test_one_query_nobody_asked():
     "Queries without rows, and rows of a query that the file does not list, are drawn."
     res = Results(runs=rows(3.0, output_text="so", prompt_text="what"), queries=[Query(id="other", text="?")])
-    says = " ".join(t.get_text() for t in plot(res, "input_output_pairs").findobj(Text))
-    assert "other" in says and "what" in says
+    said = " ".join(says(plot(res, "input_output_pairs")))
+    assert "other" in said and "what" in said

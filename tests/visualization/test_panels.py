@@ -4,9 +4,11 @@ import numpy as np
 
 from llmopt.evaluation.results import Results, Run
 from llmopt.visualization.bars import kept_tokens, kv_bars, phase_bars, rss_bars
+from llmopt.visualization.curves import gap_lines
 from llmopt.visualization.lanes import lanes
 from llmopt.visualization.style import Chart, number
 from llmopt.visualization.view import View
+from visualization.drawn import draw
 from visualization.made_up import made_up
 
 
@@ -36,3 +38,24 @@ def test_tokens_and_memory():
         ax = Chart().add_subplot()
         f(ax, View(Results(runs=[Run(arm="quality", query="q", method="m", kl_mean=0)])), ["m"])
         assert "not measured in this file" in [t.get_text() for t in ax.texts], f
+
+
+def test_the_key_stands_above_the_bars():
+    "However tall the panel of many methods is."
+    v = View(made_up(["baseline", *(f"m{i}" for i in range(30))], queries=1, rounds=1))
+    fig = Chart(figsize=(4, 12))
+    ax = fig.add_subplot()
+    phase_bars(ax, v, v.methods)
+    draw(fig)
+    assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1
+
+
+def test_an_axis_holds_the_methods_that_are_drawn():
+    "A slow method that was left out leaves no empty space."
+    v = View(made_up(["baseline", *(f"m{i}" for i in range(30))], queries=1, rounds=1))
+    ends = []
+    for methods in (["baseline"], v.methods):
+        ax = Chart().add_subplot()
+        gap_lines(ax, v, methods)
+        ends.append(ax.get_ylim())
+    assert ends[0][0] > 2 * ends[1][0] and ends[0][1] <= ends[1][1]

@@ -34,8 +34,7 @@ def test_labels():
 
 
 def test_fits():
-    """Counting letters is not enough to keep texts apart: a `W` is four times as wide as an `i`, and 空 wider still.
-    So we measure what a text takes, and cut it or wrap it to the space there is."""
+    "`fit` is for names and titles. Remarks may take several lines:"
     test_eq(fit("short", 2, 9), "short")
     for text in ("W" * 80, "i" * 200, "空" * 60, "a word and another " * 9):
         assert fit(text, 2, 9).endswith("…") and 1.8 < inches(fit(text, 2, 9), 9) <= 2
@@ -50,6 +49,8 @@ def test_looks():
     test_eq(looks(["mine", "larosa", "words:n=2"])["mine"], looks(["mine"])["mine"])
     assert len({look(f"words:n={n}") for n in range(2, 12)}) == len({look(f"m{n}") for n in range(10)}) == 10
     test_eq(len({look(m) for m in COLORS}), len(COLORS))
+    test_eq([look("kv+words"), look("words")], [look("words+kv"), look("word_removal")])
+    test_eq(look("hybrid_kv_cache+words:n=2"), look("word_removal:n=2+kv"))
     assert all(look(f"larosa:sparsity=0.{i}")[1] != look("larosa")[1] for i in range(1, 10))
     deutan = np.array(
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]

@@ -32,7 +32,8 @@ def test_changes():
 
 
 def test_flow():
-    "Chunks fill the lines; each piece of a line is its column, its text and its kind."
+    """Chunks fill the lines; each piece of a line is its column, its text and its kind. Of a long text we cut only
+    what can be shown into chunks, and count the rest."""
     text = ", ".join(f"word{i}" for i in range(50))
     parts = [(p, "same") for p in pieces(text)]
     lines = flow(parts, 30, 99)
