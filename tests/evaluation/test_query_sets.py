@@ -11,7 +11,7 @@ from llmopt.cli.parser import parser
 from llmopt.core import ASSETS, user
 from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.errors import ConfigError
-from llmopt.evaluation import Query, Results, Run, as_queries, keyword_recall, read_queries
+from llmopt.evaluation import Query, Results, Run, as_queries, keyword_recall, read_queries, summary_text
 from llmopt.evaluation.comparison import Comparison
 from llmopt.evaluation.queries import QUERY_SETS
 from llmopt.evaluation.resuming import differences
@@ -242,6 +242,22 @@ def test_each_set_is_measured_on_the_bundled_model():
     assert len(rows) == 5 and all(r.output_text is not None and "Lantern Library" in r.prompt_text for r in rows)
     assert results.queries[1].prompt_tokens_base == rows[0].prompt_tokens
     assert len({q.sha256 for q in results.queries}) == 3
+
+
+def test_documents_that_are_too_long_are_one_line_of_the_table():
+    "The numbers in the reasons differ, the reason is the same; another reason has a line of its own."
+    runs = [
+        Run(arm=arm, query=f"q{i}", method="baseline", error=f"the prompt has {i},{i}00 tokens, the context 1,024")
+        for arm in ("quality", "speed")
+        for i in range(1, 6)
+    ]
+    runs.append(Run(arm="speed", query="q6", method="baseline", error="the query is empty"))
+    shown = [line for line in summary_text(Results(runs=runs)).splitlines() if line.startswith("failed")]
+    assert shown == [
+        "failed: baseline, quality and speed, query q1, q2, q3 and 2 more: "
+        "such as: the prompt has 1,100 tokens, the context 1,024",
+        "failed: baseline, speed, query q6: the query is empty",
+    ]
 
 
 def test_memory_is_measured_with_the_longest_prompt(monkeypatch):
