@@ -6,6 +6,7 @@
 __all__ = ['verdict_in_words', 'table', 'fixed_width', 'summary_text', 'answers']
 
 # %% ../../nbs/06_evaluation/07_tables.ipynb #ta000004
+import re
 import textwrap
 
 import pandas as pd
@@ -113,16 +114,17 @@ def fixed_width(
 
 # %% ../../nbs/06_evaluation/07_tables.ipynb #ta000012
 def _failures(res):
-    "One line for each method and reason."
+    "One line for each method and reason; reasons that differ only in their numbers are one."
     found = {}
     for r in res.runs:
         if r.error:
-            found.setdefault((r.method, r.error), []).append(r)
-    for (method, error), rows in found.items():
+            found.setdefault((r.method, re.sub(r"[\d,]+", "0", r.error)), []).append(r)
+    for (method, _), rows in found.items():
         arms = " and ".join(dict.fromkeys(r.arm for r in rows))
         queries = list(dict.fromkeys(r.query for r in rows))
         some = ", ".join(queries[:3]) + (f" and {len(queries) - 3} more" if len(queries) > 3 else "")
-        yield f"failed: {method}, {arms}, query {some}: {error}"
+        such_as = "such as: " if len({r.error for r in rows}) > 1 else ""
+        yield f"failed: {method}, {arms}, query {some}: {such_as}{rows[0].error}"
 
 
 def _skipped(res):
@@ -162,7 +164,7 @@ def answers(
     width: int = 100,
 ) -> str:
     "What every method answered to each query, and how many prompt tokens it read."
-    texts, lines = {q.id: q.text for q in res.queries}, []
+    texts, lines = {q.id: q.question or q.text for q in res.queries}, []
     for q in texts if query is None else [query]:
         rows = [r for r in res.runs if r.query == q and r.arm == "quality"]
         lines.append(f"{q}: {textwrap.shorten(texts.get(q, ''), width, placeholder=' ...')}")
