@@ -72,7 +72,7 @@ def _compare(a, queries=None, kind="compare"):
     print("llmopt: error: nothing could be measured; the reasons stand below the table", file=sys.stderr)
     return 1
 
-
+# %% ../../nbs/09_cli/02_entry.ipynb #ef366377
 def _ask(a):
     "`llmopt ask`"
     from llmopt.core import plain_text
@@ -164,7 +164,7 @@ def _let_go_of_output():
     except OSError:
         _nobody_reads()
 
-
+# %% ../../nbs/09_cli/02_entry.ipynb #db1fb9d2
 def _interrupted(a):
     "Say what is left after Ctrl-C; the exit code."
     saved = hasattr(a, "resume") and os.path.isfile(a.output)

@@ -7,8 +7,7 @@ from llmopt.cli.entry import *
 
 
 def test_explained_errors():
-    """Exit codes: 0 is well, 1 is that nothing could be measured, 2 is an error that you can put right, 3 is one of
-    ours, 130 is Ctrl-C. Then the results file holds what was measured."""
+    "`main` reads the line, runs the command, and turns whatever ends it into an exit code."
     test_eq(explain(ConfigError("a line\nof two")), (2, "a line of two"))
     test_eq(explain(FileNotFoundError(2, "No such file", "x.json")), (2, "No such file: 'x.json'"))
     code, line = explain(KeyError("oops"))

@@ -6,7 +6,7 @@ from llmopt.cli.parser import *
 
 
 def test_options():
-    "The others measure nothing, or measure something else."
+    "The parser knows every command and no other."
     a = parser().parse_args(["compare", "--methods", "words:n=2", "kv", "--quick", "--rounds", "3"])
     test_eq((a.command, a.methods, a.rounds, a.max_new_tokens), ("compare", ["words:n=2", "kv"], 3, None))
     test_eq(parser().parse_args(["chat"]).max_new_tokens, 200)

@@ -10,9 +10,7 @@ from llmopt.engine.comprehensive import *
 
 
 def test_comprehensive_engine():
-    """A model that one method cannot convert costs that method alone: its place is taken by an engine that refuses,
-    with the reason, and the others answer. What you named yourself and what cannot be read, such as a folder with
-    a calibration, is an error at once."""
+    "A message goes to every engine in turn."
     c = ComprehensiveChatEngine("llmopt-tiny", max_new_tokens=4)
     test_eq(list(c.engines), known_methods())
     assert all(e.lm is c.lm for e in c.engines.values() if not e.recipe.larosa)

@@ -33,8 +33,7 @@ def test_choices():
 
 
 def test_stop_flag():
-    """The loop is `model.generate`, the one you have anyway. We add a streamer: transformers hands it every token
-    the moment it exists, and it reads the clock first, then the cache."""
+    "A reader who goes away must be able to end the loop from outside."
     flag = threading.Event()
     stop = StopFlag(flag)
     before = stop(torch.zeros(1, 3), None)

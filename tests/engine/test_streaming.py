@@ -9,9 +9,7 @@ from llmopt.engine.streaming import *
 
 
 def test_pieces_are_whole_characters():
-    """With `clean_up_tokenization_spaces`, transformers deletes the spaces before punctuation and in contractions,
-    all over the decoded text. We can do the same to a part of the text if no deletion reaches across its end.
-    That is so before a space that follows a word of two characters or more which does not end in `'`."""
+    "What is clean may go; the rest waits for the next piece."
     tokenizer = load("llmopt-tiny", "cpu").tokenizer
     ids = tokenizer("a \U0001f600 b", add_special_tokens=False)["input_ids"]
     pieces = list(text_pieces(tokenizer, ([i] for i in ids)))

@@ -22,9 +22,7 @@ def test_plan():
 
 
 def test_comparison():
-    """`run` is all of it. Rows go into the journal as they come; at the end, and after Ctrl-C, the whole file is
-    written and the journal goes. A process that is killed leaves its journal, and `resume=True` goes on from
-    either."""
+    "What is left is to sum up and to write."
     queries = ["What is rain?", "What is snow made of, and why is it white?"]
     few = compare(queries, rounds=1, max_new_tokens=6, memory=False, progress=False)
     df = few.frame

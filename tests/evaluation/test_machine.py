@@ -9,9 +9,7 @@ from llmopt.evaluation.machine import *
 
 
 def test_environment():
-    """Versions of the libraries, the processor, the threads that torch uses, and whether a laptop runs on its
-    battery: each changes times, and some change answers. A comparison is taken up again only where they are the
-    same."""
+    "All of it in one dictionary."
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     test_eq(environment()["torch_num_threads"], 3)

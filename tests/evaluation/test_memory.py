@@ -8,7 +8,7 @@ from llmopt.evaluation.memory import *
 
 
 def test_peak_memory():
-    "It reads what to do as JSON from its input, and its last line of output is the answer."
+    "The parent starts it, and turns whatever goes wrong in there into one line."
     m = peak_memory("baseline", "What is rain?", n=4)
     assert m["peak_rss_bytes"] > load("llmopt-tiny", "cpu").weight_bytes and m["peak_rss_delta_bytes"] >= 0
     with expect_fail(LlmoptError, "memory process"):

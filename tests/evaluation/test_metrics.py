@@ -6,7 +6,7 @@ from llmopt.evaluation.metrics import *
 
 
 def test_every_name_is_its_key_and_a_ratio_is_worth_having_only_where_one_way_is_better():
-    "Quality by text."
+    "A metric is looked up by its name."
     for name, m in DEFINITIONS.items():
         test_eq(m.name, name)
         assert m.better != "neither" or not m.compared

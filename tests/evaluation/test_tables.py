@@ -8,8 +8,7 @@ from llmopt.evaluation.tables import *
 
 
 def test_the_table_fits_and_failures_are_said_once():
-    """Below the table stand the remarks: what the words mean, what limits the numbers, and why something failed,
-    each reason once."""
+    "Together they are what a terminal shows."
     runs = [Run(arm="speed", query=f"q{q}", method="baseline", e2el_ms=100 + q, ttft_ms=10.0) for q in range(4)]
     runs += [
         Run(arm="speed", query=f"q{q}", method="words:n=2+larosa:sparsity=0.4,budget=0.5", error="no") for q in range(4)
