@@ -21,6 +21,8 @@ def test_one_line():
     test_eq(one_line(ModelError("no weights;\n give a folder")), "no weights; give a folder")
     test_eq(one_line(RuntimeError("shape '[2]'\nis invalid")), "RuntimeError: shape '[2]' is invalid")
     test_eq(one_line(KeyError()), "KeyError")
+    long = one_line(ConfigError(f"no method '{'x' * 5000}'; use words"))
+    assert len(long) < 1000 and long.startswith("no method 'xx") and long.endswith("'; use words")
 
 
 def test_said_once():

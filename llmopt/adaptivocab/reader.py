@@ -80,7 +80,8 @@ class VocabConfig:
             raise ConfigError(f"positions are 'gapped' or 'contiguous', not {self.positions!r:.40}")
         if self.segmentation is not None:
             check_segmentation(self.segmentation)
-        if not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < math.inf:
+        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        if not number or not 0 < self.ratio < math.inf:
             raise ConfigError(f"ratio is a positive number, not {self.ratio!r:.40}")
         if not isinstance(self.rows, (str, type(None))):
             raise ConfigError(f"rows are a folder or None, not {type(self.rows).__name__}")
