@@ -36,6 +36,7 @@ def test_one_line_for_each_mistake():
         (["benchmark", "words", "--texts", "none"], "cannot read texts"),
         (["ask", "--message", "Why?", "--methods", "larosa:artifact=none"], "no LaRoSA artifact"),
         (["compare", "--rounds", "0"], "at least 1"),
+        (["compare", "--model", "none.gguf"], "no file at"),
     ):
         code, out, err = run(*args)
         test_eq(code, 2)

@@ -179,8 +179,19 @@ def _nobody_reads():
         os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python flushes once more at the end
     return 141
 
+# %% ../../nbs/09_cli/02_entry.ipynb #efa81282
+def _models(a):
+    "`llmopt models`"
+    from llmopt.core.inventory import clear_conversions, list_models, models_json, models_text
+
+    if a.clear:
+        print(f"removed {clear_conversions():,} bytes of converted models")
+    else:
+        print((models_json if a.json else models_text)(list_models()))
+    return 0
+
 # %% ../../nbs/09_cli/02_entry.ipynb #858b4df2
-COMMANDS = dict(compare=_compare, ask=_ask, chat=_chat, plot=_plot, benchmark=_benchmark)
+COMMANDS = dict(compare=_compare, ask=_ask, chat=_chat, plot=_plot, benchmark=_benchmark, models=_models)
 
 
 def main(argv=None) -> int:  # exit code

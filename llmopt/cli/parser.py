@@ -110,7 +110,9 @@ def _debug(p):
 def _model(p):
     "Options that say which model, and where."
     p.add_argument(
-        "--model", default="llmopt-tiny", help="bundled model, local folder, or hub id (default: %(default)s)"
+        "--model",
+        default="llmopt-tiny",
+        help="llmopt-tiny, smollm2, a folder, a GGUF file, or a hub id; see `llmopt models` (default: %(default)s)",
     )
     p.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: %(default)s)")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: %(default)s)")
@@ -236,6 +238,19 @@ def _add_benchmark(sub):
     _debug(p)
 
 # %% ../../nbs/09_cli/00_parser.ipynb #f8a323f3
+def _add_models(sub):
+    "`llmopt models`"
+    p = sub.add_parser(
+        "models",
+        help="what can be loaded here",
+        description="List the models that can be loaded without a network: name, weights, bytes, context, template.",
+        epilog="examples:\n  llmopt models\n  llmopt models --clear",
+    )
+    p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument("--clear", action="store_true", help="remove converted GGUF files; they can be made again")
+    _debug(p)
+
+
 def parser() -> argparse.ArgumentParser:
     "The parser of the `llmopt` command."
     from llmopt import __version__
@@ -248,6 +263,6 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"llmopt {__version__}")
     sub = top.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_compare, _add_ask, _add_chat, _add_plot, _add_benchmark):
+    for add in (_add_compare, _add_ask, _add_chat, _add_plot, _add_benchmark, _add_models):
         add(sub)
     return top

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -190,24 +191,6 @@ def _room_fault(header, folder):
     return f"needs {need / 1e9:.1f} GB of disk in '{folder}', and {free / 1e9:.1f} GB are free"
 
 
-def convert(
-    path,  # a GGUF file
-    name: str | None = None,  # what the user calls it
-) -> Path:
-    "The folder with the converted model of the GGUF file `path`, made if need be; raises `ModelError`."
-    header, name = read_header(path), name or str(path)
-    check_convertible(header)
-    key = f"{file_hash(path)[:32]}-{CONVERSION}"
-    folder = cache_dir() / CONVERSIONS / key
-    if is_whole(folder):
-        return folder
-    folder = writable_dir(CONVERSIONS) / key
-    with only_one(folder, lambda: tqdm.write(f"another process is converting {name}: waiting")):
-        if not is_whole(folder):
-            _make(header, folder, name)
-    return folder
-
-
 def _make(header, folder, name):
     "Convert into `folder`; what goes wrong is a `ModelError`."
     hint = "free some, or set LLMOPT_CACHE to another disk"
@@ -222,6 +205,24 @@ def _make(header, folder, name):
         raise ModelError(f"converting '{name}' failed in '{folder.parent}' ({e.strerror or e}); {hint}") from e
     except Exception as e:
         raise ModelError(f"'{name}' could not be converted ({one_line(e, 200)})") from e
+
+# %% ../../nbs/00_core/07_gguf.ipynb #bebd4dcd
+def convert(
+    path,  # a GGUF file
+    name: str | None = None,  # what the user calls it
+) -> Path:
+    "The folder with the converted model of the GGUF file `path`, made if need be; raises `ModelError`."
+    header, name = read_header(path), name or str(path)
+    check_convertible(header)
+    key = f"{file_hash(path)[:32]}-{CONVERSION}"
+    folder = cache_dir() / CONVERSIONS / key
+    if is_whole(folder):
+        return folder
+    folder = writable_dir(CONVERSIONS) / key
+    with only_one(folder, lambda: print(f"another process is converting {name}: waiting", file=sys.stderr)):
+        if not is_whole(folder):
+            _make(header, folder, name)
+    return folder
 
 
 def quantization_of(folder) -> Quantization | None:

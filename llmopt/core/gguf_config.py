@@ -81,7 +81,7 @@ def _special_ids(header, rows):
         bos_token_id=ids["bos"], pad_token_id=ids["pad"], eos_token_id=ends[0] if len(ends) == 1 else ends or None
     )
 
-
+# %% ../../nbs/00_core/05_gguf_config.ipynb #00d77eff
 def _sizes(header):
     "What the configurations of all families have."
     heads, shapes = _number(header, "attention.head_count"), {t.name: t.shape for t in header.tensors}
@@ -129,7 +129,7 @@ def _stretched(header):
         raise ModelError(f"'{header.path}': llmopt does not know the rotary scaling '{kind}'")
     return dict(rope_type="default")
 
-
+# %% ../../nbs/00_core/05_gguf_config.ipynb #7dec10db
 def _rope(header, sizes):
     "The rotary positions of the model, as a configuration names them."
     base = _number(header, "rope.freq_base", float) if header.get("rope.freq_base") else 10000.0

@@ -43,6 +43,9 @@ FORMATS = {  # GGML's number of the format -> its name, weights in a block, byte
     39: ("MXFP4", 32, 17),
 }
 
+# %% ../../nbs/00_core/02_gguf_header.ipynb #3212b5b2
+_BLOCKS = {name: (weights, n_bytes) for name, weights, n_bytes in FORMATS.values()}
+
 
 class TensorEntry(NamedTuple):
     "A row of the table of tensors."
@@ -60,7 +63,7 @@ class TensorEntry(NamedTuple):
     @property
     def nbytes(self) -> int:
         "How many bytes it takes in the file."
-        _, weights, n_bytes = next(f for f in FORMATS.values() if f[0] == self.format)
+        weights, n_bytes = _BLOCKS[self.format]
         return self.weights // weights * n_bytes
 
 # %% ../../nbs/00_core/02_gguf_header.ipynb #86dc5d5e
@@ -72,8 +75,8 @@ class _Damaged(Exception):
     "The header cannot be read on; the message says why."
 
 
-class _Walk:
-    "Reads values from `data`, one behind the other."
+class _Bytes:
+    "Reads numbers and texts from `data`, one behind the other."
 
     def __init__(self, data, at):
         self.data, self.at = data, at
@@ -92,6 +95,10 @@ class _Walk:
     def text(self):
         "The next text."
         return self.take(self.numbers("Q")[0]).decode("utf-8", "replace")
+
+# %% ../../nbs/00_core/02_gguf_header.ipynb #21d1718e
+class _Walk(_Bytes):
+    "Reads values and rows of the table of tensors."
 
     def value(self, kind, depth=0):
         "The next value of the type with the number `kind`."

@@ -91,9 +91,12 @@ def _as_path(name):
     except (OSError, RuntimeError):  # too long, or the home of nobody
         pass
     shown = repr(str(name)[:40]) + ("…" if len(str(name)) > 40 else "")
-    raise ModelError(f"{shown} is no name of a model; give a folder, a GGUF file, a hub id, or '{TINY}' (bundled)")
+    raise ModelError(
+        f"model {shown} could not be loaded: this is no name of a model; give a folder, a GGUF file, a hub id, "
+        f"or '{TINY}' (bundled)"
+    )
 
-
+# %% ../../nbs/00_core/08_sources.ipynb #69e42689
 def _smollm2():
     "The real model, if it is installed."
     if path := smollm2_file():

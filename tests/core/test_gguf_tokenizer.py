@@ -3,6 +3,8 @@
 
 import warnings
 from fastcore.test import test_eq
+from transformers import AutoTokenizer
+from llmopt.core.sources import ASSETS
 from llmopt.core.gguf_tokenizer import *
 
 
@@ -10,6 +12,7 @@ def test_cutting():
     "These names share two rules in llama.cpp. Where neither transformers nor we know the name, we say so once."
     test_eq([p for p, _ in CUTS["smollm"]().pre_tokenize_str("a  12")], ["a", "ĠĠ", "1", "2"])
     test_eq([p for p, _ in CUTS["gpt-2"]().pre_tokenize_str("a  12")], ["a", "Ġ", "Ġ12"])
+    tok = AutoTokenizer.from_pretrained(ASSETS / "llmopt-tiny")
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter("always")
         cut_like(tok, "smollm")

@@ -6,8 +6,8 @@ from llmopt.core.notebook import *
 
 
 def test_flagged_cells_are_left_out():
-    """Some cells of the notebooks take minutes, or need a GPU or the network, and begin with a line that says so. In
-    JupyterLab *Run All* would run them as well, so each such notebook asks for them to be left out."""
+    """IPython lets us change the lines of a cell before it runs. The marks are in the first lines, so we read those
+    that begin with `#|` and no others."""
     import IPython
     from IPython.core.interactiveshell import InteractiveShell
 

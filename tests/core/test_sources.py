@@ -9,7 +9,7 @@ from llmopt.core.sources import *
 
 
 def test_names():
-    "The hub's cache keeps a folder for each version that was fetched, and `refs/main` names the newest."
+    "What looks like a path is one, even if nothing is there; the rest is a hub id."
     test_eq(find_model("llmopt-tiny").kind, "folder")
     test_eq(find_model("microsoft/phi-2"), ("hub", "microsoft/phi-2"))
     for bad, says in (
@@ -25,7 +25,7 @@ def test_names():
 
 
 def test_pickled_weights_are_refused():
-    "The hub's cache keeps a folder for each version that was fetched, and `refs/main` names the newest."
+    "What looks like a path is one, even if nothing is there; the rest is a hub id."
     with tempfile.TemporaryDirectory() as d:
         Path(d, "config.json").write_text("{}")
         Path(d, "pytorch_model.bin").write_bytes(b"\x80\x04.")
