@@ -46,7 +46,7 @@ def one_line(
     error: BaseException,
     limit: int = 300,  # characters
 ) -> str:
-    """`error` as one line: the message of a `LlmoptError`, and of others the type as well, cut after `limit` characters.
+    """`error` as one line: the message of a `LlmoptError`, of others the type as well, cut after `limit` characters.
 
     An `LlmoptError` says at its end what to do, so one of over four times `limit` loses its middle."""
     text = " ".join(str(error).split())
