@@ -161,7 +161,7 @@ def models_text(
 def clear_conversions() -> int:  # bytes
     "Remove all converted GGUF files from the cache; returns how many bytes that freed."
     folder, freed = cache_dir() / CONVERSIONS, 0
-    keys = {p.name.removesuffix(".lock") for p in folder.glob("*") if not p.name.startswith(".")}
+    keys = {p.name.removesuffix(".lock") for p in folder.glob("*-*") if not p.name.startswith(".")}
     for key in sorted(keys):
         lock = FileLock(folder / f"{key}.lock")
         try:
@@ -171,6 +171,5 @@ def clear_conversions() -> int:  # bytes
         for path in (folder / key, *folder.glob(f".{key}-*")):
             freed += sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
             shutil.rmtree(path, ignore_errors=True)
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()  # the file of the lock stays: somebody may be waiting at it
     return freed

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, warn_once
 from .axpy import axpy_product, numba
 from .products import bag_product, keep_channels, n_pieces
 from .triton_kernels import triton_product
@@ -34,6 +34,8 @@ def _check_weight(weight, bias):
 def _choose_kernel(dtype, name):
     "The kernel to use: `axpy` or `bags`."
     if name is None:
+        if numba is None and dtype != torch.float16:
+            warn_once("numba is not installed, so sparse products on a CPU take their slower way: pip install numba")
         return "bags" if numba is None or dtype == torch.float16 else "axpy"
     if name not in ("axpy", "bags"):
         raise ConfigError(f"kernel must be axpy or bags, not {name!r}")
