@@ -16,7 +16,7 @@ from llmopt.kv_cache import PrefixStore, SlabCache
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.prefix_key import model_key
 from llmopt.larosa import SimpleLaRoSA, load_calibration
-from llmopt.larosa.calibration import BUNDLED
+from llmopt.larosa.artifact import BUNDLED
 
 IDS = random_ids(16 * 4 + 1)
 
