@@ -12,16 +12,9 @@ __all__ = ['BUNDLED', 'BasisChange', 'Block', 'Calibration', 'ChannelSelector', 
 
 # %% ../../nbs/03_larosa/index.ipynb #06a7abdc
 from .allocation import allocate_by_cost, allocate_by_rule, channel_costs
+from .artifact import BUNDLED, load_calibration, save_calibration
 from .basis import learn_basis
-from llmopt.larosa.calibration import (
-    BUNDLED,
-    Calibration,
-    calibrate,
-    default_texts,
-    load_calibration,
-    save_calibration,
-    windows,
-)
+from .calibration import Calibration, calibrate, default_texts, windows
 from .config import LaRoSAConfig, SimpleLaRoSA
 from .families import FAMILIES, Block, Family, family, projections
 from .products import keep_channels, masked_linear

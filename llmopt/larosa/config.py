@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from ..core import LM, TINY, weights_hash
 from ..errors import ConfigError
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity
-from .artifact import BUNDLED, fitted, load_calibration, save_calibration
-from .calibration import Calibration, calibrate, calibration_ids, same_weights
+from .artifact import BUNDLED, fitted, kept_calibration, load_calibration, save_calibration
+from .calibration import MADE_BY, Calibration, calibrate, calibration_ids, same_weights, text_hash
 from .families import family
 from .rotation import ROTATIONS, convert
 from .sparse_linear import SparseLinear
@@ -42,7 +42,7 @@ class LaRoSAConfig:
 
     sparsity: float = 0.4  # share of the projections' weight bytes that is skipped; with `published`, the paper's p
     allocation: str = "measured"  # `measured`, `neutral`, `published` or `uniform`
-    rotation: str = "learned"  # `learned`, or one of `ROTATIONS`
+    rotation: str = "auto"  # `auto`: learned where it helps, else none; `learned`, or one of `ROTATIONS`
     heads: bool = True  # rotate values within each KV head
     tokens: str = "decode"  # which passes are sparse: `decode`, `all` or `none`
     first: int = 0  # tokens at the beginning that stay dense, with `all`
@@ -50,7 +50,7 @@ class LaRoSAConfig:
 
     def __post_init__(self):
         _one_of("allocation", self.allocation, ALLOCATIONS)
-        _one_of("rotation", self.rotation, ("learned", *ROTATIONS))
+        _one_of("rotation", self.rotation, ("auto", "learned", *ROTATIONS))
         if self.heads not in (True, False):
             raise ConfigError(f"heads is True or False, not {self.heads!r}")
         if not isinstance(self.artifact, (str, os.PathLike, type(None))):
@@ -202,11 +202,12 @@ def _calibration(cfg, lm, state):
         if same_weights(lm.model, bundled.info["weights"]):
             return bundled
     ids = calibration_ids(lm.model, None, lm.tokenizer)
-    text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    key = state, cfg.rotation, cfg.heads, cfg.allocation == "measured", text
-    known = {k: c for k, c in _calibrations.get(lm.model, {}).items() if k[0] == state}
+    asked = dict(rotation=cfg.rotation, heads=cfg.heads, measure=cfg.allocation == "measured")
+    about = dict(asked, state=state, text=text_hash(ids), made_by=MADE_BY, torch=torch.__version__)
+    key = json.dumps(about, sort_keys=True)
+    known = {k: c for k, c in _calibrations.get(lm.model, {}).items() if json.loads(k)["state"] == state}
     if key not in known:
-        known[key] = calibrate(lm.model, ids, *key[1:4])
+        known[key] = kept_calibration(about, lambda: calibrate(lm.model, ids, **asked))
     _calibrations[lm.model] = known
     return known[key]
 
