@@ -77,7 +77,7 @@ def save_calibration(
 
 # %% ../../nbs/03_larosa/11_artifact.ipynb #f0309c0e
 BUNDLED = ASSETS / "llmopt-tiny-larosa"  # the calibration of the bundled model
-_INFO = "model", "weights", "text_sha256", "tokens", "rotation", "chosen", "heads"
+_INFO = "model", "weights", "text_sha256", "tokens", "rotation", "chosen", "tested", "heads"
 
 
 def _read(folder):

@@ -21,7 +21,15 @@ from ..core import LM, TINY, weights_hash
 from ..errors import ConfigError
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity
 from .artifact import BUNDLED, fitted, kept_calibration, load_calibration, save_calibration
-from .calibration import MADE_BY, Calibration, calibrate, calibration_ids, same_weights, text_hash
+from llmopt.larosa.calibration import (
+    MADE_BY,
+    Calibration,
+    calibrate,
+    calibration_ids,
+    other_ids,
+    same_weights,
+    text_hash,
+)
 from .families import family
 from .rotation import ROTATIONS, convert
 from .sparse_linear import SparseLinear
@@ -138,7 +146,8 @@ def apply(
         calibration = fitted(calibration, model, cfg.rotation, cfg.heads, measured)
     else:
         ids = calibration_ids(model, calibration, tokenizer, length)
-        calibration = calibrate(model, ids, cfg.rotation, cfg.heads, measured)
+        other = other_ids(model, tokenizer, ids.shape[1]) if cfg.rotation == "auto" else None
+        calibration = calibrate(model, ids, cfg.rotation, cfg.heads, measured, other)
     new = sparsify(convert(model, calibration.q, calibration.r), cfg.tokens, cfg.first, self.linear)
     set_sparsity(new, _allocation(new, cfg, calibration.costs))
     self.calibration, self.traffic = calibration, traffic(new)
@@ -203,11 +212,13 @@ def _calibration(cfg, lm, state):
             return bundled
     ids = calibration_ids(lm.model, None, lm.tokenizer)
     asked = dict(rotation=cfg.rotation, heads=cfg.heads, measure=cfg.allocation == "measured")
-    about = dict(asked, state=state, text=text_hash(ids), made_by=MADE_BY, torch=torch.__version__)
+    other = other_ids(lm.model, lm.tokenizer, ids.shape[1]) if cfg.rotation == "auto" else None
+    texts = [text_hash(x) for x in (ids, other) if x is not None]
+    about = dict(asked, state=state, texts=texts, made_by=MADE_BY, torch=torch.__version__)
     key = json.dumps(about, sort_keys=True)
     known = {k: c for k, c in _calibrations.get(lm.model, {}).items() if json.loads(k)["state"] == state}
     if key not in known:
-        known[key] = kept_calibration(about, lambda: calibrate(lm.model, ids, **asked))
+        known[key] = kept_calibration(about, lambda: calibrate(lm.model, ids, **asked, other=other))
     _calibrations[lm.model] = known
     return known[key]
 

@@ -11,8 +11,9 @@ from llmopt.larosa.sparsify import traffic
 
 
 def test_configuration():
-    """`LaRoSAConfig` is what a recipe holds. Its defaults are what the
-    [ablation](../10_benchmark/12_larosa_ablation.ipynb) found best; `LaRoSAConfig.published(p)` is the paper."""
+    """`LaRoSAConfig` is what a recipe holds. Its defaults decide by measurement: the sparsity of each projection by
+    what it costs, and a rotation only where it [helps](10_calibration.ipynb); `LaRoSAConfig.published(p)` is the
+    paper."""
     config = LaRoSAConfig(0.5, rotation="layer")
     test_eq(LaRoSAConfig(**json.loads(json.dumps(asdict(config)))), config)
     test_eq(len({LaRoSAConfig(), LaRoSAConfig(0.4), config}), 2)
