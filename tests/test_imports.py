@@ -4,6 +4,7 @@ Imports are read from the source, those inside functions too, so a late import h
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,23 @@ def test_methods_stand_where_their_class_stands(module):
 def test_charts_load_no_torch():
     code = "import sys, llmopt.visualization, llmopt.errors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
+
+
+def page_of(module):
+    "The number of the notebook that a module is exported from, None for a file written by hand"
+    found = re.search(r"File to edit: .*/(\d+)_\w+\.ipynb", MODULES[module].read_text(encoding="utf-8")[:400])
+    return int(found[1]) if found else None
+
+
+def test_a_page_has_a_number_of_its_own():
+    "Modules of one package come from notebooks of different numbers"
+    numbers = [(room(m), page_of(m)) for m in MODULES if m.count(".") > 1 and page_of(m) is not None]
+    assert len(numbers) > 50 and len(set(numbers)) == len(numbers)
+
+
+def test_pages_are_numbered_in_order_of_imports():
+    "A module imports from earlier pages of its package"
+    arrows = [(m, other) for m in MODULES for other, _ in imports(m) if room(m) == room(other) != m]
+    arrows = [(m, o) for m, o in arrows if None not in (page_of(m), page_of(o)) and m != o]
+    assert len(arrows) > 50
+    assert [(m, o) for m, o in arrows if page_of(o) >= page_of(m)] == []

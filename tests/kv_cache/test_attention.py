@@ -27,7 +27,7 @@ def test_packed_equals_reference():
 
 
 def test_owned_keys_tell_their_shape_and_nothing_else():
-    """A cache that [evicts](10_eviction.ipynb) has keys missing, other ones in each layer and head. Stock attention
+    """A cache that [evicts](11_eviction.ipynb) has keys missing, other ones in each layer and head. Stock attention
     would read what is left with a mask that fits nothing, and give wrong answers without an error. So such a
     cache hands out its keys and values in a wrapper that no operation of PyTorch accepts; only packed attention
     knows to ask their owner."""
