@@ -231,7 +231,7 @@ def _plan(texts, rotation):
     plan = {"activations": 1.5 * texts.moments.numel(), "values": texts.values.numel(), "costs": costs}
     if auto:
         plan |= {"costs in another basis": costs, "own basis tested": 4 * test, "another basis tested": 4 * test}
-    if rotation in ("auto", "learned"):
+    if rotation == "learned":
         plan |= {"a basis is learned": 20000, "costs in the learned basis": costs}
     return plan
 
@@ -275,17 +275,15 @@ class _Work(NamedTuple):
 
 
 def _automatic(work):
-    "The rotation that loses least, none or a learned one: name, bases, costs, and what each of both lost in nats."
+    "The rotation that loses least, none or one basis: name, bases, costs, and what each of both lost in nats."
     plain, own, other = work._replace(r=None), *(choose_rotations(work.moments, name) for name in ("none", "model"))
     costs = plain.costs(own, "costs")
     lost = dict(none=plain.test(own, costs, "own basis tested"))
     costs_there = work.costs(other, "costs in another basis")
     lost["model"] = work.test(other, costs_there, "another basis tested")
     if lost["model"] >= lost["none"]:
-        work.phases.skip("a basis is learned", "costs in the learned basis")
         return "none", own, None, costs, lost
-    learned = work.learn(other, costs_there)
-    return "learned", learned, work.r, work.costs(learned, "costs in the learned basis"), lost
+    return "model", other, work.r, costs_there, lost
 
 
 def _bases(work, rotation, measure):

@@ -50,7 +50,7 @@ class LaRoSAConfig:
 
     sparsity: float = 0.4  # share of the projections' weight bytes that is skipped; with `published`, the paper's p
     allocation: str = "measured"  # `measured`, `neutral`, `published` or `uniform`
-    rotation: str = "auto"  # `auto`: learned where it helps, else none; `learned`, or one of `ROTATIONS`
+    rotation: str = "auto"  # `auto`: one basis where it helps, else none; `learned`, or one of `ROTATIONS`
     heads: bool = True  # rotate values within each KV head
     tokens: str = "decode"  # which passes are sparse: `decode`, `all` or `none`
     first: int = 0  # tokens at the beginning that stay dense, with `all`

@@ -96,8 +96,8 @@ def test_automatic_rotation():
     "It is one of two, its costs are there, and the windows of the test are not those of the costs."
     model, ids = small_model(), torch.randint(4096, (20, 32), generator=torch.Generator().manual_seed(0))
     c = calibrate(model, ids)
-    assert c.info["rotation"] == "auto" and c.info["chosen"] in ("none", "learned")
-    assert rotates(c.q) == (c.info["chosen"] == "learned") and c.costs.keys() == projections(model).keys()
+    assert c.info["rotation"] == "auto" and c.info["chosen"] in ("none", "model")
+    assert rotates(c.q) == (c.info["chosen"] == "model") and c.costs.keys() == projections(model).keys()
     texts = shared_out(ids, "auto", 32)
     assert not {tuple(x) for x in texts.test.tolist()} & {tuple(x) for x in texts.costs.tolist()}
 
