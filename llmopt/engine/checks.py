@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shown', 'whole_number', 'checked_temperature', 'switch', 'checked_text', 'checked_messages', 'check_callbacks',
-           'check_options', 'checked_ids', 'place', 'loaded', 'with_cache']
+           'check_options', 'checked_ids', 'place', 'loaded', 'with_cache', 'check_eval_mode']
 
 # %% ../../nbs/05_engine/02_checks.ipynb #e5024874
 import inspect
@@ -146,3 +146,11 @@ def with_cache(lm: LM) -> LM:
             f"{type(lm.model).__name__} takes no KV cache (`past_key_values`): llmopt measures models with attention"
         )
     return lm
+
+
+def check_eval_mode(model, whole: bool = True) -> None:
+    "Raises `ConfigError` if `model`, or with `whole` one of its modules, is in training mode."
+    if any(m.training for m in model.modules()) if whole else model.training:
+        raise ConfigError(
+            "the model is in training mode, where dropout makes answers random; call `model.eval()` first"
+        )

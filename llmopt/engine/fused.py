@@ -20,6 +20,7 @@ from ..adaptivocab import PhraseReader
 from ..core import TINY, PromptInputs, assistant, kv_bytes, prompt_inputs, teacher_forced_logprobs, user
 from llmopt.engine.checks import (
     check_callbacks,
+    check_eval_mode,
     check_options,
     checked_ids,
     checked_messages,
@@ -63,6 +64,7 @@ class EnhancedFusedLLMEngine:
         self.max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
         self.system = checked_text(system, "the system message") if system else None
         self.lm = with_cache(loaded(model_name, device, dtype))
+        check_eval_mode(self.lm.model)
         self.checkpoint_decoding = checkpoint_decoding(self.lm.model)  # what the checkpoint asks for, and does not get
         self.reader = self.recipe.vocab.reader(self.lm) if self.recipe.vocab else None
         if self.recipe.larosa:
@@ -241,6 +243,7 @@ def run(
     stop: threading.Event | None = None,  # ends the answer after the step that runs
 ) -> ChatMetrics:
     "Answer once, outside the conversation's history, and measure it. Raises a `LlmoptError` for whatever goes wrong."
+    check_eval_mode(self.lm.model, whole=False)
     events = Events()
     n, choice = self.settings(max_new_tokens, temperature, seed)
     fixed = switch(fixed, "fixed")
@@ -252,7 +255,7 @@ def run(
         config = greedy_config(self.lm, self.stop_ids, n, fixed)
         events.ready = time.perf_counter_ns()
         self._generate(inputs, meter, config, choice, stop)
-        return self._metrics(prompt, inputs, meter)
+        return self._metrics(prompt, inputs, meter, self._end(meter.ids, n))
 
 # %% ../../nbs/05_engine/05_fused.ipynb #47a1269e
 @patch
@@ -266,7 +269,15 @@ def text_of(
 
 
 @patch
-def _metrics(self: EnhancedFusedLLMEngine, prompt, inputs, meter):
+def _end(self: EnhancedFusedLLMEngine, ids, most):
+    "Why an answer with the tokens `ids`, of which there may be `most`, ended."
+    if ids and ids[-1] in self.stop_ids:
+        return "stop"
+    return "length" if len(ids) >= most else "stopped"
+
+
+@patch
+def _metrics(self: EnhancedFusedLLMEngine, prompt, inputs, meter, end):
     "`ChatMetrics` of one answer."
     out, kv, ids, times = self.text_of(meter.ids), kv_bytes(meter.cache), meter.ids, meter.events.times()
     n, base, n_base = len(ids), len(self.lm.encode_chat(prompt.messages)), self.lm.count(out)
@@ -275,7 +286,7 @@ def _metrics(self: EnhancedFusedLLMEngine, prompt, inputs, meter):
         input_text=prompt.messages[-1]["content"],
         prompt_text=self.lm.tokenizer.decode(prompt.ids),
         output_text=out,
-        finish_reason="stop" if ids and ids[-1] in self.stop_ids else "length",
+        finish_reason=end,
         prompt_tokens=len(inputs.ids),
         prompt_tokens_base=base,
         completion_tokens=n,
@@ -301,6 +312,7 @@ def score(
     answer_ids: list,  # token ids of the answer to be teacher-forced on; an array is fine
 ) -> torch.Tensor:  # (n, vocabulary) log-probabilities, float32
     "Log-probabilities before each token of `answer_ids`, given `text`. Raises a `LlmoptError` for whatever goes wrong."
+    check_eval_mode(self.lm.model, whole=False)
     answer_ids = checked_ids(answer_ids, self.lm.rows)
     with _model_errors(self.lm):
         inputs = self.inputs(self.prompt(text, room=len(answer_ids)).ids)

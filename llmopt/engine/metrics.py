@@ -75,7 +75,7 @@ class ChatMetrics:
     input_text: str  # the question
     prompt_text: str  # what the model read
     output_text: str  # what it answered
-    finish_reason: str  # `stop`: the model ended; `length`: it was cut after `max_new_tokens`
+    finish_reason: str  # `stop`: the model ended; `length`: cut after `max_new_tokens`; `stopped`: by the `stop` event
     ttft_ms: float | None
     preprocess_ms: float
     prefill_ms: float | None

@@ -74,7 +74,9 @@ class _Row(BaseModel):
     order: Count = 0  # place within its block of interleaved methods
     prompt_text: str | None = None  # what the model really read
     output_text: str | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "stopped"] | None = (
+        None  # `stop`: the model ended; `stopped`: somebody did
+    )
     error: str | None = None
     note: str | None = None  # lines: why a metric of this row is null, or what else its reader must know
 

@@ -7,12 +7,17 @@ __all__ = ['checked_methods', 'settings', 'described']
 
 # %% ../../nbs/06_evaluation/10_setup.ipynb #se000004
 import hashlib
+import json
+import uuid
 from pathlib import Path
+
+from torch.nn.modules import module as torch_module
 
 from ..core import LM, TINY, weights_hash
 from ..engine.checks import place, whole_number
 from ..engine.recipe import named_recipes
 from ..errors import ConfigError, LlmoptError
+from ..kv_cache.prefix_key import LOOKS_ONLY, StateHash
 
 # %% ../../nbs/06_evaluation/10_setup.ipynb #d41aad0c
 def checked_methods(methods=None) -> list:  # `methods`: ids or combinations, one of them, or None for all
@@ -83,10 +88,49 @@ def _file_hash(path):
     return h.hexdigest()[:12] if files else None
 
 
+def _tokenizer_state(tok):
+    "What decides how `tok` splits and joins texts; padding and cutting, which each call sets, left out."
+    says = [sorted((i, repr(t)) for i, t in tok.added_tokens_decoder.items()), sorted(tok.special_tokens_map.items())]
+    says.append(getattr(tok, "clean_up_tokenization_spaces", None))
+    backend = getattr(tok, "backend_tokenizer", None)
+    if backend is None:
+        return says + sorted(tok.get_vocab().items())
+    try:
+        parts = json.loads(backend.to_str())
+    except Exception:  # a part that is written in Python cannot be compared: it is never the same
+        return says + [uuid.uuid4().hex]
+    return says + [(k, v) for k, v in parts.items() if k not in ("padding", "truncation")]
+
+
 def _behaviour(config):
     "The settings of a model, such as the base of its rotary embedding; not where it came from."
     says = config.to_dict()
     return sorted((k, repr(v)) for k, v in says.items() if k not in ("_name_or_path", "transformers_version"))
+
+# %% ../../nbs/06_evaluation/10_setup.ipynb #se000016
+def _hooks(model):
+    "Name of the module, and function, of each hook that may change what goes through `model`."
+    found = [("", h) for h in torch_module._global_forward_pre_hooks.values()]
+    found += [("", h) for h in torch_module._global_forward_hooks.values()]
+    for name, m in model.named_modules():
+        found += [(f"{name} before", h) for h in m._forward_pre_hooks.values()]
+        found += [(name, h) for h in m._forward_hooks.values()]
+    return [(name, h) for name, h in found if getattr(h, "__module__", None) != LOOKS_ONLY]
+
+
+def _live_state(model):
+    "A hash of what `model` computes with beside its weights: plain values, methods and hooks of its modules."
+    state = StateHash(vouched=True)
+    try:
+        for t in (*model.parameters(), *model.buffers()):
+            state.know(t)  # their bits are hashed elsewhere
+        state.add(model, type(model).__name__)
+        for name, hook in _hooks(model):
+            state.note(name)
+            state.add(hook, f"a hook of {name}")
+    except (LlmoptError, RecursionError, RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError):
+        return uuid.uuid4().hex[:12]  # what cannot be read is never the same
+    return state.hash.hexdigest()[:12]
 
 # %% ../../nbs/06_evaluation/10_setup.ipynb #a2633202
 def described(
@@ -106,7 +150,8 @@ def described(
         weights_sha256=_stored_weights(lm, live),
         model_config_sha=_short_hash(_behaviour(model.config)),
         stop_ids=lm.stop_ids,
-        tokenizer_sha=_short_hash(sorted(tok.get_vocab().items())),
+        model_state_sha=_live_state(model) if live else None,
+        tokenizer_sha=_short_hash(_tokenizer_state(tok)),
         chat_template_sha=_short_hash(getattr(tok, "chat_template", None)),
         files_sha={path: _file_hash(path) for path in named},
     )

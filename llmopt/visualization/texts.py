@@ -45,7 +45,8 @@ def facts(r: Run) -> list:  # short lines
     far = []
     if r.method != "baseline":
         far = [f"KL {number(r.kl_mean)}" if r.kl_mean is not None else "", share("same top", r.top1_agree)]
-    ends = {"stop": "ended by itself", "length": f"cut at {number(r.completion_tokens or 0)} tokens"}
+    made = f"{number(r.completion_tokens or 0)} tokens"
+    ends = {"stop": "ended by itself", "length": f"cut at {made}", "stopped": f"stopped at {made}"}
     end = [share("keywords", r.keyword_recall), ends.get(r.finish_reason, "")]
     lines = [read, ", ".join(filter(None, far)), ", ".join(filter(None, end))]
     return [line for line in lines if line]

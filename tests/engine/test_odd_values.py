@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import tiny
+from helpers import small_model, tiny, tokenizer
 from llmopt.core import LM
 from llmopt.engine import ComprehensiveChatEngine, EnhancedFusedLLMEngine, Recipe, checkpoint_decoding
 from llmopt.engine.recipe import named_recipes
@@ -102,7 +102,22 @@ def test_an_answer_that_is_stopped_before_it_begins():
     flag = threading.Event()
     flag.set()
     m = engine().run("What is rain?", max_new_tokens=9, stop=flag)
-    assert (m.completion_tokens, m.finish_reason, m.tpot_ms) == (1, "length", None)
+    assert (m.completion_tokens, m.finish_reason, m.tpot_ms) == (1, "stopped", None)
+    assert engine().run("What is rain?", max_new_tokens=1, stop=flag).finish_reason == "length"
+
+
+def test_a_model_in_training_mode_is_refused():
+    "Its dropout would make two greedy answers differ: before the engine, and on any request after."
+    lm = LM(small_model("gpt2"), tokenizer(), "dropping")
+    made = engine(lm)
+    lm.model.transformer.h[0].attn.train()
+    one_line(lambda: engine(lm), "training mode")
+    lm.model.train()
+    for ask in (lambda: made.run("What is rain?"), lambda: made.score("What is rain?", [1]), lambda: made.chat("Why?")):
+        one_line(ask, "training mode")
+    assert lm.model.training and made.history == []
+    lm.model.eval()
+    assert made.run("What is rain?").output_ids == made.run("What is rain?").output_ids
 
 
 @pytest.mark.parametrize("role", [None, 3, b"user"])

@@ -1,8 +1,12 @@
 "Models that cannot, break, or ask for something: a row with the reason, never a traceback, never a perfect score."
 
+import json
+import types
+
 import pytest
 import torch
 import transformers as T
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
 from helpers import save_model, small_model, tokenizer
 from llmopt.adaptivocab import PhraseReader, SimpleAdaptiVocab, save_rows
@@ -12,6 +16,7 @@ from llmopt.errors import ConfigError, LlmoptError
 from llmopt.evaluation import compare, summary_text
 from llmopt.evaluation import comparison as C
 from llmopt.evaluation.results import Method, Query, Run
+from llmopt.evaluation.setup import described
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -167,6 +172,68 @@ def test_whatever_changes_answers_is_another_experiment(tmp_path, change):
     save_model(folder, lm.model, lm.tokenizer)
     with pytest.raises(LlmoptError, match="cannot resume .* other (model_config_sha|stop_ids|files_sha)"):
         run(resume=True)
+
+
+def scaled(lm):
+    lm.model.model.layers[0].self_attn.scaling = 0.01
+
+
+def hooked(lm):
+    lm.model.model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+def other_forward(lm):
+    mlp = lm.model.model.layers[0].mlp
+    usual = type(mlp).forward
+    mlp.forward = types.MethodType(lambda self, x: usual(self, x) * 1.5, mlp)
+
+
+def lower_case(lm):
+    lm.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def letters_apart(lm):
+    parts = [pre_tokenizers.Split("a", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    lm.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+
+
+def other_decoder(lm):
+    lm.tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+
+
+def fewer_merges(lm):
+    parts = json.loads(lm.tokenizer.backend_tokenizer.to_str())
+    parts["model"]["merges"] = parts["model"]["merges"][:500]
+    lm.tokenizer = T.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)), eos_token="<|end|>", chat_template="x"
+    )
+    lm.tokenizer.chat_template = tokenizer().chat_template
+
+
+CHANGES = [scaled, hooked, other_forward, lower_case, letters_apart, other_decoder, fewer_merges]
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES])
+def test_changes_of_a_model_in_memory_are_another_experiment(change):
+    "Plain values, hooks and methods of modules, and every part of the tokenizer; the same model once more is the same."
+    other = small()
+    if change:
+        change(other)
+    old, new = (described(lm, True, []) for lm in (small(), other))
+    found = {k for k in new if old[k] != new[k]}
+    named = {"model_state_sha"} if change in CHANGES[:3] else {"tokenizer_sha"}
+    assert found & named == (named if change else set()) and (change or not found)
+
+
+def test_a_changed_model_in_memory_is_not_resumed(tmp_path):
+    "The second half of a comparison would be of another model; an answer in between changes nothing."
+    lm = small()
+    settings = dict(rounds=1, max_new_tokens=2, memory=False, progress=False, output=tmp_path / "r.json")
+    first = compare(["Why?"], ["baseline"], lm, **settings)
+    assert compare(["Why?"], ["baseline"], lm, resume=True, **settings).runs == first.runs
+    scaled(lm)
+    with pytest.raises(LlmoptError, match="other model_state_sha"):
+        compare(["Why?"], ["baseline"], lm, resume=True, **settings)
 
 
 @pytest.mark.parametrize("setting", ["rounds", "max_new_tokens"])
