@@ -1,7 +1,9 @@
-"What every test run shares: marks and their options, no network, no windows, two threads in all."
+"What every test run shares: marks and their options, no network, no windows, two threads in all, a cache of its own."
 
 import importlib.util
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -30,6 +32,13 @@ def pytest_configure(config):
     )  # read by torch, in the processes that tests start as well
     if not config.getoption("hub"):
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if not hasattr(config, "workerinput"):  # workers share the folder of the process that starts them
+        os.environ["LLMOPT_CACHE"] = config.llmopt_cache = tempfile.mkdtemp(prefix="llmopt-cache-")
+
+
+def pytest_unconfigure(config):
+    if folder := getattr(config, "llmopt_cache", None):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def no_cuda():
