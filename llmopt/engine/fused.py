@@ -40,7 +40,12 @@ from ..larosa import in_stream_basis, traffic
 
 # %% ../../nbs/05_engine/05_fused.ipynb #2891612a
 class EnhancedFusedLLMEngine:
-    "A model with any subset of the optimizations around it. Raises `LlmoptError` for what cannot be, before any work."
+    """A model with any subset of the optimizations around it.
+
+    `EnhancedFusedLLMEngine(word_removal=3, larosa_sparsity=0.4)` is the same engine as
+    `EnhancedFusedLLMEngine(recipe="words:n=3+larosa:sparsity=0.4")`. A recipe can say more, such as
+    `"words:rate=0.5+kv:budget=25%"`. It comes instead of the four keywords: with both, the call is refused. Raises
+    `LlmoptError` for what cannot be, before any work."""
 
     def __init__(
         self,

@@ -122,9 +122,12 @@ def _random(p):
     return [rng.random() for _ in p.words]
 
 # %% ../../nbs/01_word_removal/06_scorers.ipynb #aa930270
+_FUNCTION_WORD = 0.05  # what is left of its score: it goes before all content, and after punctuation (0)
+
+
 def _discount(p, values):
-    "`values`, of which function words keep a twentieth and punctuation nothing."
-    return [v if c else v * 0.05 if k else 0.0 for v, c, k in zip(values, p.content, p.keys)]
+    "`values`, of which function words keep `_FUNCTION_WORD` and punctuation nothing."
+    return [v if c else v * _FUNCTION_WORD if k else 0.0 for v, c, k in zip(values, p.content, p.keys)]
 
 
 @_scorer("stop_list")
@@ -170,7 +173,7 @@ def _weight(p):
         if not key:
             return 0.0
         if key in STOP_WORDS:
-            return value * 0.05
+            return value * _FUNCTION_WORD
         return value + extra if extra and _stem(key) in p.asked else value
 
     return {k: weight(k, v) for k, v in about.items()}
@@ -188,6 +191,10 @@ def _coverage(p):
     return scores
 
 # %% ../../nbs/01_word_removal/06_scorers.ipynb #a8b8cfa2
+_EXTRA = 4  # words that each sentence counts as longer than it is, or one of a single rare word would beat all others
+_TRIES = 8  # new looks at a sentence before it is taken as it stands: a long text costs as much per sentence as a short
+
+
 def _order(p):
     "The sentences of `p` in the order in which to keep them."
     types = [sorted(set(p.keys[a:b])) for a, b in p.ranges]
@@ -195,14 +202,15 @@ def _order(p):
 
     def gain(s):
         first, behind = p.ranges[s]
-        return sum(map(left.__getitem__, types[s])) / (behind - first + 4)
+        return sum(map(left.__getitem__, types[s])) / (behind - first + _EXTRA)
 
     heap = [(-gain(s), s, 0) for s in range(len(types))]
     heapq.heapify(heap)
     while heap:
         old, s, tries = heapq.heappop(heap)
         new = -gain(s)
-        if new > old + 1e-12 and tries < 8 and heap and new > heap[0][0]:
+        fell = new > old + 1e-12  # more than rounding
+        if fell and tries < _TRIES and heap and new > heap[0][0]:  # another one may be better now
             heapq.heappush(heap, (new, s, tries + 1))
             continue
         order.append(s)

@@ -5,11 +5,11 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
+from llmopt.core.measures import weights_hash
+from llmopt.errors import ConfigError, ModelError
 from fastcore.test import expect_fail, test_eq
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, GPT2Config, XLNetConfig
-from llmopt.core.measures import weights_hash
-from llmopt.errors import ConfigError, ModelError
 from llmopt.core.model import *
 
 

@@ -3,10 +3,10 @@
 
 import threading
 import torch
-from fastcore.test import expect_fail, test_eq
+from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.core import user
 from llmopt.errors import ConfigError, ContextError
-from llmopt.engine import EnhancedFusedLLMEngine
+from fastcore.test import expect_fail, test_eq
 from llmopt.engine.fused import *
 
 

@@ -18,7 +18,8 @@ tea = """Tea was not always cheap. In 1706, "Twinings" of London sold it at 7.50
 
 
 def test_compress():
-    "Words that stay are those of the original, in order; what is protected is there, the budget is met."
+    """Words that stay are those of the original, in order; what is protected is there byte for byte, and the budget
+    is met in real tokens."""
     tok = load(TINY, "cpu").tokenizer
     count = token_counter(tok)
     c = compress(tea, 0.75, tokenizer=tok)
