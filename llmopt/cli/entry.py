@@ -10,8 +10,9 @@ import os
 import sys
 import traceback
 import warnings
+from difflib import get_close_matches
 
-from .parser import BENCHMARKS, parser
+from .parser import BENCHMARKS, parser, stored_help
 from ..errors import ConfigError, LlmoptError, one_line
 
 # %% ../../nbs/09_cli/02_entry.ipynb #7b5a0324
@@ -44,13 +45,53 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", category=category)
     warnings.showwarning = _note
 
+# %% ../../nbs/09_cli/02_entry.ipynb #a19e2d33
+def _check_methods(methods):
+    "Raise `ConfigError` for an unknown name of a method; parameters are checked when the method is made."
+    known, short = stored_help()["known"], stored_help()["short"]
+    for text in methods or ():
+        for name in (
+            part.strip() for part in text.split(":")[0].split("+")
+        ):  # what may hold a plus stands behind a colon
+            if name not in (*known, *short, "cache"):
+                near = get_close_matches(name, [*known, *short], 1)
+                meant = f"did you mean {near[0]}? " if near else ""
+                raise ConfigError(
+                    f"unknown method '{name}'; {meant}known: {', '.join(known)}, "
+                    f"or {', '.join(short)} joined by '+', such as words:n=2+kv"
+                )
+
+
+def _check(a, methods):
+    "Raise what can be known of a mistake without torch."
+    from llmopt.core.sources import find_model
+
+    _check_methods(methods)
+    find_model(a.model)
+
+
+def _announce_imports():
+    "Say that the libraries are loading, which takes seconds."
+    from llmopt.core.progress import announce
+
+    if "torch" not in sys.modules:
+        announce("loading the libraries")
+
 # %% ../../nbs/09_cli/02_entry.ipynb #99d86f45
 def _compare(a, queries=None, kind="compare"):
     "`llmopt compare`"
-    from llmopt.evaluation import answers, compare, summary_text
+    from llmopt.evaluation.files import check_writable
+
+    _check(a, a.methods)
+    check_writable(a.output)
+    _announce_imports()
+    from llmopt.evaluation.queries import as_queries
+
+    queries = as_queries(queries or a.queries)
+    from llmopt.evaluation import answers, compare, summary_text  # these take a while
 
     results = compare(
-        queries or a.queries,
+        queries,
         methods=a.methods,
         model=a.model,
         device=a.device,
@@ -75,7 +116,7 @@ def _compare(a, queries=None, kind="compare"):
 # %% ../../nbs/09_cli/02_entry.ipynb #ef366377
 def _ask(a):
     "`llmopt ask`"
-    from llmopt.core import plain_text
+    from llmopt.core.text import plain_text
 
     return _compare(a, [plain_text(_message(a))], "ask")
 
@@ -92,9 +133,13 @@ def _message(a):
 # %% ../../nbs/09_cli/02_entry.ipynb #7b4d819d
 def _chat(a):
     "`llmopt chat`"
+    _check(a, [a.method])
+    _announce_imports()
     from llmopt.cli.chat import chat_loop
+    from llmopt.core.progress import announce
     from llmopt.engine import EnhancedFusedLLMEngine
 
+    announce(f"loading the model {a.model}")
     engine = EnhancedFusedLLMEngine(
         a.model,
         recipe=a.method,
@@ -109,6 +154,13 @@ def _chat(a):
 # %% ../../nbs/09_cli/02_entry.ipynb #63a48883
 def _plot(a):
     "`llmopt plot`"
+    charts = stored_help()["kinds"]
+    if unknown := [k for k in a.kind or () if k not in charts]:
+        raise ConfigError(f"unknown chart '{unknown[0][:60]}'; known: {', '.join(charts)}")
+    if "\0" in a.results or not os.path.exists(a.results):
+        from llmopt.evaluation.results import load
+
+        load(a.results)  # says what is wrong, before the libraries for drawing are loaded
     from llmopt.visualization import plot_file
 
     for path in plot_file(a.results, a.output, a.kind):
@@ -118,11 +170,15 @@ def _plot(a):
 # %% ../../nbs/09_cli/02_entry.ipynb #29632006
 def _benchmark(a):
     "`llmopt benchmark`"
-    from llmopt.benchmark.suites import run, show
-
     names = [n for n in a.names if n != "all"] or BENCHMARKS
     if unknown := [n for n in names if n not in BENCHMARKS]:
         raise ConfigError(f"unknown benchmark '{unknown[0]}'; known: {', '.join(BENCHMARKS)}, all")
+    if a.texts is not None and not os.path.exists(a.texts):
+        raise ConfigError(f"cannot read texts from '{a.texts[:200]}': there is no such file")
+    _check(a, None)
+    _announce_imports()
+    from llmopt.benchmark.suites import run, show
+
     for n in names:
         asked = n in a.names or n != "kv"  # `kv` takes neither, which `all` does not trip over
         given = dict(texts=a.texts, model=a.model) if asked else {}

@@ -31,13 +31,17 @@ class Slot(NamedTuple):
 
     def make(self, **parameters):
         "The configuration of this slot; raises `ConfigError` for parameters that it does not have or that cannot be."
+        return self.made(parameters, self.method)
+
+    def made(self, parameters: dict, called: str):
+        "As `make`, for a slot that the user has `called` by one of its names."
         known = [f.name for f in fields(self.config)]
         if unknown := [k for k in parameters if k not in known]:
-            raise ConfigError(f"bad parameters for {self.method}: no '{unknown[0]}'; it has {', '.join(known)}")
+            raise ConfigError(f"bad parameters for {called}: no '{unknown[0]}'; it has {', '.join(known)}")
         try:
             return self.config(**parameters)
         except (TypeError, ValueError) as e:
-            raise ConfigError(f"bad parameters for {self.method}: {e}") from None
+            raise ConfigError(f"bad parameters for {called}: {e}") from None
 
 
 SLOTS = (
@@ -214,7 +218,7 @@ def parse(
         slot = _slot(name)
         if slot.name in filled:
             raise ConfigError(f"'{text}' names {slot.method} twice; give it once, with all its parameters")
-        filled[slot.name] = slot.make(**args)
+        filled[slot.name] = slot.made(args, name)
     return cls(**filled)
 
 # %% ../../nbs/05_engine/00_recipe.ipynb #255ae212

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 import llmopt
 from ..core import LM, TINY, user
+from ..core.progress import announce
 from ..engine import ComprehensiveChatEngine, Recipe
 from ..engine.checks import loaded
 from ..engine.comprehensive import make_engine
@@ -64,6 +65,11 @@ class Comparison:
         self.record = Record(Results(kind=kind, queries=queries, config=self.config), output, resume)
         self.results = self.record.results
 
+    def say(self, what: str):
+        "Name what begins now, unless progress is not wanted."
+        if self.progress:
+            announce(what)
+
     def tick(self, method: str, query: Query):
         "Move the progress bar by one measurement."
         self.bar.set_postfix_str(f"{method}, {query.id}")
@@ -73,10 +79,12 @@ class Comparison:
 @patch
 def setup(self: Comparison):
     "Load the model, make the engines, and describe both in the results."
+    self.say(f"loading the model {self.config['model_id']}")
     self.lm = loaded(self.live or self.config["model_id"], self.config["device"], self.config["dtype"])
     recipes = {m: Recipe.parse(m) for m in self.methods}
     self.engines = {}
     for m, recipe in recipes.items():
+        self.say(f"preparing {m}" + (" (compiles at the first run)" if recipe.larosa else ""))
         start = time.perf_counter()
         self.engines[m] = make_engine(self.lm, recipe)
         took = time.perf_counter() - start
@@ -111,6 +119,7 @@ def warm_up(self: Comparison):
     "Run each method at least `warmup` times, at most five times as often, until two times per token agree within 10 %."
     query = next((q for q in self.queries if q.text.strip()), None)
     text, n = query.text[:200] if query else "Hello", min(16, self.config["max_new_tokens"])
+    self.say("warming up")
     for engine in self.engines.values():
         last = None
         for i in range(5 * self.config["warmup"]):

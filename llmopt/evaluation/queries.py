@@ -10,7 +10,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from ..core import ASSETS, plain_text
+from ..core.sources import ASSETS
+from ..core.text import plain_text
 from ..errors import ConfigError
 from .results import Query
 
