@@ -19,3 +19,14 @@ def test_the_table_fits_and_failures_are_said_once():
     assert max(map(len, head)) <= 100 and any(line.endswith("failed") for line in head)
     test_eq(text.count("failed: words"), 1)
     assert "query q0, q1, q2 and 1 more: no" in text
+
+
+def test_one_round():
+    """With one round a time is one reading of each query, and says so. No interval is there, so no remark speaks of
+    one."""
+    once = [
+        Run(arm="speed", query="q0", method=m, e2el_ms=t, ttft_ms=t) for m, t in (("baseline", 10), ("baseline*", 30))
+    ]
+    said = summary_text(summarize(Results(runs=once, queries=[Query(id="q0", text="?")])))
+    assert "~10.0" in said and "one reading" in said and "Times are noise here" in said and "factor of 3.0" in said
+    assert "the intervals speak" not in said and "within noise" not in said
