@@ -69,36 +69,38 @@ def rates(
 # %% ../../nbs/05_engine/01_metrics.ipynb #95b0dece
 @dataclass
 class ChatMetrics:
-    "One answer with its measurements; definitions in `llmopt.evaluation.results.DEFINITIONS`."
+    """One answer with its measurements; formulas in `llmopt.evaluation.results.DEFINITIONS`.
+
+    Times are in milliseconds, memory in bytes, rates in tokens (or characters) a second. None: there is no such number,
+    such as a time between tokens in an answer of one."""
 
     method: str  # id of the recipe
     input_text: str  # the question
     prompt_text: str  # what the model read
     output_text: str  # what it answered
     finish_reason: str  # `stop`: the model ended; `length`: cut after `max_new_tokens`; `stopped`: by the `stop` event
-    ttft_ms: float | None
-    preprocess_ms: float
-    prefill_ms: float | None
-    tpot_ms: float | None
-    e2el_ms: float
-    itl_ms: list  # gaps between steps
-    prompt_tokens: int
-    prompt_tokens_base: int
-    completion_tokens: int
-    completion_tokens_base: int
-    kv_bytes_live: int
-    kv_bytes_peak: int
-    kv_bytes_reserved: int
-    kv_bytes_resident: int | None
-    weight_bytes: int
-    prefill_tok_per_s: float | None
-    prefill_eff_tok_per_s: float | None
-    decode_tok_per_s: float | None
-    decode_base_tok_per_s: float | None
-    decode_char_per_s: float | None
-    skipped_weight_bytes: int | None = None
+    ttft_ms: float | None  # ms from the question to the first token
+    preprocess_ms: float  # ms of that before the model starts: shortening and tokenizing
+    prefill_ms: float | None  # ms of that in which the model reads the prompt
+    tpot_ms: float | None  # ms per token after the first one
+    e2el_ms: float  # ms from the question to the end of the answer
+    itl_ms: list  # ms between one step and the next
+    prompt_tokens: int  # tokens that the model read
+    prompt_tokens_base: int  # tokens of the prompt as the baseline reads it
+    completion_tokens: int  # tokens generated
+    completion_tokens_base: int  # tokens of the answer's text, as the baseline counts
+    kv_bytes_live: int  # bytes of the keys and values of the tokens kept, at the end
+    kv_bytes_peak: int  # bytes of the same at their most
+    kv_bytes_reserved: int  # bytes of address space or tensors set aside for them
+    kv_bytes_resident: int | None  # bytes of it that lie in memory; None where the system does not tell
+    weight_bytes: int  # bytes of the model's weights
+    prefill_tok_per_s: float | None  # tokens read a second
+    prefill_eff_tok_per_s: float | None  # the baseline's tokens of the prompt, per second of `ttft_ms`
+    decode_tok_per_s: float | None  # tokens generated a second, after the first one
+    decode_base_tok_per_s: float | None  # the same in the baseline's tokens
+    decode_char_per_s: float | None  # the same in characters of the answer
+    skipped_weight_bytes: int | None = None  # weight bytes that a new token does not read; None without LaRoSA
     factors: dict = field(default_factory=dict)  # slot -> 1 if it is on
-    output_ids: list = field(default_factory=list, repr=False)
-    notes: list = field(
-        default_factory=list
-    )  # what a reader of this answer must know, such as a budget that was not met
+    output_ids: list = field(default_factory=list, repr=False)  # token ids of the answer
+    # what a reader of this answer must know, such as a budget that was not met
+    notes: list = field(default_factory=list)

@@ -20,7 +20,11 @@ from .residency import anonymous_bytes, residency_unknown, tensor_resident
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #9a1a52da
 class SimpleVAttention:
-    "Keys and values of one layer in demand-paged memory (vAttention, section 5)."
+    """Keys and values of one layer in demand-paged memory (vAttention, section 5).
+
+    slab = SimpleVAttention(num_heads=2, head_size=64, max_batch_size=1, max_seq_len=4096)
+    keys, values = slab.append(torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64))  # of 5 tokens
+    """
 
     def __init__(
         self,
@@ -86,10 +90,12 @@ def _write(self: SimpleVAttention, rows, new, end):
 @patch
 def append(
     self: SimpleVAttention,
-    k: torch.Tensor,  # (batch, heads, q, width)
+    k: torch.Tensor,  # (batch, heads, new tokens, width)
     v: torch.Tensor,  # the same of values
 ) -> tuple:  # all keys and all values, as views
-    "Write `q` tokens at the end, in place. Raises `ConfigError` where shape, type or room do not fit."
+    """Write `k` and `v`, each (batch, heads, new tokens, width), at the end, in place.
+
+    Raises `ConfigError` where shape, type or room do not fit."""
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         raise LlmoptError("the slab cache is for inference: call the model under torch.no_grad()")
     end = self.seq_len + k.shape[2]

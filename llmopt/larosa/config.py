@@ -80,13 +80,16 @@ class LaRoSAConfig:
 
 # %% ../../nbs/03_larosa/12_config.ipynb #9aafe60c
 class SimpleLaRoSA:
-    "LaRoSA in one call: `SimpleLaRoSA(sparsity=0.4).apply(model, calibration)`."
+    """LaRoSA in one call: `SimpleLaRoSA(sparsity=0.4).apply(model, calibration)`.
+
+    `calibration` is texts, a tensor of token ids (windows, length), a `Calibration` from `calibrate` or
+    `load_calibration`, or None for the texts that ship with the package. Texts need `tokenizer`, too."""
 
     def __init__(
         self,
         sparsity: float = 0.4,  # share of the projections' weight bytes to skip, in [0, 1); or a `LaRoSAConfig`
         linear=SparseLinear,  # class of the sparse linear maps; `MaskedLinear` multiplies by zeros instead
-        **kwargs,  # further fields of `LaRoSAConfig`
+        **kwargs,  # of `LaRoSAConfig`: allocation, rotation, heads, tokens, first, artifact
     ):
         if isinstance(sparsity, LaRoSAConfig):
             if kwargs:
