@@ -22,9 +22,9 @@ import safetensors.torch as st
 import torch
 from fastcore.basics import patch
 
+from ..core.state_hash import tensor_bytes
 from ..errors import ConfigError, CorruptChunkError, warn_once
 from .memory import check_count
-from .prefix_key import tensor_bytes
 
 # %% ../../nbs/04_kv_cache/13_store.ipynb #34f223d0
 def _digest(name, ts):
