@@ -317,6 +317,7 @@ def check(args):
         found.append("README.md: differs from nbs/index.ipynb; to mend it: python .ci/nb.py readme")
     if found:
         raise Problem("\n".join(found) + "\nTo mend it: python .ci/nb.py export")
+    print(f"all {len(have)} generated files are what the notebooks say")
 
 
 # ## refresh
