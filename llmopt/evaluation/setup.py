@@ -14,10 +14,10 @@ from pathlib import Path
 from torch.nn.modules import module as torch_module
 
 from ..core import LM, TINY, weights_hash
+from ..core.state_hash import LOOKS_ONLY, StateHash
 from ..engine.checks import place, whole_number
 from ..engine.recipe import named_recipes
 from ..errors import ConfigError, LlmoptError
-from ..kv_cache.prefix_key import LOOKS_ONLY, StateHash
 
 # %% ../../nbs/06_evaluation/10_setup.ipynb #d41aad0c
 def checked_methods(methods=None) -> list:  # `methods`: ids or combinations, one of them, or None for all
@@ -115,7 +115,7 @@ def _hooks(model):
     for name, m in model.named_modules():
         found += [(f"{name} before", h) for h in m._forward_pre_hooks.values()]
         found += [(name, h) for h in m._forward_hooks.values()]
-    return [(name, h) for name, h in found if getattr(h, "__module__", None) != LOOKS_ONLY]
+    return [(name, h) for name, h in found if getattr(h, "__module__", None) not in LOOKS_ONLY]
 
 
 def _live_state(model):
