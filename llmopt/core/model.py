@@ -7,6 +7,7 @@ __all__ = ['OFFLINE', 'model_source', 'pick_device', 'LM', 'load', 'max_position
 
 # %% ../../nbs/00_core/09_model.ipynb #267d4a87
 import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .cache import read_manifest
 from .gguf import convert, quantization_of
 from .measures import weights_hash
 from .quantization import Quantization
-from .sources import TINY, check_memory, find_model, n_params, pickled, weight_files
+from .sources import TINY, cached_snapshot, check_memory, find_model, n_params, pickled, weight_files
 from .text import plain_text
 from ..errors import ConfigError, ModelError, one_line, warn_once
 
@@ -33,19 +34,28 @@ def model_source(
     return str(convert(found.place, name)) if found.kind == "gguf" else found.place
 
 # %% ../../nbs/00_core/09_model.ipynb #64916e36
+def _shown(value):
+    "`repr(value)` in one line of at most 40 characters."
+    return " ".join(repr(value).split())[:40]
+
+
 def pick_device(
-    device: str = "auto",  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
+    device: str | None = "auto",  # `auto` or None, `cpu`, `cuda`, `cuda:1`, `mps`
 ) -> torch.device:
     "The torch device for `device`; raises `ConfigError` if this machine has none."
     acc = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device == "auto":
+    if device is None or isinstance(device, str) and device == "auto":
         return acc or torch.device("cpu")
     try:
         d = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"unknown device '{device}'; use auto, cpu, cuda or cuda:N") from None
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise ConfigError(f"unknown device {_shown(device)}; use auto, cpu, cuda or cuda:N") from None
     if d.type != "cpu" and (acc is None or acc.type != d.type):
         raise ConfigError(f"no {d.type} device on this machine; use --device cpu or auto")
+    there = 1 if d.type == "cpu" else torch.accelerator.device_count()
+    if (d.index or 0) >= there:
+        last = "" if there == 1 else f" to {d.type}:{there - 1}"
+        raise ConfigError(f"no device {d} on this machine; there is {d.type}:0{last}")
     return d
 
 # %% ../../nbs/00_core/09_model.ipynb #358c2c7c
@@ -127,8 +137,24 @@ def _check_weights(name, model, info):
         raise ModelError(f"model '{name}': some weights were not loaded; its files do not fit its config.json")
 
 # %% ../../nbs/00_core/09_model.ipynb #f5d977eb
+_POSITIONS = "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"  # names in config.json
+
+
+def _check_generation_config(name, source):
+    "Refuse a generation config that holds no JSON object: transformers would go on without one."
+    folder = Path(source) if Path(source).is_dir() else cached_snapshot(source)
+    path = folder and folder / "generation_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ModelError(f"model '{name}': '{path}' holds no JSON object; write {{}} there or delete it")
+
+
 def _read(name, source, dtype):
     "Tokenizer and model from `source`, which the user calls `name`; raises `ModelError`."
+    _check_generation_config(name, source)
     bar = progress.is_progress_bar_enabled()
     if bar and name == TINY:
         progress.disable_progress_bar()  # 12 MB load at once
@@ -144,22 +170,29 @@ def _read(name, source, dtype):
         if bar:
             progress.enable_progress_bar()
     _check_weights(name, model, info)
+    if any(getattr(model.config, key, None) == 0 for key in _POSITIONS):
+        raise ModelError(f"model '{name}': its config.json says that it has 0 positions, so no text fits")
     return tokenizer, model
 
 # %% ../../nbs/00_core/09_model.ipynb #2d2096e1
+_DTYPES = {k: v for k, v in vars(torch).items() if isinstance(v, torch.dtype)}
+
+
 def _dtype(name, device):
     "The torch dtype for `name`."
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"unknown dtype '{name}'; use float32, bfloat16, float16 or auto")
+    dtype = name if isinstance(name, torch.dtype) else _DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None or not dtype.is_floating_point:
+        raise ConfigError(f"unknown dtype {_shown(name)}; use float32, bfloat16, float16 or auto")
+    if dtype.itemsize < 2:
+        raise ConfigError(f"{dtype} is for storage: no layer computes in it; use float32, bfloat16, float16 or auto")
     return dtype
 
 
 def load(
     model: str = TINY,  # `llmopt-tiny`, `smollm2`, a folder, a GGUF file, or a hub id
-    device: str = "auto",  # see `pick_device`
+    device: str | None = "auto",  # see `pick_device`
     dtype: str = "auto",  # `auto` is float32 on a CPU and the checkpoint's own type elsewhere
 ) -> LM:
     "Load a causal language model with its tokenizer; raises `ModelError` or `ConfigError` with the way out."
@@ -181,11 +214,7 @@ def max_positions(config, default: int = sys.maxsize) -> int:  # tokens
     "Positions a model of `config` has, by whichever name; `default` where it does not say."
     cfg = config.get_text_config(decoder=True)
     return next(
-        (
-            v
-            for k in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-            if isinstance(v := getattr(cfg, k, None), int) and v > 0
-        ),
+        (v for k in _POSITIONS if isinstance(v := getattr(cfg, k, None), int) and v > 0),
         default,
     )
 
@@ -318,7 +347,7 @@ def stop_ids(self: LM) -> list:  # token ids, in order
     named = getattr(self.model.generation_config, "eos_token_id", None)
     named = named.tolist() if hasattr(named, "tolist") else named
     named = named if isinstance(named, list) else [named]
-    if not all(i is None or isinstance(i, int) for i in named):
+    if not all(i is None or isinstance(i, int) and not isinstance(i, bool) for i in named):
         raise ModelError(f"the generation config of '{self.name}' has an eos_token_id that is none: {named!r:.40}")
     ids = {*named, self.tokenizer.eos_token_id}
     if getattr(self.tokenizer, "chat_template", None):

@@ -10,6 +10,7 @@ __all__ = ['TINY', 'SMOLLM2', 'SMOLLM2_INSTALL', 'ASSETS', 'SIZES', 'smollm2_fil
 import importlib.util
 import json
 import math
+import os
 import re
 import struct
 from pathlib import Path
@@ -86,9 +87,10 @@ def _as_path(name):
     try:
         path = Path(name).expanduser()
         path.is_dir()
+        os.fsencode(path)
         if str(name).strip() and "\0" not in str(name):
             return path
-    except (OSError, RuntimeError):  # too long, or the home of nobody
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, or no UTF-8
         pass
     shown = repr(str(name)[:40]) + ("…" if len(str(name)) > 40 else "")
     raise ModelError(

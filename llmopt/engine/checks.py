@@ -37,9 +37,10 @@ def whole_number(value, name: str, least: int, most: float = math.inf) -> int:
 
 def checked_temperature(value) -> float:
     "`value` as a finite number of at least 0; raises `ConfigError` for anything else."
+    no_number = isinstance(value, (bool, str, bytes, bytearray)) or type(value).__name__ in ("bool", "bool_")
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        number = math.nan if no_number else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor of several numbers
         number = math.nan
     if not 0 <= number < math.inf:
         raise ConfigError(f"temperature must be a number of at least 0 (0 is greedy), not {shown(value)}")
@@ -113,8 +114,8 @@ def place(device, dtype) -> tuple:  # (device, dtype) by name
     "Where a model goes and in which numbers, by name; raises `ConfigError` for what are no names."
     if isinstance(device, torch.device):
         device = str(device)
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
+    dtype = str(dtype) if isinstance(dtype, torch.dtype) else dtype
+    dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     for name, value in dict(device=device, dtype=dtype).items():
         if not isinstance(value, str):
             usual = "cpu" if name == "device" else "float32"

@@ -67,7 +67,7 @@ class EnhancedFusedLLMEngine:
             raise ConfigError("give a recipe, or the keywords of the optimizations, not both")
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
         self.max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
-        self.system = checked_text(system, "the system message") if system else None
+        self.system = None if system is None else checked_text(system, "the system message") or None
         self.lm = with_cache(loaded(model_name, device, dtype))
         check_eval_mode(self.lm.model)
         self.checkpoint_decoding = checkpoint_decoding(self.lm.model)  # what the checkpoint asks for, and does not get

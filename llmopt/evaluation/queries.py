@@ -22,8 +22,18 @@ _MORE = "id", "keywords", "about"
 
 def _object(line, where):
     "The JSON object in `line`."
+
+    def once(pairs):
+        "An object, unless a key of it stands there twice: all but the last value would be dropped."
+        key, times = Counter(k for k, _ in pairs).most_common(1)[0] if pairs else ("", 1)
+        if times > 1:
+            raise ConfigError(f"{where}: the key {key!r:.40} stands there {times} times")
+        return dict(pairs)
+
     try:
-        d = json.loads(line)
+        d = json.loads(line, object_pairs_hook=once)
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as e:  # a ValueError may be an integer of thousands of digits
         reason = getattr(e, "msg", "numbers or nesting out of bounds")
         raise ConfigError(
@@ -56,6 +66,8 @@ def _keywords(d, where):
     words = d.get("keywords") or []
     if not isinstance(words, list) or not all(isinstance(k, str) for k in words):
         raise ConfigError(f'{where}: "keywords" must be a list of words')
+    if empty := [k for k in words if not any(c.isalnum() for c in k)]:
+        raise ConfigError(f"{where}: the keyword {plain_text(empty[0])!r:.40} has no letter and no digit")
     return [plain_text(k) for k in words]
 
 
@@ -116,7 +128,7 @@ def _conversation(d, name, where) -> list:  # of `Query`
 def _queries(d, n, where) -> list:  # of `Query`
     "The queries that the object `d`, number `n`, stands for; raises `ConfigError` if it is none."
     form, name = _form(d, where), d.get("id")
-    if name is not None and not isinstance(name, (str, int)):
+    if name is not None and (not isinstance(name, (str, int)) or isinstance(name, bool) or not str(name).strip()):
         raise ConfigError(f'{where}: "id" must be a short text')
     name = plain_text(str(f"q{n}" if name is None else name))
     if form == "messages":

@@ -9,7 +9,7 @@ __all__ = ['KVCacheConfig', 'HybridKVCacheOptimizer', 'cache_shape', 'CacheFigur
 import functools
 import operator
 import weakref
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field
 
@@ -44,10 +44,11 @@ class KVCacheConfig:
         self._set("page_tokens", check_count("page_tokens", self.page_tokens, 0))
         if type(self.prefault) is not bool:
             raise ConfigError(f"prefault must be True or False, not {self.prefault!r}")
-        if self.attention not in ATTENTIONS:
+        if not isinstance(self.attention, str) or self.attention not in ATTENTIONS:
             raise ConfigError(f"attention must be 'packed' or 'stock', not {self.attention!r}")
         if hasattr(self.budget, "__index__") and not isinstance(self.budget, bool):
-            self._set("budget", operator.index(self.budget))  # of numpy perhaps
+            with suppress(TypeError):  # an array of several: no budget, as is said below
+                self._set("budget", operator.index(self.budget))  # of numpy perhaps
         self._check_budget()
 
     def _set(self, name, value):
@@ -118,7 +119,7 @@ def _device(name) -> torch.device:
     "The device `name`; `ConfigError` if torch knows none of that name."
     try:
         return torch.device(name)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         raise ConfigError(f"device must be one that torch knows, such as 'cpu' or 'cuda', not {name!r}") from None
 
 
@@ -148,6 +149,8 @@ class HybridKVCacheOptimizer:
             raise ConfigError(f"store must be a PrefixStore, not {store!r}")
         self.device, self.store = _device(device), store
         self.caches, self.last = weakref.WeakSet(), None  # those alive; figures of the one that was closed last
+        if config is not None and not isinstance(config, KVCacheConfig):
+            raise ConfigError(f"config must be a KVCacheConfig, not {' '.join(repr(config).split()):.60}")
         settings = asdict(config or KVCacheConfig()) | dict(max_seq_len=max_seq_len)
         if budget is not None or policy is not None:
             settings |= dict(budget=budget, policy=policy)

@@ -7,6 +7,7 @@ __all__ = ['ALLOCATIONS', 'LaRoSAConfig', 'SimpleLaRoSA']
 
 # %% ../../nbs/03_larosa/12_config.ipynb #48ffc6e1
 import hashlib
+import inspect
 import json
 import os
 import threading
@@ -40,8 +41,8 @@ ALLOCATIONS = "measured", *RULES
 
 
 def _one_of(name, value, known):
-    if value not in known:
-        raise ConfigError(f"{name} is one of {', '.join(known)}, not {value!r}")
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{name} is one of {', '.join(known)}, not {' '.join(repr(value).split()):.60}")
 
 # %% ../../nbs/03_larosa/12_config.ipynb #1dd8d99d
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LaRoSAConfig:
     def __post_init__(self):
         _one_of("allocation", self.allocation, ALLOCATIONS)
         _one_of("rotation", self.rotation, ("auto", "learned", *ROTATIONS))
-        if self.heads not in (True, False):
+        if getattr(self.heads, "shape", ()) != () or self.heads not in (True, False):
             raise ConfigError(f"heads is True or False, not {self.heads!r}")
         if not isinstance(self.artifact, (str, os.PathLike, type(None))):
             raise ConfigError(f"artifact is the name of a folder, not {self.artifact!r}")
@@ -97,12 +98,23 @@ class SimpleLaRoSA:
             self.config = sparsity
         else:
             self.config = _config(sparsity, kwargs)
-        self.linear, self.calibration, self.traffic = linear, None, None
+        self.linear, self.calibration, self.traffic = _checked_linear(linear), None, None
 
     @property
     def skipped_weight_bytes(self) -> int:
         "Weight bytes that a token of the last model made does not read; `ConfigError` if none was made."
         return _made(self.traffic).skipped
+
+
+def _checked_linear(linear):
+    "`linear`, if it can be made from a weight and a bias."
+    try:
+        inspect.signature(linear).bind("weight", "bias")
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"linear is a class made from weight and bias, not {' '.join(repr(linear).split()):.60}"
+        ) from None
+    return linear
 
 
 def _config(sparsity, kwargs):

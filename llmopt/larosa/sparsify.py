@@ -57,7 +57,7 @@ _DENSE = ContextVar("selectors that are off", default=())  # of this thread or t
 
 def check_tokens(tokens) -> str:
     "`tokens`, if it is one of `TOKENS`; else `ConfigError`."
-    if tokens not in TOKENS:
+    if not isinstance(tokens, str) or tokens not in TOKENS:
         raise ConfigError(f"tokens are one of {', '.join(TOKENS)}, not {tokens!r}")
     return tokens
 

@@ -12,15 +12,16 @@ from llmopt.engine.checks import *
 def test_checked_numbers():
     """A switch is on or off. A text such as `"no"` would be on, by Python's rules."""
     test_eq(whole_number(np.int64(3), "n", 1), 3)
-    test_eq(checked_temperature("0.5"), 0.5)
+    test_eq(checked_temperature(np.float32(0.5)), 0.5)
     test_eq([switch(x, "s") for x in (True, None, np.True_, 0)], [True, False, True, False])
     with expect_fail(ConfigError, "fixed must be True or False, not 'no'"):
         switch("no", "fixed")
     for bad in (0, True, None):
         with expect_fail(ConfigError, "max_new_tokens must be a whole number of at least 1"):
             whole_number(bad, "max_new_tokens", 1)
-    with expect_fail(ConfigError, "temperature"):
-        checked_temperature(float("nan"))
+    for bad in (float("nan"), "0.5", np.True_):
+        with expect_fail(ConfigError, "temperature"):
+            checked_temperature(bad)
 
 
 def test_checked_messages():

@@ -81,6 +81,13 @@ def test_places_of_torch_are_names():
     assert e.lm.model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("system", [0, False, {}, np.array([1, 2]), torch.tensor([1, 2])])
+def test_system_messages_that_are_no_texts(system):
+    "They are refused, false ones too; an empty text is none."
+    one_line(lambda: engine(system=system), "the system message must be a text")
+    assert engine(system="").system is None
+
+
 # ## Options of an answer
 
 
@@ -91,6 +98,9 @@ def test_places_of_torch_are_names():
         (dict(stop=True), "stop is a `threading.Event`"),
         (dict(fixed="no"), "fixed must be True or False"),
         (dict(temperature=True), "temperature"),
+        (dict(temperature=np.True_), "temperature"),
+        (dict(temperature="2"), "temperature"),
+        (dict(temperature=torch.tensor([1.0, 2.0])), "temperature"),
     ],
 )
 def test_options_of_the_wrong_kind_are_no_fault_of_the_model(options, says):

@@ -34,3 +34,4 @@ def test_bad_queries():
     bad('{"text": "a", "id": 1}\n{"text": "b", "id": 1}', "occurs twice")
     bad('{"text": "a", "keywords": "b"}', "keywords")
     bad('{"text": "a", "keyword": ["b"]}', "unknown key 'keyword'")
+    bad('{"text": "a"}\n{"text": "a", "text": "b"}', "line 2: the key 'text' stands there 2 times")

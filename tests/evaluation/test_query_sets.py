@@ -277,3 +277,23 @@ def test_memory_is_measured_with_the_longest_prompt(monkeypatch):
     c.bar = tqdm(disable=True)
     c.memory_block()
     assert asked == [talk.prompt]
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"text": "a", "text": "b"}', "the key 'text' stands there 2 times"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "the key 'content' stands there 2 times"),
+        ('{"text": "a", "id": true}', '"id" must be'),
+        ('{"text": "a", "id": ""}', '"id" must be'),
+        ('{"text": "a", "id": " "}', '"id" must be'),
+        ('{"text": "a", "keywords": ["b", "!!"]}', "keyword '!!' has no letter"),
+        ('{"text": "a", "keywords": [""]}', "keyword '' has no letter"),
+        ('{"messages": [{"role": "user", "content": "a", "keywords": ["?"]}]}', "keyword '[?]' has no letter"),
+    ],
+)
+def test_lines_that_mean_two_things_or_none(tmp_path, line, says):
+    "The last of two values would win, and a keyword without a letter is never found, or always."
+    (tmp_path / "q.jsonl").write_text('{"text": "a", "id": 0, "keywords": ["C++", "水", "७"]}\n' + line)
+    with pytest.raises(ConfigError, match=f"line 2: .*{says}"):
+        read_queries(tmp_path / "q.jsonl")

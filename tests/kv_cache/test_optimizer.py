@@ -224,3 +224,26 @@ def test_a_stock_cache_that_does_not_fit_is_none_with_a_reason():
         m(random_ids(7), past_key_values=cache)
     savings = opt.get_memory_savings()
     assert savings["static_longest"] is savings["saved_vs_static_longest"] is None and savings["unmeasured"]
+
+
+@pytest.mark.parametrize(
+    "bad", [False, 0, "", {}, "kv", True, 1, np.array([1, 2]), torch.tensor([1, 2])], ids=lambda x: type(x).__name__
+)
+def test_what_is_no_configuration(bad):
+    "False ones are no default, and true ones are no dataclass."
+    with pytest.raises(ConfigError, match="config must be a KVCacheConfig"):
+        optimizer(small_model(), config=bad)
+
+
+@pytest.mark.parametrize("bad", [np.array([1, 2]), torch.tensor([1, 2])], ids=["numpy", "torch"])
+@pytest.mark.parametrize("field", ["max_seq_len", "page_tokens", "prefault", "attention", "budget"])
+def test_fields_of_several_numbers(field, bad):
+    "An array has no truth value; it is refused as any other wrong value."
+    with pytest.raises(ConfigError, match=f"^{field} must be"):
+        KVCacheConfig(**{field: bad})
+
+
+def test_a_device_number_beyond_all():
+    "torch overflows."
+    with pytest.raises(ConfigError, match="device must be"):
+        optimizer(small_model(), device=10**30)

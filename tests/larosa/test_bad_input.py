@@ -294,3 +294,18 @@ def test_moments_of_one_text_and_many():
     model, ids = small_model(), torch.randint(4096, (5, 16), generator=torch.Generator().manual_seed(0))
     for key, c in second_moments(model, ids, batch_size=1).items():
         torch.testing.assert_close(c, second_moments(model, ids, batch_size=5)[key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.array([1, 2]), torch.tensor([1, 2]), ["auto"], None])
+@pytest.mark.parametrize("field", ["allocation", "rotation", "heads", "tokens", "first", "sparsity"])
+def test_fields_of_several_numbers(field, bad):
+    "An array has no truth value; it is refused as any other wrong value."
+    with pytest.raises(ConfigError, match=f"^{field} "):
+        LaRoSAConfig(**{field: bad})
+
+
+@pytest.mark.parametrize("linear", [None, "MaskedLinear", 1, np.array([1, 2]), lambda: 1, object()])
+def test_a_linear_map_that_cannot_be_made(linear):
+    "It is called with a weight and a bias."
+    with pytest.raises(ConfigError, match="linear is a class made from weight and bias"):
+        SimpleLaRoSA(0.5, linear=linear)
