@@ -119,6 +119,7 @@ def extent(self: View) -> str:
     c, asked = self.results.config, self.results.queries
     only = f' ("{textwrap.shorten(asked[0].text, 90, placeholder=" …")}")' if len(asked) == 1 else ""
     n = _count(len(self.queries), "query", "queries") + only + " × " + _count(self.rounds() or 1, "round", "rounds")
+    n = next((w.partition(";")[0] for w in self.results.warnings if w.startswith("interrupted: ")), n)
     tokens = f"{c['max_new_tokens']} new tokens" if c.get("max_new_tokens") else ""
     return ", ".join(filter(None, [n, tokens, c.get("decoding"), self.results.created[:10]]))
 
