@@ -75,8 +75,22 @@ def _check_plain(module, where):
     )
 
 
+def _check_own(model, fam):
+    "Refuse a model of which a copy would not compute the same: layers left out or shared, projections replaced."
+    layers, n = model.get_submodule(fam.layers), model.config.num_hidden_layers
+    if len({id(m) for m in layers}) != n or len(layers) != n:
+        raise UnsupportedModelError(f"LaRoSA needs the {n} layers that the configuration names, each one once")
+    for path in {p for b in fam.blocks for p in (*b.read, b.write)}:
+        for i, layer in enumerate(layers):
+            if "forward" in vars(layer.get_submodule(path)):
+                raise UnsupportedModelError(
+                    f"layer {i}, {path} has a 'forward' of its own; LaRoSA needs the plain model"
+                )
+
+
 def _check_parts(model, fam):
     "Refuse a model with a part that cannot be rotated."
+    _check_own(model, fam)
     for path in ("lm_head", *fam.embed):
         _check_plain(model.get_submodule(path), path)
     for i, layer in enumerate(model.get_submodule(fam.layers)):
