@@ -238,10 +238,10 @@ def _nobody_reads():
 # %% ../../nbs/09_cli/02_entry.ipynb #efa81282
 def _models(a):
     "`llmopt models`"
-    from llmopt.core.inventory import clear_conversions, list_models, models_json, models_text
+    from llmopt.core.inventory import clear_cache, list_models, models_json, models_text
 
     if a.clear:
-        print(f"removed {clear_conversions():,} bytes of converted models")
+        print(f"removed {clear_cache():,} bytes of converted models and calibrations")
     else:
         print((models_json if a.json else models_text)(list_models()))
     return 0

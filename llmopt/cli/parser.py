@@ -291,7 +291,9 @@ def _add_models(sub):
         epilog="examples:\n  llmopt models\n  llmopt models --clear",
     )
     p.add_argument("--json", action="store_true", help="as JSON")
-    p.add_argument("--clear", action="store_true", help="remove converted GGUF files; they can be made again")
+    p.add_argument(
+        "--clear", action="store_true", help="remove converted GGUF files and calibrations; they can be made again"
+    )
     _debug(p)
 
 

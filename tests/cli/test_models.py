@@ -29,6 +29,7 @@ def test_clear_says_how_many_bytes(tmp_path, capsys):
     folder = tmp_path / "cache" / "gguf" / "abc-1"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(1234))
+    folder.with_name(f"{folder.name}.lock").touch()
     assert main(["models", "--clear"]) == 0
     assert "1,234 bytes" in capsys.readouterr().out and not folder.exists()
 

@@ -21,11 +21,14 @@ def test_clearing():
             Path(d, "gguf", "abc-1.lock").touch()
             Path(d, "gguf", ".abc-1-half").mkdir()
             Path(d, "gguf", ".abc-1-half", "model.safetensors").write_bytes(bytes(500))
+            Path(d, "larosa", "def").mkdir(parents=True)
+            Path(d, "larosa", "def", "manifest.json").write_bytes(bytes(20))
+            Path(d, "larosa", "def.lock").touch()
             Path(d, "other").write_text("stays")
-            test_eq(clear_conversions(), 1500)
-            assert not [p for p in Path(d, "gguf").iterdir() if p.is_dir()]
+            test_eq(clear_cache(), 1520)
+            assert not [p for p in Path(d).glob("*/*") if p.is_dir()]
             test_eq(Path(d, "other").read_text(), "stays")
-            test_eq(clear_conversions(), 0)
+            test_eq(clear_cache(), 0)
         finally:
             os.environ.pop("LLMOPT_CACHE") if was is None else os.environ.update(LLMOPT_CACHE=was)
 
