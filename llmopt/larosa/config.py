@@ -19,7 +19,8 @@ import torch
 from fastcore.basics import patch
 
 from ..core import LM, TINY, weights_hash
-from ..errors import ConfigError
+from ..core.state_hash import LOOKS_ONLY
+from ..errors import ConfigError, UnsupportedModelError
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity
 from .artifact import BUNDLED, fitted, kept_calibration, load_calibration, save_calibration
 from llmopt.larosa.calibration import (
@@ -196,6 +197,19 @@ def _state_of(model) -> str:
         h.update(f"{name} {type(module).__qualname__} {plain}".encode())
     return h.hexdigest()
 
+# %% ../../nbs/03_larosa/12_config.ipynb #d54f18be
+def _check_untouched(model):
+    "Refuse what was put on modules of the layers: a converted copy would feed it other values."
+    layers = model.get_submodule(family(model).layers)
+    for name, module in layers.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        owners = [str(getattr(getattr(h, "func", h), "__module__", None)) for h in hooks]
+        if not all(o.startswith((*LOOKS_ONLY, "llmopt.")) for o in owners) or "forward" in vars(module):
+            raise UnsupportedModelError(
+                f"layer {name} has a hook or a 'forward' of its own, which a converted copy would feed other values; "
+                "remove it, or leave out LaRoSA"
+            )
+
 # %% ../../nbs/03_larosa/12_config.ipynb #14a2f69a
 _calibrations = weakref.WeakKeyDictionary()  # model -> {key: calibration}, of its present weights
 _converted = weakref.WeakKeyDictionary()  # model -> {key: converted model}, as long as someone uses it
@@ -243,7 +257,7 @@ def prepare(self: LaRoSAConfig, lm: LM) -> LM:
     """`lm` with its model converted; the same one for the same weights and configuration.
 
     Raises `UnsupportedModelError`, `ConfigError` and `ModelError` as `SimpleLaRoSA.apply` does."""
-    family(lm.model)
+    _check_untouched(lm.model)
     with _preparing:
         state = _state_of(lm.model)
         calibration = _calibration(self, lm, state)

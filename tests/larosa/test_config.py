@@ -22,9 +22,7 @@ def test_configuration():
 
 
 def test_prepare():
-    """What was prepared is found again by everything that it depends on: the weights *as they are now*, the plain
-    attributes of all modules, the configurations, and the calibration. Merge an adapter into the weights, and the
-    next engine gets a model of the new ones."""
+    "Hooks inside the layers, and methods put on a module, see other values in a rotated copy. So they are refused."
     lm = load(TINY, "cpu")
     half = LaRoSAConfig(0.5).prepare(lm)
     assert half.model is LaRoSAConfig(0.5).prepare(lm).model
