@@ -280,7 +280,7 @@ def _end(self: EnhancedFusedLLMEngine, ids, most):
         return "stop"
     return "length" if len(ids) >= most else "stopped"
 
-
+# %% ../../nbs/05_engine/05_fused.ipynb #6327b4e4
 @patch
 def _metrics(self: EnhancedFusedLLMEngine, prompt, inputs, meter, end):
     "`ChatMetrics` of one answer."

@@ -87,7 +87,7 @@ def _file_hash(path):
         h.update(f.name.encode() + hashlib.sha256(f.read_bytes()).digest())
     return h.hexdigest()[:12] if files else None
 
-
+# %% ../../nbs/06_evaluation/10_setup.ipynb #e9c77c4c
 def _tokenizer_state(tok):
     "What decides how `tok` splits and joins texts; padding and cutting, which each call sets, left out."
     says = [sorted((i, repr(t)) for i, t in tok.added_tokens_decoder.items()), sorted(tok.special_tokens_map.items())]

@@ -133,7 +133,7 @@ def _script(c):
     first = unicodedata.name(c, "").partition(" ")[0]
     return "LATIN" if first == "DIGIT" else None if first == "COMBINING" else first
 
-
+# %% ../../nbs/06_evaluation/05_text_metrics.ipynb #72b6cac4
 def _begins(text, i):
     "Does a word begin at `text[i]`?"
     if not _is_word(text[i]) or re.match(f"[{_SPACELESS}]", text[i]) or i == 0:

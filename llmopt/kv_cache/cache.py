@@ -186,7 +186,7 @@ def _slab_layers(max_seq_len: int, max_batch_size, page_tokens, prefault):
         raise ConfigError(f"prefault must be True or False, not {prefault!r}")
     return functools.partial(SlabLayer, n, max_batch_size, check_count("page_tokens", page_tokens, 0), prefault)
 
-
+# %% ../../nbs/04_kv_cache/06_cache.ipynb #097a8467
 class SlabCache(DynamicCache):
     "A `past_key_values` whose full-attention layers lie in demand-paged slabs."
 
@@ -243,7 +243,7 @@ def peak(self: SlabCache) -> int:
     "Most live bytes so far."
     return sum(layer.peak for layer in self.slab_layers)  # slabs only grow together
 
-
+# %% ../../nbs/04_kv_cache/06_cache.ipynb #5c0c17c0
 _before_close = weakref.WeakKeyDictionary()  # cache -> what to call
 
 

@@ -93,7 +93,7 @@ def make_cache(
         return SlabCache(config, **size, **pages, attention=self.attention)
     return EvictingCache(config, self.eviction, **size, **pages)
 
-
+# %% ../../nbs/04_kv_cache/16_hybrid.ipynb #4d05cdf0
 @patch
 def attach(self: KVCacheConfig, model):  # a transformers model, or an `LM`
     "Context manager: inside it, caches are read as this configuration says. Raises `UnsupportedModelError`."
@@ -122,7 +122,7 @@ def _device(name) -> torch.device:
     except (RuntimeError, TypeError, ValueError, OverflowError):
         raise ConfigError(f"device must be one that torch knows, such as 'cpu' or 'cuda', not {name!r}") from None
 
-
+# %% ../../nbs/04_kv_cache/16_hybrid.ipynb #339c4e9d
 class HybridKVCacheOptimizer:
     "Makes KV caches of one shape and measures what they take. Raises `ConfigError` for sizes that cannot be."
 

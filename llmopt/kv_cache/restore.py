@@ -249,7 +249,7 @@ def _token_ids(model, input_ids):
         raise ConfigError("input_ids are not all tokens of this model")
     return ids
 
-
+# %% ../../nbs/04_kv_cache/15_restore.ipynb #402da674
 DROPOUT = "p", "attention_dropout", "dropout"  # names of probabilities in torch and transformers
 
 

@@ -82,7 +82,7 @@ class ChunkStore:
         except OSError as e:
             self.stop_writing(e)
 
-
+# %% ../../nbs/04_kv_cache/13_store.ipynb #5cb9595f
 def _folder(path) -> Path:
     "`path` as an absolute path; `ConfigError` if it is none. An empty one, of a variable that is not set, is none."
     try:
@@ -169,7 +169,7 @@ def files(self: ChunkStore) -> list:  # (time of last use in ns, bytes, path), o
     soon = time.time_ns() + CLOCKS_DIFFER
     return sorted(found, key=lambda f: (f[0] if f[0] < soon else 0, f))
 
-
+# %% ../../nbs/04_kv_cache/13_store.ipynb #b8075fe4
 @patch
 def sweep(self: ChunkStore, age: float = 3600):
     "Delete temporary files that are `age` seconds old: their writers have died. Younger ones may be at work."

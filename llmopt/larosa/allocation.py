@@ -99,7 +99,7 @@ def drawn_tokens(
     r = torch.rand(len(p), 1, generator=generator).to(p.device) * p[:, -1:]
     return torch.searchsorted(p, r).clamp(max=p.shape[-1] - 1)
 
-
+# %% ../../nbs/03_larosa/08_allocation.ipynb #e432a184
 def backward_pass(
     model,  # a transformers causal LM in eval mode; its parameters get no gradients
     ids: torch.Tensor,  # (n, length) token ids: read one window at a time

@@ -101,7 +101,7 @@ def _orthogonal(basis):
     own = torch.eye(len(basis), dtype=torch.float64)
     return own if torch.equal(basis.double(), own) else nearest_orthogonal(basis)
 
-
+# %% ../../nbs/03_larosa/11_artifact.ipynb #24075d4c
 def load_calibration(folder) -> Calibration:
     "The calibration that was saved to `folder`; raises `ModelError` for one that is damaged, or none."
     try:

@@ -213,7 +213,7 @@ class Texts(NamedTuple):
     costs: torch.Tensor
     test: torch.Tensor
 
-
+# %% ../../nbs/03_larosa/10_calibration.ipynb #230c1c1e
 def shared_out(ids, rotation: str, width: int, other=None) -> Texts:  # `ids`, `other`: (n, length)
     "Which of `ids` serve for what; the test has windows of its own where there are enough, and as many of `other`."
     test = ids[-max(1, min(len(ids) // 4, TEST_TOKENS // ids.shape[1])) :]
@@ -273,7 +273,7 @@ class _Work(NamedTuple):
             )
         return dict.fromkeys(q, basis)
 
-
+# %% ../../nbs/03_larosa/10_calibration.ipynb #75e5c19f
 def _automatic(work):
     "The rotation that loses least, none or one basis: name, bases, costs, and what each of both lost in nats."
     plain, own, other = work._replace(r=None), *(choose_rotations(work.moments, name) for name in ("none", "model"))
@@ -334,7 +334,7 @@ def calibrate(
     )
     return Calibration(q, r, costs, info)
 
-
+# %% ../../nbs/03_larosa/10_calibration.ipynb #4931b5c1
 def text_hash(ids: torch.Tensor) -> str:  # `ids`: (n, length) token ids
     "SHA-256 of token ids and of how they are cut into windows."
     shape = f"{tuple(ids.shape)} {ids.dtype} "

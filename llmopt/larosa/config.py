@@ -106,7 +106,7 @@ class SimpleLaRoSA:
         "Weight bytes that a token of the last model made does not read; `ConfigError` if none was made."
         return _made(self.traffic).skipped
 
-
+# %% ../../nbs/03_larosa/12_config.ipynb #d30aa2cc
 def _checked_linear(linear):
     "`linear`, if it can be made from a weight and a bias."
     try:

@@ -81,7 +81,7 @@ def _random(d, seed, device):
     gaussian = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return torch.linalg.qr(gaussian)[0].to(device)
 
-
+# %% ../../nbs/03_larosa/06_rotation.ipynb #a3694cb7
 def choose_rotations(
     moments: dict,  # what `second_moments` returned
     rotation: str = "layer",  # one of `ROTATIONS`
@@ -289,7 +289,7 @@ def convert(
     new.stream_basis = stream[0] - stream[0].mean(0) if centred else stream[0]
     return new
 
-
+# %% ../../nbs/03_larosa/06_rotation.ipynb #63c2fb37
 def in_stream_basis(
     model,  # that `convert` made
     vectors: torch.Tensor,  # (n, D) embeddings of the plain model, such as trained vectors of phrases

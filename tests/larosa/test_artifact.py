@@ -10,8 +10,7 @@ from llmopt.errors import ModelError
 
 
 def test_artifact():
-    """Tensors are stored in float32. A basis that was rounded is not quite orthogonal any more, which would show at
-    sparsity 0; so we take the nearest orthogonal matrix when it is read."""
+    "Whatever is wrong with a file, the answer is one line."
     found = load_calibration(BUNDLED)
     with tempfile.TemporaryDirectory() as folder:
         again = load_calibration(save_calibration(found, folder))
