@@ -148,10 +148,17 @@ def with_cache(lm: LM) -> LM:
         )
     return lm
 
+# %% ../../nbs/05_engine/02_checks.ipynb #5b9f0950
+def _depends_on_mode(module):
+    "Does `module` itself compute something else in training mode: by dropout, or by the statistics of a batch?"
+    rates = [v for k, v in vars(module).items() if "drop" in k or (k == "p" and hasattr(module, "inplace"))]
+    batch = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    return batch or any(isinstance(v, (int, float)) and v > 0 for v in rates)
+
 
 def check_eval_mode(model, whole: bool = True) -> None:
-    "Raises `ConfigError` if `model`, or with `whole` one of its modules, is in training mode."
-    if any(m.training for m in model.modules()) if whole else model.training:
+    "Raises `ConfigError` if `model`, or with `whole` a part to which that matters, is in training mode."
+    if model.training or (whole and any(m.training and _depends_on_mode(m) for m in model.modules())):
         raise ConfigError(
             "the model is in training mode, where dropout makes answers random; call `model.eval()` first"
         )
