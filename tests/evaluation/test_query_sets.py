@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 from tqdm.auto import tqdm
 
+from helpers import tiny, tokenizer
 from llmopt.cli.parser import parser
 from llmopt.core import ASSETS, user
 from llmopt.engine import EnhancedFusedLLMEngine
@@ -15,7 +16,6 @@ from llmopt.evaluation import Query, Results, Run, as_queries, keyword_recall, r
 from llmopt.evaluation.comparison import Comparison
 from llmopt.evaluation.queries import QUERY_SETS
 from llmopt.evaluation.resuming import differences
-from tests.helpers import tiny, tokenizer
 
 SIZES = {"default": 5, "long": 12, "chat": 31}
 CONVERSATIONS = 6
