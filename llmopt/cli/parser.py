@@ -81,13 +81,21 @@ def _parameters(config):
         yield from textwrap.wrap(f"{head:<26}  {comment}".rstrip(), 100, subsequent_indent=" " * 28)
 
 # %% ../../nbs/09_cli/00_parser.ipynb #8a052dfb
+def _described(table):
+    "A line for each function in `table`: its name, and the first line of its docstring."
+    for name, f in table.items():
+        what = " ".join((f.__doc__ or "").partition("\n\n")[0].split())
+        yield from textwrap.wrap(f"    {name:<18}{what}", 100, subsequent_indent=" " * 22)
+
+
 def _names():
-    "The names that parameters may take, a line each."
+    "The names that parameters may take."
     from llmopt.kv_cache.policies import POLICIES
     from llmopt.larosa.rotation import ROTATIONS
     from llmopt.word_removal import PATTERNS, SCORERS
 
-    for parameter, names in dict(scorer=SCORERS, protect=PATTERNS, rotation=ROTATIONS, policy=POLICIES).items():
+    yield from ["  scorer:", *_described(SCORERS)]
+    for parameter, names in dict(protect=PATTERNS, rotation=ROTATIONS, policy=POLICIES).items():
         yield from textwrap.wrap(f"  {parameter}: {', '.join(names)}", 100, subsequent_indent=" " * 4)
 
 

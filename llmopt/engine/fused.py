@@ -37,6 +37,7 @@ from .recipe import SLOTS, Recipe
 from .streaming import from_background, text_pieces
 from ..errors import ConfigError, ContextError, LlmoptError, ModelError, UnsupportedModelError, one_line, warn_once
 from ..larosa import in_stream_basis, traffic
+from ..word_removal import model_surprisal
 
 # %% ../../nbs/05_engine/05_fused.ipynb #2891612a
 class EnhancedFusedLLMEngine:
@@ -137,9 +138,10 @@ def shorten(
     if words is None:
         return messages, notes
     apply = words.apply_to_turn if conversation else words.apply
+    surprisal = model_surprisal(self.lm.model, tok)  # asked by one scorer only
 
     def short(text):
-        result = apply(text, tokenizer=tok)
+        result = apply(text, tokenizer=tok, model_score=surprisal)
         notes.extend(f"word removal: {w}" for w in result.warnings)
         return result.text
 

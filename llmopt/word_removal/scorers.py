@@ -99,7 +99,7 @@ SCORERS = {}  # name -> function of a `Passage`, which gives one number for each
 
 
 def _scorer(name):
-    "A decorator: enter a function into `SCORERS`."
+    "A decorator: enter a function into `SCORERS`; its docstring is what `llmopt compare --help` says of it."
 
     def enter(f):
         SCORERS[name] = f
@@ -110,6 +110,8 @@ def _scorer(name):
 
 @_scorer("every_nth")
 def _every_nth(p):
+    "Spread the kept words evenly over the text."
+
     def kept(i):
         return int(i * p.rate + 1e-9)
 
@@ -118,6 +120,7 @@ def _every_nth(p):
 
 @_scorer("random")
 def _random(p):
+    "Keep words at random: what every other scorer must beat."
     rng = Random(p.seed)
     return [rng.random() for _ in p.words]
 
@@ -132,16 +135,19 @@ def _discount(p, values):
 
 @_scorer("stop_list")
 def _stop_list(p):
+    "Drop punctuation first, then function words, and only then others."
     return _discount(p, [1.0] * len(p))
 
 
 @_scorer("idf")
 def _idf(p):
+    "Keep words that are rare in the language."
     return _discount(p, [p.rarity[k] for k in p.keys])
 
 
 @_scorer("bigram")
 def _bigram(p):
+    "Keep words that their two neighbours do not predict."
     before, after = ["", *p.keys], [*p.keys[1:], ""]
     return _discount(p, [p.statistics.surprisal(k, a, b) for a, k, b in zip(before, p.keys, after)])
 
@@ -181,6 +187,7 @@ def _weight(p):
 
 @_scorer("coverage")
 def _coverage(p):
+    "Keep rare words that the text is about; a repeated word counts less each time."
     seen, scores, cost, weight = Counter(p.keys[i] for i in p.fixed), [0.0] * len(p), p.cost, p.weight
     for i in sorted(range(len(p)), key=cost.__getitem__):
         if i in p.fixed:
@@ -221,6 +228,7 @@ def _order(p):
 # %% ../../nbs/01_word_removal/06_scorers.ipynb #9b623582
 @_scorer("sentences")
 def _sentences(p):
+    "Keep whole sentences: those that cover most of the text, or have words of the question."
     inner = _coverage(p)
     top, scores = max(inner, default=0.0) + 1, [0.0] * len(p)
     for rank, s in enumerate(p.order):
@@ -231,6 +239,7 @@ def _sentences(p):
 # %% ../../nbs/01_word_removal/06_scorers.ipynb #66c70a8a
 @_scorer("coarse_to_fine")
 def _coarse_to_fine(p):
+    "Cut in two equal steps: whole sentences first, then words in those that stay."
     inner, room = _coverage(p), math.sqrt(p.rate) * len(p)
     top, scores = max(inner, default=0.0) + 1, [*inner]
     for s in p.order:
@@ -252,6 +261,7 @@ def need_model(model_score) -> None:
 
 @_scorer("self_information")
 def _self_information(p):
+    "Keep words that surprise the model, which reads the whole text for it."
     need_model(p.model_score)
     scores, stops = [0.0] * len(p), [w.end for w in p.words]
     for start, end, nats in p.model_score(p.text):

@@ -83,3 +83,12 @@ def test_a_method_is_called_as_the_user_called_it():
         Recipe.parse("words:m=3")
     with pytest.raises(ConfigError, match="bad parameters for word_removal: no 'm'"):
         Recipe.parse("word_removal:m=3")
+
+
+def test_help_says_what_each_scorer_does():
+    "A scorer without a docstring would have an empty line."
+    from llmopt.word_removal import SCORERS
+
+    lines = [line.split(maxsplit=1) for line in stored_help()["methods"].splitlines()]
+    said = {words[0]: words[1] for words in lines if len(words) == 2}
+    assert all(len(said[name]) > 20 for name in SCORERS)

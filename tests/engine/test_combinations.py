@@ -5,10 +5,11 @@ import torch
 
 from helpers import FAMILIES, small_model, tokenizer
 from llmopt.adaptivocab import PhraseReader, SimpleAdaptiVocab, VocabConfig, save_rows
-from llmopt.core import LM
+from llmopt.core import LM, user
 from llmopt.engine import EnhancedFusedLLMEngine, Recipe
 from llmopt.errors import ConfigError
 from llmopt.larosa import LaRoSAConfig
+from llmopt.word_removal import compress, model_surprisal
 
 QUESTION = "Where is the end of the river, and what is the name of the sea?"
 PHRASES = [" of the", " is the"]
@@ -67,3 +68,13 @@ def test_trained_phrases_of_another_model_are_refused_with_larosa_too(tmp_path):
     rows = trained(lm_of("llama", seed=1), tmp_path)
     with pytest.raises(ConfigError, match="another model"):
         scored(lm_of("llama"), [11], rows, NEUTRAL)
+
+
+def test_the_engine_asks_its_own_model_which_words_surprise():
+    "What `self_information` keeps is what `compress` keeps with the surprisal of the same model."
+    lm, text = lm_of("llama"), " ".join([QUESTION] * 3)
+    engine = EnhancedFusedLLMEngine(lm, recipe="words:rate=0.5,scorer=self_information")
+    short, _ = engine.shorten([user(text)])
+    score = model_surprisal(lm.model, lm.tokenizer)
+    wanted = compress(text, 0.5, tokenizer=lm.tokenizer, scorer="self_information", model_score=score).text
+    assert short[0]["content"] == wanted != text
