@@ -13,6 +13,7 @@ import warnings
 from difflib import get_close_matches
 
 from .parser import BENCHMARKS, parser, stored_help
+from ..core.recipe_text import check_parameters, read_methods
 from ..errors import ConfigError, LlmoptError, one_line
 
 # %% ../../nbs/09_cli/02_entry.ipynb #7b5a0324
@@ -46,20 +47,24 @@ def quiet() -> None:
     warnings.showwarning = _note
 
 # %% ../../nbs/09_cli/02_entry.ipynb #a19e2d33
+def _check_name(name, known, short):
+    "Raise `ConfigError` for what is no name of a method, with the one that is like it."
+    if name not in (*known, *short, "cache"):
+        near = get_close_matches(name, [*known, *short], 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"unknown method '{name}'; {meant}known: {', '.join(known)}, "
+            f"or {', '.join(short)} joined by '+', such as words:n=2+kv"
+        )
+
+
 def _check_methods(methods):
-    "Raise `ConfigError` for an unknown name of a method; parameters are checked when the method is made."
-    known, short = stored_help()["known"], stored_help()["short"]
+    "Raise `ConfigError` for an unknown method or parameter; values are checked when the method is made."
+    stored = stored_help()
     for text in methods or ():
-        for name in (
-            part.strip() for part in text.split(":")[0].split("+")
-        ):  # what may hold a plus stands behind a colon
-            if name not in (*known, *short, "cache"):
-                near = get_close_matches(name, [*known, *short], 1)
-                meant = f"did you mean {near[0]}? " if near else ""
-                raise ConfigError(
-                    f"unknown method '{name}'; {meant}known: {', '.join(known)}, "
-                    f"or {', '.join(short)} joined by '+', such as words:n=2+kv"
-                )
+        for name, given in read_methods(text):
+            _check_name(name, stored["known"], stored["short"])
+            check_parameters(given, stored["parameters"].get(name, given), name)
 
 
 def _check(a, methods):

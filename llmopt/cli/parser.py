@@ -72,7 +72,7 @@ def _parameters(config):
 
     from fastcore.docments import docments
 
-    from llmopt.engine.recipe import write_value
+    from llmopt.core.recipe_text import write_value
 
     comments = docments(config)
     for f in fields(config):
@@ -132,7 +132,9 @@ def made_help() -> dict:
     from llmopt.visualization import KINDS
 
     texts = dict(methods=methods_help(), charts=charts_help())
-    return dict(known=known_methods(), short=[s.short for s in SLOTS], kinds=list(KINDS), **texts)
+    parameters = {name: s.parameters for s in SLOTS for name in (s.short, s.name, s.method)}
+    names = dict(known=known_methods(), short=[s.short for s in SLOTS], parameters=parameters, kinds=list(KINDS))
+    return names | texts
 
 
 def write_help() -> None:
@@ -141,7 +143,7 @@ def write_help() -> None:
 
 
 def stored_help() -> dict:
-    "The stored help: `methods` and `charts` as text, and the names `known`, `short` and `kinds`."
+    "The stored help: `methods` and `charts` as text; names `known`, `short` and `kinds`; `parameters` of each method."
     return json.loads(HELP_FILE.read_text(encoding="utf-8"))
 
 
