@@ -63,7 +63,7 @@ def _filled(d, key, where):
 
 def _keywords(d, where):
     "The keywords of a query or of a turn."
-    words = d.get("keywords") or []
+    words = [] if d.get("keywords") is None else d["keywords"]
     if not isinstance(words, list) or not all(isinstance(k, str) for k in words):
         raise ConfigError(f'{where}: "keywords" must be a list of words')
     if empty := [k for k in words if not any(c.isalnum() for c in k)]:
@@ -73,7 +73,7 @@ def _keywords(d, where):
 
 def _about(d, where):
     "The author's notes."
-    about = d.get("about") or {}
+    about = {} if d.get("about") is None else d["about"]
     fits = isinstance(about, dict) and all(isinstance(v, str) or type(v) is int for v in about.values())
     if not fits or any(type(v) is int and not 0 <= v < 2**63 for v in about.values()):
         raise ConfigError(f'{where}: "about" must be an object of texts and whole numbers')
@@ -116,7 +116,7 @@ def _conversation(d, name, where) -> list:  # of `Query`
     measured = {
         i: (f"{name}/{n}", words) for n, i in enumerate(users, 1) if (words := _keywords(d["messages"][i], where))
     }
-    if measured and d.get("keywords"):
+    if measured and _keywords(d, where):
         raise ConfigError(f'{where}: give "keywords" to the turns or to the conversation, not to both')
     measured = measured or {users[-1]: (name, _keywords(d, where))}
     return [

@@ -289,6 +289,14 @@ def test_memory_is_measured_with_the_longest_prompt(monkeypatch):
         ('{"text": "a", "id": " "}', '"id" must be'),
         ('{"text": "a", "keywords": ["b", "!!"]}', "keyword '!!' has no letter"),
         ('{"text": "a", "keywords": [""]}', "keyword '' has no letter"),
+        ('{"text": "a", "keywords": 0}', '"keywords" must be a list of words'),
+        ('{"text": "a", "keywords": ""}', '"keywords" must be a list of words'),
+        ('{"text": "a", "keywords": {}}', '"keywords" must be a list of words'),
+        (
+            '{"messages": [{"role": "user", "content": "a", "keywords": ["b"]}], "keywords": 0}',
+            '"keywords" must be a list',
+        ),
+        ('{"text": "a", "about": false}', '"about" must be an object'),
         ('{"messages": [{"role": "user", "content": "a", "keywords": ["?"]}]}', "keyword '[?]' has no letter"),
     ],
 )
