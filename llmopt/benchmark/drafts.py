@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from ..adaptivocab import PhraseDrafts
 from .clock import time_interleaved
+from .vocab_reading import relative_increase
 from ..core import LM, speculative_decode
 from ..errors import ConfigError
 
@@ -84,14 +85,25 @@ def _ways(lm, makers, n, lookup):
     return ways
 
 
+def _spared_interval(results):
+    "95 % interval of the share of passes spared, from drawing prompts again; None for a single one."
+    if len(results) < 2:
+        return None, None
+    _, less, more = relative_increase([r.passes for r in results], [len(r.ids) for r in results])
+    return round(-more, 4), round(-less, 4)
+
+
 def _totals(way, results, seconds, plain, plain_seconds):
     "The row of one way."
     tokens, passes = sum(len(r.ids) for r in results), sum(r.passes for r in results)
+    low, high = _spared_interval(results) if tokens else (None, None)
     return dict(
         way=way,
         tokens=tokens,
         forwards=passes,
         spared=round(1 - passes / max(1, tokens), 4),
+        low=low,
+        high=high,
         identical=sum(a.ids == b.ids for a, b in zip(results, plain)),
         prompts=len(results),
         drafted=None if way == "plain" else sum(r.drafted for r in results),

@@ -28,6 +28,7 @@ def test_ways_compared():
     said = [*prompts[0][-4:], *said]
     drafts = PhraseDrafts(PhraseTable({tuple(said[i : i + 4]) for i in range(len(said) - 3)}, lm.rows), cost=0)
     plain, knows, lookup = compare_drafts(lm, prompts, dict(knows=drafts), 20)
-    test_eq((plain["forwards"], plain["spared"]), (plain["tokens"], 0))
+    test_eq([plain[k] for k in ("forwards", "spared", "low", "high")], [plain["tokens"], 0, 0, 0])
+    assert knows["low"] <= knows["spared"] <= knows["high"]
     test_eq([r["identical"] for r in (plain, knows, lookup)], [2, 2, 2])
     assert knows["forwards"] < plain["forwards"] and knows["accepted"] > 2

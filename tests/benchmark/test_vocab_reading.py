@@ -25,11 +25,51 @@ def test_deletion():
 
 def test_bits_and_their_increase():
     "Bits are counted by hand, and equal texts have an increase of zero."
-    test_close(
-        answer_bits(lambda ids, a: torch.full((len(a), 4), 0.25).log(), [([1], [0, 1]), ([1], [2])]), [4, 2], 1e-6
+    ways = dict(
+        plain=lambda ids, a: torch.full((len(a), 4), 0.25).log(),
+        sure=lambda ids, a: torch.tensor([[0.5, 0.5, 0, 0]] * len(a)).clamp(min=1e-9).log(),
     )
+    scores = score_ways(ways, [([1], [0, 1]), ([1], [2])])
+    test_close(scores["plain"], [[4, 0, 2], [2, 0, 1]], 1e-6)
+    test_close(scores["sure"][0, 0], 2, 1e-6)
+    test_close(scores["sure"][0, 1], 2 * (0.5 * np.log(0.25 / 0.5) + 0.5 * np.log(0.25 / 1e-9)), 1e-3)
     a = np.array([1.0, 2.0, 3.0])
     test_eq(relative_increase(a, a), (0.0, 0.0, 0.0))
     test_close(relative_increase(1.1 * a, a), [0.1] * 3, 1e-9)
     _, low, high = relative_increase(np.array([2.0, 1.0, 3.0]), a)
     assert low < 0 < high
+
+
+def test_documents_for_any_model():
+    """The marks of a chat belong to the bundled model. Another model reads the question and its answer as plain
+    lines."""
+    test_eq(without_marks("<|user|>\nWhy?<|end|>\n<|assistant|>\nSo.<|end|>\n"), "Why?\nSo.")
+    test_eq(without_marks("As it is."), "As it is.")
+
+
+def test_answers_side_by_side():
+    "Side by side or alone, the answers are the same."
+    lm = load("llmopt-tiny", "cpu")
+    reader = PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer))
+    prompts = [
+        lm.encode_chat([user(t)]) for t in ("What is machine learning?", "Why is the sky blue, and not the sea?")
+    ]
+    plain = PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer, []))
+    both = [(r, p) for p in prompts for r in (reader, plain)]
+    many = batch_answers(lm, [r.read(p) for r, p in both], 12)
+    for answer, (r, p) in zip(many, both):
+        alone = r.generate(p, max_new_tokens=12, do_sample=False)
+        test_eq(answer, [t for t in alone if t not in lm.stop_ids])
+
+
+def test_recall_of_a_passage():
+    "A passage that is read comes back in part; what is asked without it is a guess."
+    lm = load("llmopt-tiny", "cpu")
+    reader = PhraseReader(lm.model, SimpleAdaptiVocab(lm.tokenizer))
+    doc = "What is a heart attack?\nA heart attack is damage to the muscle of the heart, because blood cannot reach it."
+    recall = answer_recall(lm, [doc, doc], {"plain": reader.read, "same": reader.read}, n=12)
+    test_eq(content_words("the heart") - content_words("a heart"), set())
+    test_eq([*recall], ["plain", "same", "no passage"])
+    rows = recall_rows(recall)
+    test_eq((rows[1]["change"], rows[1]["low"], rows[1]["high"]), (0, 0, 0))
+    test_eq(rows[0]["recall"], rows[1]["recall"])
