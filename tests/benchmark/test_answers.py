@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from helpers import tiny
-from llmopt.benchmark.words import PromptBatch, answer_losses, mean_answers, passage_prompt
+from llmopt.benchmark import words
+from llmopt.benchmark.words import PromptBatch, answer_losses, mean_answers, paired_answers, passage_prompt
 from llmopt.core import load, speculative_decode
 
 QUESTIONS = ["What is the sun?", "Why do leaves change colour in autumn?", "What is machine learning?"]
@@ -38,6 +40,15 @@ def test_an_answer_ends_at_every_stop_token_of_the_model():
     assert got == want and any(len(ids) < 60 for ids in got)
 
 
+def test_a_batch_that_is_read_in_parts_predicts_what_each_prompt_alone_does(monkeypatch):
+    "The caches of the parts have different lengths, and are joined."
+    monkeypatch.setattr(words, "_READ", 1)
+    prompts, answer = [passage_prompt(tiny(), p, QUESTIONS[0]) for p in ("", "A star.", "A star shines.")], [5, 6, 7]
+    alone = torch.cat([PromptBatch(tiny(), [p]).log_probs(answer) for p in prompts])
+    torch.testing.assert_close(PromptBatch(tiny(), prompts).log_probs(answer), alone, atol=1e-4, rtol=1e-4)
+    assert PromptBatch(tiny(), prompts).answers(9) == [PromptBatch(tiny(), [p]).answers(9)[0] for p in prompts]
+
+
 PASSAGES = {
     "one letter": "x" * 500,
     "Thai": "น้ำเดือดที่อุณหภูมิหนึ่งร้อยองศาเซลเซียสที่ระดับน้ำทะเล",
@@ -58,7 +69,7 @@ def test_odd_passages_have_a_row_for_each_scorer_that_meets_the_budget(passage):
     assert all(-1e-4 < r["kl"] < 100 and r["keyword_recall"] is None for r in rows)
     means = mean_answers(rows)
     assert abs(rows[0]["kl"]) < 1e-4 and len(means) == len(rows)
-    assert all(math.isnan(m[k]) for m in means for k in ("keyword_recall", "recall_lost", "nll_rise"))
+    assert all(math.isnan(m[k]) for m in means for k in ("keyword_recall", "nll_rise"))
 
 
 def test_means_are_over_the_questions_that_have_the_number():
@@ -73,4 +84,19 @@ def test_means_are_over_the_questions_that_have_the_number():
     both, one = ({m["scorer"]: m for m in mean_answers(x)} for x in (rows, asked))
     for scorer in ("whole passage", "no passage", "coverage"):
         assert both[scorer]["questions"] == 2
-        assert all(both[scorer][k] == one[scorer][k] for k in ("keyword_recall", "recall_lost", "nll_rise"))
+        assert all(both[scorer][k] == one[scorer][k] for k in ("keyword_recall", "nll_rise"))
+
+
+def test_differences_are_of_the_same_questions_and_their_interval_of_passages():
+    "KL of `a` is 1 above every_nth with each question; two questions about one passage are one draw."
+    rows = []
+    for asked in range(4):
+        same = dict(passage=asked // 2, half="shown", asked=asked, nll=None, keyword_recall=None, tokens=9, top1=1.0)
+        rows += [same | dict(scorer=s, rate=0.5, kl=asked + k) for s, k in (("every_nth", 0), ("a", 1))]
+        rows.append(same | dict(scorer="no passage", rate=0.0, kl=asked + 2 - asked // 2))
+    by = {(r["against"], r["scorer"]): r for r in paired_answers(rows)}
+    assert {*by} == {("every_nth", "a"), ("no passage", "a"), ("no passage", "every_nth")}
+    fixed, other = by["every_nth", "a"], by["no passage", "a"]
+    assert fixed["kl"] == fixed["kl_low"] == fixed["kl_high"] == 1 and fixed["questions"] == 4
+    assert (other["kl"], other["kl_low"], other["kl_high"]) == (-0.5, -1, 0)
+    assert math.isnan(fixed["nll_rise"]) and fixed["more_tokens"] == 0

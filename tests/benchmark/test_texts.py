@@ -30,3 +30,17 @@ def test_read_texts():
             read_texts(packed)
     rows = read_texts()
     assert all(r["questions"] and r["text"] for r in rows) and len(rows) >= 50
+
+
+def test_long_documents():
+    """A passage of a hundred and fifty words is short. The twelve documents of `llmopt compare --queries long` have
+    a thousand words and more, and a question each."""
+    rows = long_documents()
+    assert len(rows) == 12 and all(len(r["text"].split()) > 700 and r["questions"][0]["answer"] for r in rows)
+
+
+def test_one_question():
+    """What is chosen on some texts must be shown on others. So texts belong in turn to a half for validation and one
+    that is shown. And where a model is slow, one question a text has to do."""
+    first = [one_question(dict(questions=["a", "b"]), i)["questions"][0] for i in range(6)]
+    test_eq(first, ["a", "a", "b", "b", "a", "a"])

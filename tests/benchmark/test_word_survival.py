@@ -3,7 +3,7 @@
 
 from fastcore.test import test_eq
 from llmopt.benchmark.texts import read_texts
-from llmopt.benchmark.word_survival import recall_table
+from llmopt.benchmark.word_survival import VARIANTS, recall_table, shorten
 from llmopt.core import load
 from llmopt.benchmark.word_survival import *
 
@@ -15,6 +15,18 @@ def test_recall_table():
     test_eq([r["scorer"] for r in rows], ["every_nth", "coverage"] * 2)
     assert all(r["kept"] <= 0.53 for r in rows) and rows[0]["content"] < 1
     test_eq((rows[3]["content"], rows[3]["numbers"]), (1.0, 1.0))
+
+
+def test_variants():
+    """What is cut, to the same number of tokens, for [the questions of the next page](04_words.ipynb)? A scorer of
+    the package knows the question and protects numbers and names. Some also stand there without one of the two,
+    which shows what each is worth. And the plainest baseline of all, `beginning`, cuts the text off."""
+    text = "Bees fly. Ants do not, and walk to the nest. Flowers smell of 3 things."
+    tok, asked = load("llmopt-tiny", "cpu").tokenizer, "What do ants do?"
+    short = {v: shorten(text, v, 12, tok, asked).text for v in VARIANTS if v != "self_information"}
+    assert short["beginning"].startswith("Bees fly. Ants do not") and short["sentences"].startswith("Ants do not")
+    assert "3" in short["sentences"] and "3" not in short["sentences, nothing protected"]
+    assert "Flowers smell" in short["sentences, no question"] and "Ants" not in short["sentences, no question"]
 
 
 def test_budgets():
