@@ -6,7 +6,6 @@
 __all__ = ['ALLOCATIONS', 'LaRoSAConfig', 'SimpleLaRoSA']
 
 # %% ../../nbs/03_larosa/12_config.ipynb #48ffc6e1
-import hashlib
 import inspect
 import json
 import os
@@ -17,9 +16,10 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..core import LM, TINY, weights_hash
-from ..core.state_hash import LOOKS_ONLY
+from ..core import LM, TINY
+from ..core.state_hash import LOOKS_ONLY, model_state
 from ..errors import ConfigError, UnsupportedModelError
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity
 from .artifact import BUNDLED, fitted, kept_calibration, load_calibration, save_calibration
@@ -182,20 +182,12 @@ def save(
     return save_calibration(calibration, folder, config=asdict(self.config), traffic=asdict(self.traffic))
 
 # %% ../../nbs/03_larosa/12_config.ipynb #66243c57
-_PLAIN = int, float, bool, str, type(None), tuple
-
-
 def _state_of(model) -> str:
-    "A hash of what `model` computes with: weights, plain attributes of its modules, and configurations."
-    h = hashlib.sha256(weights_hash(model).encode())
-    h.update(f"{model.device} {model.config._attn_implementation}".encode())
-    h.update(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    if model.generation_config is not None:
-        h.update(json.dumps(model.generation_config.to_dict(), sort_keys=True, default=str).encode())
-    for name, module in model.named_modules():
-        plain = sorted((k, v) for k, v in vars(module).items() if isinstance(v, _PLAIN))
-        h.update(f"{name} {type(module).__qualname__} {plain}".encode())
-    return h.hexdigest()
+    "A hash of what `model` computes with, its code included, and of how it generates."
+    name, generation = model.config._attn_implementation, model.generation_config
+    says = None if generation is None else json.dumps(generation.to_dict(), sort_keys=True, default=str)
+    also = {f"attention '{name}'": ALL_ATTENTION_FUNCTIONS.get(name)} if isinstance(name, str) else {}
+    return model_state(model, (str(model.device), says), also, vouched=True).hex()
 
 # %% ../../nbs/03_larosa/12_config.ipynb #d54f18be
 def _check_untouched(model):

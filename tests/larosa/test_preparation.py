@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import sys
 import time
 from dataclasses import replace
 
@@ -236,3 +237,20 @@ def test_two_processes_at_once(tmp_path):
     for p in both:
         p.join(120)
     assert [p.exitcode for p in both] == [0, 0] and len(list(marks.iterdir())) == 1
+
+
+def test_patched_code_is_another_model(cache, monkeypatch):
+    "A `forward` patched in its class, or a function that it reads, is calibrated anew; without it the old is found."
+    _, made = cache
+    lm, config = fresh(), LaRoSAConfig(0.5, rotation="none")
+    first = config.prepare(lm).model
+    module = sys.modules[type(lm.model).__module__]
+    with monkeypatch.context() as m:
+        usual = module.LlamaMLP.forward
+        m.setattr(module.LlamaMLP, "forward", lambda self, x: 2 * usual(self, x))
+        assert config.prepare(lm).model is not first and len(made) == 2
+    with monkeypatch.context() as m:
+        turn = module.apply_rotary_pos_emb
+        m.setattr(module, "apply_rotary_pos_emb", lambda q, k, *args, **kwargs: turn(k if q is None else q, k, *args))
+        assert config.prepare(lm).model is not first and len(made) == 3
+    assert config.prepare(lm).model is first and len(made) == 3
