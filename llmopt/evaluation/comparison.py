@@ -22,7 +22,7 @@ from ..engine.checks import loaded
 from ..engine.comprehensive import make_engine
 from ..errors import ConfigError
 from .machine import environment
-from .memory import peak_memory
+from .memory import MemoryProcess, peak_memory
 from .quality import attempt, measured_row, quality
 from .queries import as_queries
 from .results import SECOND_BASELINE, Method, Query, Results, now
@@ -180,15 +180,16 @@ def memory_block(self: Comparison):
     "Peak memory of every method, on the longest query that a method answered."
     c, answered = self.config, {r.query for r in self.results.runs if r.arm == "speed" and not r.error}
     q = max((q for q in self.queries if q.id in answered), key=lambda q: q.prompt_tokens_base or 0, default=None)
-    for m in self.methods:
-        if q is None:
-            self.bar.update()
-            continue
-        if not self.record.has("memory", q.id, m):
-            options = c["model_id"], c["device"], c["dtype"], c["max_new_tokens"]
-            found, error = attempt(peak_memory, m, q.prompt, *options)
-            self.record.add(measured_row("memory", q, m, error=error, **(found or {})))
-        self.tick(m, q)
+    if q is None:
+        self.bar.update(len(self.methods))
+        return
+    options = c["model_id"], c["device"], c["dtype"], c["max_new_tokens"]
+    with MemoryProcess() as process:
+        for m in self.methods:
+            if not self.record.has("memory", q.id, m):
+                found, error = attempt(peak_memory, m, q.prompt, *options, process)
+                self.record.add(measured_row("memory", q, m, error=error, **(found or {})))
+            self.tick(m, q)
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #41e6dc65
 @patch

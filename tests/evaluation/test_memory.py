@@ -8,8 +8,13 @@ from llmopt.evaluation.memory import *
 
 
 def test_peak_memory():
-    "The parent starts it, and turns whatever goes wrong in there into one line."
-    m = peak_memory("baseline", "What is rain?", n=4)
-    assert m["peak_rss_bytes"] > load("llmopt-tiny", "cpu").weight_bytes and m["peak_rss_delta_bytes"] >= 0
-    with expect_fail(LlmoptError, "memory process"):
-        peak_memory("baseline", "What is rain?", model="./none")
+    """The parent starts that process, sends it one method after the other, and turns whatever goes wrong in there
+    into one line."""
+    with MemoryProcess() as process:
+        m = peak_memory("baseline", "What is rain?", n=4, process=process)
+        assert m["peak_rss_bytes"] > load("llmopt-tiny", "cpu").weight_bytes and m["peak_rss_delta_bytes"] >= 0
+        with expect_fail(LlmoptError, "the memory process failed: no model folder"):
+            peak_memory("baseline", "What is rain?", model="./none", process=process)
+        assert (
+            peak_memory("baseline", "What is rain?", n=4, process=process)["peak_rss_bytes"] < 1.1 * m["peak_rss_bytes"]
+        )
