@@ -126,15 +126,21 @@ def parse_json(text: str, name) -> object:
         raise ResultsError(f"'{name}' holds an integer of thousands of digits") from None
 
 
+_RESUME = "an interrupted comparison; the command that began it, with --resume, goes on and writes the results"
+
+
 def read_json(path) -> object:
     "The JSON in the file at `path`; raises `ResultsError` if there is none."
+    if str(path).endswith(".journal"):
+        raise ResultsError(f"'{path}' holds rows of {_RESUME}")
     try:
         with said_of(path, "read"):
             text = Path(path).read_bytes().decode("utf-8-sig")
     except ResultsError:
-        if os.path.lexists(str(path).replace("\0", "")):
+        if os.path.lexists(name := str(path).replace("\0", "")):
             raise
-        raise ResultsError(f"no results file at '{path}'") from None
+        begun = f", but '{path}.journal' holds rows of {_RESUME}" if os.path.lexists(f"{name}.journal") else ""
+        raise ResultsError(f"no results file at '{path}'{begun}") from None
     return parse_json(text, path)
 
 # %% ../../nbs/06_evaluation/00_files.ipynb #ef110024

@@ -223,3 +223,14 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 def test_an_empty_name_is_refused_before_anything_is_measured():
     with pytest.raises(ResultsError, match="give a file name"):
         compare(["What is rain?"], ["baseline"], output="", quick=True, memory=False, progress=False)
+
+
+def test_a_journal_is_told_from_results(tmp_path):
+    "Whoever reads the results of a comparison that was killed, or its journal, hears how to go on."
+    with Journal(tmp_path / "r.json") as journal:
+        journal.append(dict(row=1))
+    for name in ("r.json", "r.json.journal"):
+        with pytest.raises(ResultsError, match=f"{name}.* holds rows of an interrupted comparison.* --resume"):
+            read_json(tmp_path / name)
+    with pytest.raises(ResultsError, match="no results file at '.*other.json'$"):
+        read_json(tmp_path / "other.json")
