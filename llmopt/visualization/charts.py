@@ -9,15 +9,14 @@ __all__ = ['DOTS', 'BARS', 'QUALITY', 'TIMES', 'BLOCKS', 'CURVES', 'TOKENS', 'RA
 
 # %% ../../nbs/07_visualization/08_charts.ipynb #6f94d621
 import os
-import secrets
 import textwrap
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 
 from ..errors import ResultsError
+from ..evaluation.files import said_of, write_bytes
 from ..evaluation.results import Results, load
 from .bars import KV, RSS, kept_tokens, kv_bars, phase_bars, rss_bars
 from .curves import gap_lines, gap_shares, pareto
@@ -206,15 +205,6 @@ def plot(
         return KINDS[kind][0](drawable(results))
 
 # %% ../../nbs/07_visualization/08_charts.ipynb #c081caa0
-@contextmanager
-def _one_line(path):
-    "What the system says about `path`, as a `ResultsError`."
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as e:  # a null character in a name is a ValueError
-        raise ResultsError(f"cannot write '{path}': {getattr(e, 'strerror', None) or e}") from None
-
-
 def plot_file(
     path,  # of a results file
     output="plots",  # folder for the pictures, made if need be
@@ -231,7 +221,7 @@ def plot_file(
     for k in names:
         _known(k)
     drawable(results)
-    with _one_line(output):
+    with said_of(output):
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
     return [_save(plot(results, k), folder / f"{k}.png") for k in dict.fromkeys(names)]
@@ -241,14 +231,4 @@ def _save(fig, path) -> Path:
     "Write a chart as PNG and free it."
     png = fig.png()
     fig.clear()
-    with _one_line(path):
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(png)
-            return path
-        part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        try:
-            part.write_bytes(png)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    return path
+    return write_bytes(path, png)
