@@ -174,12 +174,22 @@ def _quality_row(self: Comparison, q, m, order, answer, failed, base, logprobs):
     found, failed = attempt(quality, self.engines[m], base, logprobs, answer, q)
     return measured_row("quality", q, m, 0, order, answer, failed, **(found or {}))
 
+# %% ../../nbs/06_evaluation/12_comparison.ipynb #7c1b52aa
+@patch
+def longest_answered(self: Comparison) -> Query | None:
+    "The query with the longest prompt that all methods answered, or else any of them; None if nothing was answered."
+    by_method = {}
+    for r in self.results.runs:
+        if r.arm == "speed" and not r.error:
+            by_method.setdefault(r.method, set()).add(r.query)
+    found = set.intersection(*by_method.values()) or set.union(*by_method.values()) if by_method else set()
+    return max((q for q in self.queries if q.id in found), key=lambda q: q.prompt_tokens_base or 0, default=None)
+
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #aee12a94
 @patch
 def memory_block(self: Comparison):
-    "Peak memory of every method, on the longest query that a method answered."
-    c, answered = self.config, {r.query for r in self.results.runs if r.arm == "speed" and not r.error}
-    q = max((q for q in self.queries if q.id in answered), key=lambda q: q.prompt_tokens_base or 0, default=None)
+    "Peak memory of every method, on the longest query that all of them answered."
+    c, q = self.config, self.longest_answered()
     if q is None:
         self.bar.update(len(self.methods))
         return

@@ -132,7 +132,7 @@ def _query_block(ax, v, query, rows, y):
     "The band of one query and a row for each method, from `y` down."
     q = next((q for q in v.results.queries if q.id == query), None)
     words = fit("keywords: " + ", ".join(q.keywords[:20]), 4, 8) if q and q.keywords else ""
-    text = " ".join(q.text[:300].split()) if q else ""
+    text = " ".join((q.question or q.text)[:300].split()) if q else ""
     about = fit(f"{query}:  {text}", WIDTH - 0.6 - inches(words, 8), 9, bold=True)
     ax.fill_between([0.1, WIDTH - 0.1], y + 0.1, y + 0.36, color="#eef1f4", lw=0)
     ax.text(0.17, y + 0.23, about, fontsize=9, weight="bold", va="center")

@@ -117,7 +117,8 @@ def rounds(self: View) -> int:
 def extent(self: View) -> str:
     "Queries, rounds, tokens and date."
     c, asked = self.results.config, self.results.queries
-    only = f' ("{textwrap.shorten(asked[0].text, 90, placeholder=" …")}")' if len(asked) == 1 else ""
+    text = asked[0].question or asked[0].text if len(asked) == 1 else ""
+    only = f' ("{textwrap.shorten(text, 90, placeholder=" …")}")' if text else ""
     n = _count(len(self.queries), "query", "queries") + only + " × " + _count(self.rounds() or 1, "round", "rounds")
     n = next((w.partition(";")[0] for w in self.results.warnings if w.startswith("interrupted: ")), n)
     tokens = f"{c['max_new_tokens']} new tokens" if c.get("max_new_tokens") else ""

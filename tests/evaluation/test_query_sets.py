@@ -280,6 +280,26 @@ def test_memory_is_measured_with_the_longest_prompt(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "answered, longest",
+    [
+        (dict(baseline="abc", kv="ab", larosa=""), "b"),  # a method that answered nothing has no say
+        (dict(baseline="ab", kv="c"), "c"),  # none was answered by both
+        (dict(baseline="", kv=""), None),
+    ],
+)
+def test_memory_is_compared_on_a_query_that_all_methods_answered(answered, longest):
+    "Of three queries, the last the longest: one that a method refuses says nothing about its memory."
+    c = Comparison(
+        [Query(id=q, text=q, prompt_tokens_base=n) for n, q in enumerate("abc")], [*answered], progress=False
+    )
+    for method, ids in answered.items():
+        for q in "abc":
+            c.results.runs.append(Run(arm="speed", query=q, method=method, error=None if q in ids else "too long"))
+    found = c.longest_answered()
+    assert (found and found.id) == longest
+
+
+@pytest.mark.parametrize(
     "line, says",
     [
         ('{"text": "a", "text": "b"}', "the key 'text' stands there 2 times"),

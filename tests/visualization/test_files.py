@@ -149,6 +149,14 @@ def test_a_file_without_a_baseline():
     assert "what the model read" in says(plot(res, "input_output_pairs"))
 
 
+def test_a_document_is_named_by_its_question():
+    "The band over its answers and the heading show what was asked, not how the document begins."
+    asked = Query(id="d", text="Once upon a time. " * 30 + "Who came?", question="Who came?")
+    row = dict(query="d", method="baseline", prompt_text="x", output_text="y", kl_mean=0.0)
+    said = says(plot(Results(queries=[asked], runs=[Run(arm="quality", **row)]), "input_output_pairs"))
+    assert "d:  Who came?" in said and any('("Who came?")' in s for s in said)
+
+
 def test_an_interrupted_file():
     "Only the quality arm was run: the other panels say so."
     res = subset(read("compare"), lambda r: r.arm == "quality", noise_floor={})
