@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['shown', 'whole_number', 'checked_temperature', 'switch', 'checked_text', 'checked_messages', 'check_callbacks',
-           'check_options', 'checked_ids', 'place', 'loaded', 'with_cache', 'check_eval_mode']
+           'check_options', 'checked_ids', 'place', 'loaded', 'with_cache', 'check_eval_mode', 'model_errors',
+           'recipe_of_keywords']
 
 # %% ../../nbs/05_engine/02_checks.ipynb #e5024874
 import inspect
 import math
 import operator
 import os
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from ..core import LM, load, plain_text, user
-from ..errors import ConfigError, ModelError, UnsupportedModelError, one_line
+from .recipe import SLOTS, Recipe
+from ..errors import ConfigError, LlmoptError, ModelError, UnsupportedModelError, one_line
 
 # %% ../../nbs/05_engine/02_checks.ipynb #b4457928
 def shown(value) -> str:
@@ -162,3 +166,43 @@ def check_eval_mode(model, whole: bool = True) -> None:
         raise ConfigError(
             "the model is in training mode, where dropout makes answers random; call `model.eval()` first"
         )
+
+# %% ../../nbs/05_engine/02_checks.ipynb #a683949d
+@contextmanager
+def model_errors(lm: LM):
+    "Raise what goes wrong inside as a `ModelError`; the family of `LlmoptError` as it is."
+    try:
+        yield
+    except LlmoptError:
+        raise
+    except Exception as e:
+        raise ModelError(f"model '{lm.name}' failed while answering ({one_line(e)})") from e
+
+# %% ../../nbs/05_engine/02_checks.ipynb #5bf85c90
+def _plain(value):
+    "`value` as a number of Python's own, if it is one of numpy's; float32 as it is written."
+    if not isinstance(value, np.generic):
+        return value
+    return float(str(value)) if isinstance(value, np.floating) else value.item()
+
+
+def recipe_of_keywords(
+    vocab=False,  # `simple_adaptivocab`
+    sparsity=0.0,  # `larosa_sparsity`
+    cache=False,  # `vattention_enabled`
+    nth=0,  # `word_removal`
+) -> Recipe:
+    "The recipe for the keyword form of the engine; a keyword that is just True takes the defaults."
+    vocab, sparsity, nth = _plain(vocab), _plain(sparsity), _plain(nth)
+    slots, on = {s.name: s for s in SLOTS}, {}
+    if nth is True:
+        on["words"] = {}
+    elif nth is not None and nth is not False and (n := whole_number(nth, "word_removal", 0)):
+        on["words"] = dict(n=n)
+    if vocab is not None and vocab is not False:
+        on["vocab"] = {} if vocab is True else dict(phrases=vocab)
+    if sparsity is not None and not (isinstance(sparsity, (int, float)) and sparsity == 0):
+        on["larosa"] = dict(sparsity=sparsity)
+    if switch(cache, "vattention_enabled"):
+        on["cache"] = {}
+    return Recipe(**{name: slots[name].make(**parameters) for name, parameters in on.items()})

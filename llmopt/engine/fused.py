@@ -8,10 +8,9 @@ __all__ = ['EnhancedFusedLLMEngine', 'Prompt']
 # %% ../../nbs/05_engine/05_fused.ipynb #3343752b
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from fastcore.basics import patch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
@@ -27,15 +26,17 @@ from llmopt.engine.checks import (
     checked_temperature,
     checked_text,
     loaded,
+    model_errors,
+    recipe_of_keywords,
     switch,
     whole_number,
     with_cache,
 )
 from .decoding import Meter, StopFlag, TokenChoice, checkpoint_decoding, greedy_config, with_config
 from .metrics import ChatMetrics, Events, rates
-from .recipe import SLOTS, Recipe
+from .recipe import Recipe
 from .streaming import from_background, text_pieces
-from ..errors import ConfigError, ContextError, LlmoptError, ModelError, UnsupportedModelError, one_line, warn_once
+from ..errors import ConfigError, ContextError, LlmoptError, UnsupportedModelError, warn_once
 from ..larosa import in_stream_basis, traffic
 from ..word_removal import model_surprisal
 
@@ -61,7 +62,7 @@ class EnhancedFusedLLMEngine:
         max_new_tokens: int = 256,  # default length of an answer
         system: str | None = None,  # system message of the chat
     ):
-        by_keywords = _from_keywords(simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal)
+        by_keywords = recipe_of_keywords(simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal)
         if recipe is None:
             recipe = by_keywords
         elif by_keywords.on:
@@ -79,30 +80,6 @@ class EnhancedFusedLLMEngine:
         self.stop_ids = self.lm.stop_ids
         self.last = None  # `ChatMetrics` of the last answer in the chat
         self.reset()
-
-# %% ../../nbs/05_engine/05_fused.ipynb #5bf85c90
-def _plain(value):
-    "`value` as a number of Python's own, if it is one of numpy's; float32 as it is written."
-    if not isinstance(value, np.generic):
-        return value
-    return float(str(value)) if isinstance(value, np.floating) else value.item()
-
-
-def _from_keywords(vocab, sparsity, cache, nth):
-    "The recipe for the keyword form of the engine; a keyword that is just True takes the defaults."
-    vocab, sparsity, nth = _plain(vocab), _plain(sparsity), _plain(nth)
-    slots, on = {s.name: s for s in SLOTS}, {}
-    if nth is True:
-        on["words"] = {}
-    elif nth is not None and nth is not False and (n := whole_number(nth, "word_removal", 0)):
-        on["words"] = dict(n=n)
-    if vocab is not None and vocab is not False:
-        on["vocab"] = {} if vocab is True else dict(phrases=vocab)
-    if sparsity is not None and not (isinstance(sparsity, (int, float)) and sparsity == 0):
-        on["larosa"] = dict(sparsity=sparsity)
-    if switch(cache, "vattention_enabled"):
-        on["cache"] = {}
-    return Recipe(**{name: slots[name].make(**parameters) for name, parameters in on.items()})
 
 # %% ../../nbs/05_engine/05_fused.ipynb #295c78cf
 def _sparse(cfg, lm):
@@ -199,17 +176,6 @@ def attention(self: EnhancedFusedLLMEngine):
     "Context manager: inside it the model runs with the attention that the cache asks for."
     return self.recipe.cache.attach(self.lm) if self.recipe.cache else nullcontext()
 
-# %% ../../nbs/05_engine/05_fused.ipynb #a683949d
-@contextmanager
-def _model_errors(lm):
-    "Raise what goes wrong inside as a `ModelError`; the family of `LlmoptError` as it is."
-    try:
-        yield
-    except LlmoptError:
-        raise
-    except Exception as e:
-        raise ModelError(f"model '{lm.name}' failed while answering ({one_line(e)})") from e
-
 # %% ../../nbs/05_engine/05_fused.ipynb #fb2473db
 @patch
 @torch.inference_mode()
@@ -255,7 +221,7 @@ def run(
     n, choice = self.settings(max_new_tokens, temperature, seed)
     fixed = switch(fixed, "fixed")
     check_callbacks(on_token, stop)
-    with _model_errors(self.lm):
+    with model_errors(self.lm):
         prompt = self.prompt(text, room=n)
         inputs = self.inputs(prompt.ids)
         meter = Meter(events, self.make_cache(), on_token)
@@ -321,7 +287,7 @@ def score(
     "Log-probabilities before each token of `answer_ids`, given `text`. Raises a `LlmoptError` for whatever goes wrong."
     check_eval_mode(self.lm.model, whole=False)
     answer_ids = checked_ids(answer_ids, self.lm.rows)
-    with _model_errors(self.lm):
+    with model_errors(self.lm):
         inputs = self.inputs(self.prompt(text, room=len(answer_ids)).ids)
         with self.attention():
             return teacher_forced_logprobs(

@@ -5,6 +5,7 @@ import numpy as np
 from fastcore.test import expect_fail, test_eq
 from transformers import RwkvConfig, RwkvForCausalLM
 from llmopt.core import LM
+from llmopt.engine.recipe import Recipe
 from llmopt.errors import ConfigError, ModelError, UnsupportedModelError
 from llmopt.engine.checks import *
 
@@ -71,3 +72,10 @@ def test_models_without_a_cache():
         with_cache(LM(rwkv, lm.tokenizer, "rwkv"))
     with expect_fail(ConfigError, "training mode"):
         check_eval_mode(rwkv.train())
+
+
+def test_recipes_by_keyword():
+    """The four keywords of an engine are a short form of the most usual [recipes](00_recipe.ipynb). Numbers may come
+    from numpy, and None is off."""
+    test_eq(recipe_of_keywords(True, np.float32(0.4), True, np.int64(2)).id, "words:n=2+vocab+larosa+kv")
+    test_eq(recipe_of_keywords(None, 0, None, False), Recipe())
