@@ -129,3 +129,17 @@ def test_pages_are_numbered_in_order_of_imports():
     arrows = [(m, o) for m, o in arrows if None not in (page_of(m), page_of(o)) and m != o]
     assert len(arrows) > 50
     assert [(m, o) for m, o in arrows if page_of(o) >= page_of(m)] == []
+
+
+def exported(module):
+    "The names in `__all__` of a module"
+    body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+    found = [n.value for n in body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    return {name for value in found for name in ast.literal_eval(value)}
+
+
+def test_no_name_of_a_package_hides_one_of_its_modules():
+    "`import llmopt.larosa.x as m` takes the attribute `x` of the package, which must be the module."
+    packages = {m: p for m, p in MODULES.items() if p.name == "__init__.py"}
+    assert {"llmopt.larosa", "llmopt.kv_cache"} <= packages.keys() and "sparsify" in exported("llmopt.larosa")
+    assert [f"{m}.{n}" for m in packages for n in exported(m) if f"{m}.{n}" in MODULES] == []

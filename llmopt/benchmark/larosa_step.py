@@ -17,7 +17,7 @@ from .larosa_decode_step import DecodeStep, decode_bytes, fastest_dense, step_mo
 from .larosa_products import DENSE
 from ..larosa.allocation import allocate_by_rule
 from ..larosa.sparse_linear import SparseLinear
-from ..larosa.sparsify import set_sparsity, sparsify
+from ..larosa.sparse_model import set_sparsity, sparsify
 
 # %% ../../nbs/10_benchmark/12_larosa_step.ipynb #c7f8b848
 def generate_variants(

@@ -30,7 +30,7 @@ from llmopt.larosa.rotation import (
 from .selection import topk_channels
 from .self_speculation import Drafted, self_draft
 from .sparse_linear import SparseLinear
-from llmopt.larosa.sparsify import (
+from llmopt.larosa.sparse_model import (
     ChannelSelector,
     MaskedLinear,
     SparsifiedLinear,

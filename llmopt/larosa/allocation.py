@@ -17,7 +17,7 @@ from ..core import kl, next_token_logprobs
 from ..errors import ConfigError, ModelError
 from .families import FAMILIES, block_norms, projections, watch_inputs, writers
 from .rotation import gain_free
-from .sparsify import set_sparsity, set_tokens, sparsify
+from .sparse_model import set_sparsity, set_tokens, sparsify
 
 # %% ../../nbs/03_larosa/08_allocation.ipynb #075fdc48
 RULES = "uniform", "published", "neutral"

@@ -11,7 +11,7 @@ import torch
 from .allocation import allocate_by_cost, plain_weight
 from .families import block_norms, family, projections, watch_inputs
 from .rotation import gain_free
-from .sparsify import keep_topk
+from .sparse_model import keep_topk
 
 # %% ../../nbs/03_larosa/09_basis.ipynb #fe85a5f0
 @torch.inference_mode()

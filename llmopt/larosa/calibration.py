@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from .allocation import allocate_by_cost, channel_costs
 from .basis import STEPS, learn_basis
 from .rotation import choose_rotations, convert, rotates, second_moments, value_bases
-from .sparsify import set_sparsity, sparsify
+from .sparse_model import set_sparsity, sparsify
 
 # %% ../../nbs/03_larosa/10_calibration.ipynb #df3f121c
 def windows(

@@ -35,7 +35,7 @@ from llmopt.larosa.calibration import (
 from .families import family
 from .rotation import ROTATIONS, convert
 from .sparse_linear import SparseLinear
-from .sparsify import check_first, check_tokens, set_sparsity, sparsify, traffic
+from .sparse_model import check_first, check_tokens, set_sparsity, sparsify, traffic
 
 # %% ../../nbs/03_larosa/12_config.ipynb #dfe7ec89
 ALLOCATIONS = "measured", *RULES

@@ -14,7 +14,7 @@ import torch
 
 from ..core import speculative_decode
 from ..errors import ConfigError
-from .sparsify import dense
+from .sparse_model import dense
 
 # %% ../../nbs/03_larosa/13_self_speculation.ipynb #18f790f0
 class Drafted(NamedTuple):

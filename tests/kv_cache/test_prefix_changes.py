@@ -267,7 +267,7 @@ def sparse():
 def test_larosa(sparse, tmp_path):
     "Sparsity, mode, dense first tokens, and being dense for a while: all of it changes keys."
     from llmopt.larosa import dense, projections, set_sparsity, set_tokens
-    from llmopt.larosa.sparsify import selector_of
+    from llmopt.larosa.sparse_model import selector_of
 
     store = PrefixStore(tmp_path, chunk=16)
     assert fill(sparse, store)[0].hits == 0 and fill(sparse, store)[0].hits == 4

@@ -6,7 +6,7 @@ from fastcore.test import test_close
 from llmopt.core import TINY, load
 from llmopt.larosa.allocation import *
 from llmopt.larosa.rotation import choose_rotations, convert, second_moments
-from llmopt.larosa.sparsify import set_sparsity, sparsify, traffic
+from llmopt.larosa.sparse_model import set_sparsity, sparsify, traffic
 from llmopt.larosa.families import projections
 
 

@@ -4,7 +4,7 @@
 import torch
 from fastcore.test import test_close, test_eq
 from llmopt.larosa.basis import *
-from llmopt.larosa.sparsify import keep_topk
+from llmopt.larosa.sparse_model import keep_topk
 
 
 def test_the_error_is_that_of_the_product():

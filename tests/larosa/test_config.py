@@ -7,7 +7,7 @@ from fastcore.test import expect_fail, test_eq
 from llmopt.core import TINY, load
 from llmopt.larosa.config import *
 from llmopt.errors import ConfigError
-from llmopt.larosa.sparsify import traffic
+from llmopt.larosa.sparse_model import traffic
 
 
 def test_configuration():

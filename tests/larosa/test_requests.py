@@ -12,7 +12,7 @@ from llmopt.core import LM, load, user
 from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.errors import LlmoptError, ModelError
 from llmopt.larosa import BUNDLED, LaRoSAConfig, SimpleLaRoSA, dense, projections, second_moments, self_draft
-from llmopt.larosa.sparsify import SparsifiedLinear, selector_of
+from llmopt.larosa.sparse_model import SparsifiedLinear, selector_of
 
 QUERIES = ["What is rain?", "What is a glacier?", "How do vaccines work?", "What is ice?"] * 3
 
