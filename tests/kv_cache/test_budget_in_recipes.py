@@ -25,6 +25,7 @@ QUERY = (
     ],
 )
 def test_a_recipe_with_a_budget_has_a_name_and_survives_json(text):
+    "The id of the recipe and its JSON are read back as the same recipe, in every unit of a budget."
     r = Recipe.parse(text)
     assert Recipe.parse(r.id) == r == Recipe.from_dict(json.loads(json.dumps(r.to_dict()))) and "budget=" in r.id
 
@@ -42,12 +43,14 @@ def test_a_recipe_with_a_budget_has_a_name_and_survives_json(text):
     ],
 )
 def test_what_is_no_budget_is_refused_in_one_line(text):
+    "Nothing, no number, less than is always kept; an unknown policy or one without a budget; stock attention."
     with pytest.raises(LlmoptError, match="bad parameters") as e:
         Recipe.parse(text)
     assert "\n" not in str(e.value)
 
 
 def test_the_named_methods_stay_exact():
+    "No method keeps to a budget unless it is asked to."
     for m in "hybrid_kv_cache", "kv":
         assert Recipe.parse(m).cache == KVCacheConfig() and KVCacheConfig().budget is None
 
@@ -66,6 +69,7 @@ def test_an_answer_under_a_budget():
 
 
 def test_a_budget_in_bytes_that_cannot_hold_what_is_always_kept_is_an_error():
+    "How many bytes a token takes is known with the model, so this shows at the first answer."
     e = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu", recipe=Recipe.parse("kv:budget=8KiB"))
     with pytest.raises((LlmoptError, ValueError), match="always kept"):
         e.run(QUERY, max_new_tokens=2)

@@ -32,6 +32,7 @@ linux = pytest.mark.skipif(not backend().startswith("mmap"), reason="no demand-p
 @pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size", "page_tokens"])
 @pytest.mark.parametrize("bad", [-1, 2.5, "8", True])
 def test_sizes_are_checked_at_once(name, bad):
+    "By the cache, by `install` and by the configuration; the message names the parameter."
     for make in (lambda **kw: SlabCache(small_config(), **kw), lambda **kw: install(**kw)):
         with pytest.raises(ConfigError, match=f"{name} must be a whole number"):
             make(**{name: bad})
@@ -53,6 +54,7 @@ def test_numbers_of_numpy_are_sizes():
 
 @linux
 def test_a_cache_longer_than_all_addresses_is_one_line():
+    "The system refuses 2**60 tokens; the message names the parameter that asks for less."
     with torch.no_grad(), pytest.raises(ConfigError, match="cannot reserve .* max_seq_len") as e:
         small_model()(random_ids(5), past_key_values=SlabCache(small_config(), max_seq_len=2**60))
     assert "\n" not in str(e.value)
@@ -76,6 +78,7 @@ def test_autocast_gives_what_it_gives_with_a_stock_cache(family, attention):
 
 
 def test_autocast_under_a_budget_and_with_a_store(tmp_path):
+    "Tokens are evicted, and chunks that were stored under autocast are restored bit-identical."
     m, ids = small_model(), random_ids(200)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), packed(m):
         for policy in "cake", "h2o":
@@ -92,6 +95,7 @@ def test_autocast_under_a_budget_and_with_a_store(tmp_path):
 
 
 def test_a_wider_type_than_the_cache_began_with_is_one_line():
+    "Slabs that began in bfloat16 take no float32: that would round without a word."
     m, cache = small_model("gpt2"), SlabCache(small_config("gpt2"))
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
@@ -117,6 +121,7 @@ def test_what_cannot_be_cropped_is_refused(make, bad):
 
 
 def test_what_no_cache_can_be_made_of_is_one_line():
+    "A model or a name in place of a configuration, a budget by itself, and text as a switch."
     for config in small_model(), None, "llmopt-tiny", {}:
         with pytest.raises(ConfigError, match="model.config"):
             SlabCache(config)
@@ -129,11 +134,13 @@ def test_what_no_cache_can_be_made_of_is_one_line():
 
 
 def test_a_model_of_more_layers_than_the_cache_is_one_line():
+    "The third layer of a model asks a cache of two."
     with torch.no_grad(), pytest.raises(ConfigError, match="made for 2 layers"):
         small_model(num_hidden_layers=3)(random_ids(5), past_key_values=SlabCache(small_config()))
 
 
 def test_a_pass_that_failed_leaves_a_cache_that_can_be_reset():
+    "One layer has the tokens then and the other has not; after a reset the logits are those of a new cache."
     m, ids, cache = small_model(), random_ids(10), SlabCache(small_config())
     hook = m.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with torch.no_grad():
@@ -153,6 +160,7 @@ def test_layers_made_before_the_first_token():
 
 
 def test_slabs_refuse_what_would_be_broadcast_or_cast():
+    "Fewer heads, another type, a narrower head and a larger batch; then too many tokens, a gradient and a closed slab."
     s, t = SimpleVAttention(2, 8, 1, 10), torch.ones(1, 2, 3, 8)
     for bad in (t[:, :1], t.double(), t[..., :1], t.repeat(2, 1, 1, 1)):
         with pytest.raises(ConfigError, match="cannot take"):
@@ -187,6 +195,7 @@ def test_slots_that_were_not_reserved_are_refused():
 
 @linux
 def test_reserved_slots_that_were_not_used_give_their_pages_back():
+    "A row that was placed far ahead is resident until the reservation is taken back."
     s, t = SimpleVAttention(2, 512, 1, 100, prefault=False), torch.ones(1, 2, 4, 512)
     s.reserve_slots(50)
     s.place(t, t, 40)
@@ -251,6 +260,7 @@ def test_installed_slabs_change_nothing_else(kw):
 
 
 def test_an_installed_cache_that_is_too_short_is_refused_and_uninstalled():
+    "`generate` raises instead of losing tokens, and makes its usual cache again after `uninstall`."
     m, ids = small_model(), random_ids(20)
     install(max_seq_len=25)
     try:

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the sta
     [(6, 5000, 48, torch.float32), (7, 300, 20, torch.bfloat16), (5, 1, 1, torch.int8), (3, 4096, 8, torch.float16)],
 )
 def test_mapped_pages_are_those_that_hold_a_byte_in_use(rows, tokens, width, dtype):
+    "Counted from the address of every token in the first and in the last row, growing and shrinking."
     d = StandIn()
     r = CudaRows(rows, tokens, width, dtype, prefault=False, driver=d)
     for n in 1, 7, 300, 301, 4000, 299, 0, 90:
@@ -98,6 +99,7 @@ def test_closing_and_copies():
 
 
 def test_uses_that_are_refused():
+    "Sizes below zero or beyond the reservation, a trim that would grow, and a device that is no GPU."
     r = CudaRows(2, 100, 8, driver=StandIn())
     for use, text in (
         (lambda: r.resize(-1), "do not fit"),

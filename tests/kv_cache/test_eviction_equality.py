@@ -49,6 +49,7 @@ RUNS += [("llama", "cake", "mass=0.7", 40, PIECES), ("mixed", "snapkv", "20KiB",
 
 @pytest.mark.parametrize("name, policy, budget, left, cuts", RUNS)
 def test_equal_to_the_masked_model(name, policy, budget, left, cuts):
+    "The logits are those of stock attention with the evicted tokens masked, within the rounding of float32."
     model, ids = model_of(name), random_ids(2, 200)
     pad = torch.ones_like(ids)
     pad[1, :left] = 0
@@ -177,6 +178,7 @@ def test_bytes_are_a_ceiling_at_every_token(budget, batch, n, pads):
 
 
 def test_cascade_equals_one_cut_at_the_end_in_whole_pages():
+    "Cutting layers while later ones are still read keeps the same tokens, with less memory at the peak."
     model, ids, unit = model_of("llama"), random_ids(2, 300), 16
     caches = [EvictingCache(model.config, EvictionConfig(80, window=8, slack=10, unit=unit)) for _ in range(2)]
     caches[
@@ -218,6 +220,7 @@ MODES += [dict(prompt_lookup_num_tokens=3), dict(prefill_chunk_size=50)]
 @pytest.mark.parametrize("budget", ["25%", "mass=0.8"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: next(iter(m)))
 def test_every_way_to_generate(mode, budget):
+    "Greedy, beams, several samples, prompt lookup and a prompt in pieces all evict, and lose a share below 1."
     model, ids = model_of("llama"), random_ids(1, 60).repeat(1, 2)
     cache = EvictingCache(model.config, EvictionConfig(budget, window=16, slack=8, unit=1))
     kw = dict(attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24, pad_token_id=0)
@@ -227,6 +230,7 @@ def test_every_way_to_generate(mode, budget):
 
 
 def test_a_copy_goes_on_alone_and_a_reset_starts_anew():
+    "A copy has an evictor of its own, which knows the layers of the copy and not those of the original."
     model, ids = model_of("llama"), random_ids(1, 100)
     cache = EvictingCache(model.config, EvictionConfig("25%", window=16, slack=8, unit=1))
     with torch.inference_mode(), packed(model):
@@ -243,6 +247,7 @@ def test_a_copy_goes_on_alone_and_a_reset_starts_anew():
 
 
 def test_what_cannot_be_is_refused():
+    "Cropping works; a mask of numbers and a budget below the window do not."
     model, ids = model_of("llama"), random_ids(1, 100)
     cache = EvictingCache(model.config, EvictionConfig("25%", window=16, slack=8, unit=1))
     with torch.no_grad(), packed(model):
@@ -256,6 +261,7 @@ def test_what_cannot_be_is_refused():
 
 
 def test_a_large_budget_is_exact_with_padding():
+    "Where nothing has to go, the logits are bit-identical to those of a slab cache, whatever the unit of the budget."
     model, ids = model_of("llama"), random_ids(2, 100)
     mask = torch.ones_like(ids)
     mask[1, :50] = 0

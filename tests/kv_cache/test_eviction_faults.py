@@ -41,6 +41,7 @@ def used(model, n=300, policy="cake"):
 
 @pytest.mark.parametrize("policy", ["cake", "h2o"])
 def test_pages_go_back_with_the_last_reference(model, no_collector, policy):
+    "With the collector off: a circle between cache, evictor and layers would keep them alive."
     cache = used(model, policy=policy)
     rows = [weakref.ref(r) for s in cache.slabs for r in s.storage]
     owners = [weakref.ref(o) for o in (cache, cache.evictor, *cache.slab_layers)]
@@ -49,6 +50,7 @@ def test_pages_go_back_with_the_last_reference(model, no_collector, policy):
 
 
 def test_pages_of_copies_resets_and_restored_caches_go_back(model, no_collector, tmp_path):
+    "A deep copy, and a cache that was reset and filled from a store, are in no circle either."
     import copy
 
     cache = copy.deepcopy(used(model))
@@ -140,6 +142,7 @@ def test_scores_that_are_no_numbers_keep_what_must_stay(model):
 
 
 def test_a_query_that_sees_nothing_has_zeros():
+    "A row that is masked as a whole would be NaN after softmax; keys that are NaN stay NaN and are not hidden."
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 5, 4)
     allowed = torch.tensor([[[True] * 5, [False] * 5, [True] + [False] * 4]])
     weights = seen_attention(q, k, allowed, 0.5)
@@ -153,6 +156,7 @@ BAD += [np.float32(3), "mass=nan", "mass=", "-", b"25%", "0x10", "25 %  %"]
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda b: repr(b)[:20])
 def test_what_is_no_budget_is_refused_in_one_line(bad):
+    "Words, wrong types, digits of other scripts and numbers without end; the message stays short."
     with pytest.raises(ConfigError, match="budget must be") as e:
         parse_budget(bad)
     assert "\n" not in str(e.value) and len(str(e.value)) < 300
@@ -160,11 +164,13 @@ def test_what_is_no_budget_is_refused_in_one_line(bad):
 
 @pytest.mark.parametrize("bad", [0, -5, "0%", "-3%", "0MiB", "mass=0", "0", "-1MiB", "0.0000%"])
 def test_nothing_is_no_budget(bad):
+    "Zero and less, in each of the units."
     with pytest.raises(ConfigError, match="more than nothing"):
         parse_budget(bad)
 
 
 def test_numbers_of_numpy_are_numbers():
+    "numpy's integers become Python's; zero, fractions, switches and texts are refused in every field."
     e = EvictionConfig(np.int64(512), window=np.int32(16), slack=np.int8(3))
     assert (e.parsed.amount, e.window, e.slack) == (512, 16, 3)
     for kw in dict(window=0), dict(window=2.0), dict(first=-1), dict(slack=True), dict(unit="4"), dict(policy=None):
@@ -173,6 +179,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_shares_of_weights_that_are_no_numbers_still_add_up():
+    "NaN, infinite, zero and negative weights: the whole budget is handed out, within the caps."
     caps = np.array([5, 5, 5])
     for w in ([math.nan, 1.0, 2.0], [math.inf, 1.0, 1.0], [math.nan] * 3, [0.0] * 3, [-1.0, 2.0, 3.0]):
         got = apportion(np.array(w), 7, caps)
@@ -181,6 +188,7 @@ def test_shares_of_weights_that_are_no_numbers_still_add_up():
 
 
 def test_a_policy_needs_no_model():
+    "Scores and preferences of every policy come from an `Observed` of plain tensors."
     zeros, one = torch.zeros(2, 3, 9), torch.ones(2)
     o = Observed(zeros, zeros, one, one, zeros, torch.arange(9).expand(2, 3, -1), 9 * one, zeros, 0, 4)
     for p in POLICIES.values():

@@ -26,6 +26,7 @@ weights = st.lists(
 @quick
 @given(weights, st.integers(0, 200), st.integers(0, 40), st.data())
 def test_shares_add_up_and_no_layer_gains_by_company(ws, total, cap, data):
+    "The cascade relies on this: a layer that is cut before the later ones are known never has to grow again."
     caps = np.array(data.draw(st.lists(st.integers(0, cap), min_size=len(ws), max_size=len(ws))))
     got = apportion(np.array(ws), total, caps)
     assert got.sum() == min(total, caps.sum()) and (got <= caps).all() and (got >= 0).all()
@@ -70,6 +71,7 @@ def test_cutting_in_stages_is_cutting_once(n, seed, data):
 @quick
 @given(st.integers(1, 40), st.floats(0.01, 1), st.integers(1, 16), st.integers(0, 2**32 - 1))
 def test_mass_is_held_with_the_fewest_tokens(n, share, unit, seed):
+    "The size holds the share of the attention, and one unit less would not."
     gen = torch.Generator().manual_seed(seed)
     mass, ranks = torch.rand(1, 2, n, generator=gen).softmax(-1), torch.rand(1, 2, n, generator=gen).argsort(-1)
     sizes = sizes_for_mass(mass, ranks, share, unit)

@@ -24,6 +24,7 @@ KINDS = [pytest.param(PagedRows, marks=linux), CopyingRows]
 @linux
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resident_bytes_are_the_predicted_pages_in_any_type(dtype):
+    "Each row begins on a page of its own, so the prediction is rounded up row by row, growing and shrinking."
     r = PagedRows(6, 50_000, 48, dtype, prefault=False)
     for n in 1, 7, 500, 501, 4000, 300, 0, 90:
         old = r.length
@@ -57,6 +58,7 @@ def test_rows_trimmed_to_lengths_of_their_own(prefault):
 
 @linux
 def test_reserving_64_gib_takes_nothing():
+    "Less than 1 MiB of resident memory for 64 GiB of addresses."
     rss = psutil.Process().memory_info().rss
     r = PagedRows(16, 2**20, 1024)
     assert r.reserved == 2**36 and psutil.Process().memory_info().rss - rss < 2**20
@@ -92,6 +94,7 @@ def test_ten_thousand_times_up_and_down_leaks_nothing():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_uses_that_are_refused(kind):
+    "Both kinds of rows refuse sizes that do not fit, copies and pickles; closing twice is fine, use after it is not."
     r = kind(2, 100, 8)
     with pytest.raises(ConfigError, match="do not fit"):
         r.resize(-1)
@@ -111,6 +114,7 @@ def test_uses_that_are_refused(kind):
 @pytest.mark.parametrize("bad", [0, -5, 2.5, True, "8", None, float("nan")])
 @pytest.mark.parametrize("name", ["rows", "tokens", "width"])
 def test_what_is_no_size_is_refused(name, bad):
+    "The message names the parameter, for each of the three sizes."
     with pytest.raises(ConfigError, match=f"{name} must be a whole number"):
         make_rows(**(dict(rows=2, tokens=10, width=4) | {name: bad}))
 
@@ -124,6 +128,7 @@ def test_more_addresses_than_there_are(tokens):
 
 
 def test_whole_numbers_of_numpy_and_torch_are_sizes():
+    "They are kept as Python's integers: an uint8 would overflow in the product of sizes."
     r = make_rows(np.int64(2), np.uint8(10), torch.tensor(4), page_tokens=np.int32(0))
     r.resize(np.int16(3))
     assert r.data.shape[0] == 2 and r.tokens == 10 and type(r.width) is int
@@ -199,6 +204,7 @@ def test_copies_grow_with_the_tokens(n, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are counted on Linux")
 def test_only_what_was_written_is_resident():
+    "A tensor that was only allocated takes one page at most, a quarter of it written takes that quarter."
     t = torch.empty(2**24)  # beyond what malloc keeps for reuse
     assert tensor_resident(t) <= PAGE
     t[: 2**22] = 1.0

@@ -56,6 +56,7 @@ def test_a_cache_that_nobody_kept_is_reported_as_it_was_at_its_end(kw):
 
 @linux
 def test_closing_keeps_the_figures_as_well():
+    "Closed by hand, a cache counts as closed with its last figures; that it is deleted later changes nothing."
     m = small_model()
     opt = optimizer(m)
     cache = opt.make_cache(m)
@@ -93,6 +94,7 @@ def test_open_caches_come_first_and_the_last_one_closed_after_them():
 
 
 def test_no_cache_yet():
+    "Zeros, and None for ratios that would divide by zero."
     usage, savings = (
         f(optimizer(small_model()))
         for f in (HybridKVCacheOptimizer.get_memory_usage, HybridKVCacheOptimizer.get_memory_savings)
@@ -141,6 +143,7 @@ def test_the_shape_of_a_cache_is_what_the_model_caches(family):
 
 
 def test_the_shape_follows_a_model_that_was_cut():
+    "The shape that was found before is not kept for a model with fewer layers."
     m = small_model()
     assert cache_shape(m)["num_layers"] == 2
     m.model.layers = m.model.layers[:1]
@@ -149,6 +152,7 @@ def test_the_shape_follows_a_model_that_was_cut():
 
 
 def test_what_is_no_model_device_or_store_is_one_line():
+    "Wherever a model is taken, and for the device and the store of an optimizer."
     m = small_model()
     for use in cache_shape, KVCacheConfig().make_cache, KVCacheConfig().attach, optimizer(m).make_cache:
         for bad in "llmopt-tiny", None, 7:
@@ -172,12 +176,14 @@ def test_the_shape_of_a_model_that_cannot_read_a_token():
 @pytest.mark.parametrize("bad", [0, -1, 2.0, "4", None, True, float("inf")])
 @pytest.mark.parametrize("name", ["num_layers", "num_heads", "head_size", "max_batch_size", "max_seq_len"])
 def test_what_is_no_size_is_refused(name, bad):
+    "Each of the five sizes must be a whole number of at least 1; the message names it."
     sizes = dict(num_layers=2, num_heads=2, head_size=8, max_batch_size=1, max_seq_len=100)
     with pytest.raises(ConfigError, match=f"{name} must be a whole number of at least 1"):
         HybridKVCacheOptimizer(**(sizes | {name: bad}))
 
 
 def test_sizes_of_numpy_and_sizes_beyond_all_addresses():
+    "numpy's integers make a cache that a model can fill; 10**15 tokens are refused by name."
     m = small_model()
     sizes = {k: np.int64(v) for k, v in cache_shape(m).items()}
     opt = HybridKVCacheOptimizer(**sizes, max_batch_size=np.int32(2), max_seq_len=np.uint16(100))
@@ -188,6 +194,7 @@ def test_sizes_of_numpy_and_sizes_beyond_all_addresses():
 
 
 def test_models_that_do_not_fit_are_refused():
+    "Other heads when it is made, too many rows or tokens when it is filled; a policy without its budget, and no store."
     m, x = small_model(), random_ids(40).view(2, 20)
     shape = cache_shape(m)
     with pytest.raises(ConfigError, match="num_heads=3 but the model has 2"):

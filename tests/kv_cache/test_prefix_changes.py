@@ -119,6 +119,7 @@ CHANGES += [forward_of_an_instance, attention, dtype, adapter_removed]
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_a_change_finds_nothing(model, change, tmp_path):
+    "And what is computed then is bit-identical to what the changed model stores in a folder of its own."
     store = PrefixStore(tmp_path, chunk=16)
     assert fill(model, store)[0].hits == 0 and fill(model, store)[0].hits == 4
     change(model)
@@ -156,6 +157,7 @@ def test_numerics_are_part_of_the_key(model, tmp_path):
 
 
 def test_a_method_of_a_class(tmp_path, monkeypatch):
+    "Replaced on the class, so that nothing in the model itself has changed."
     store, m = PrefixStore(tmp_path, chunk=16), small_model()
     fill(m, store)
     own = type(m.model.layers[0].mlp).forward
@@ -164,6 +166,7 @@ def test_a_method_of_a_class(tmp_path, monkeypatch):
 
 
 def test_an_attention_function_replaced_under_its_name(tmp_path):
+    "The same name and code, another number in the closure: the first is found again, the second is not."
     store, m = PrefixStore(tmp_path, chunk=16), small_model()
 
     def make(factor):
@@ -222,6 +225,7 @@ def test_what_was_done_with_a_model_is_no_part_of_its_key(fresh_class, use):
 
 
 def test_other_hooks_of_the_same_model_are_still_seen(tmp_path):
+    "The hooks with which transformers collects attentions are harmless; one beside them is not."
     m = small_model()
     asks_for_attentions(m)
     m.model.layers[0].register_forward_hook(lambda *_: None)
@@ -303,6 +307,7 @@ def test_what_cannot_be_looked_into_is_not_stored(tmp_path):
 
 
 def test_hooks_are_not_stored_without_a_salt(tmp_path):
+    "One warning and a reason in the report; with a salt the user answers for them, and chunks are found again."
     m, store = small_model(), PrefixStore(tmp_path, chunk=16)
     m.model.layers[1].register_forward_pre_hook(lambda *_: None)
     with warnings.catch_warnings(record=True) as said:
@@ -313,6 +318,7 @@ def test_hooks_are_not_stored_without_a_salt(tmp_path):
 
 
 def test_deep_and_circular_state_comes_to_an_end(tmp_path):
+    "A circle is walked once; a list nested 5,000 deep is given up with a warning, and nothing is found."
     m, store = small_model(), PrefixStore(tmp_path, chunk=16)
     m.me = [m, dict(again=m.model)]
     assert [fill(m, store)[0].hits for _ in range(2)] == [0, 4]

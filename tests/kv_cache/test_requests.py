@@ -59,6 +59,7 @@ def test_blocks_begin_and_end_in_any_order(order, own):
 
 
 def test_a_block_on_a_part_of_the_model_counts_as_well():
+    "The whole and the base model share a configuration, so the inner block must not end the outer one."
     m = small_model()
     with packed(m):
         with packed(m.base_model):
@@ -68,6 +69,7 @@ def test_a_block_on_a_part_of_the_model_counts_as_well():
 
 
 def test_an_exception_in_the_middle_ends_the_block():
+    "Only the block that it left: the one around it goes on."
     m = small_model()
     with packed(m):
         with pytest.raises(ZeroDivisionError), packed(m):
@@ -77,6 +79,7 @@ def test_an_exception_in_the_middle_ends_the_block():
 
 
 def test_a_choice_made_inside_a_block_stays():
+    "What the user sets while a block is open is not undone at its end, and the next block packs that."
     m = small_model()
     with packed(m):
         m.set_attn_implementation("eager")
@@ -112,6 +115,7 @@ def test_others_keep_their_attention_inside_a_block(family, own, calls):
 @pytest.mark.parametrize("own", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "qwen3"])
 def test_marked_keys_are_packed_whatever_the_model_had(family, own, calls):
+    "Four families with two attentions of their own: the logits agree within rounding, by the packed function."
     m = small_model(family)
     m.set_attn_implementation(own)
     want = decode(m, T.DynamicCache(config=m.config))
@@ -122,6 +126,7 @@ def test_marked_keys_are_packed_whatever_the_model_had(family, own, calls):
 
 
 def test_outside_a_block_a_slab_cache_is_stock(calls):
+    "Bit-identical logits, and the packed function is never called."
     m = small_model()
     assert torch.equal(decode(m, SlabCache(m.config)), decode(m, T.DynamicCache(config=m.config))) and not calls
 
@@ -139,6 +144,7 @@ def test_a_model_that_is_packed_for_good_stays_so(calls):
 
 @pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2"])
 def test_attention_that_cannot_be_replaced_is_refused(name):
+    "Kernels that have no packed form here are named in the error."
     m = small_model()
     m.config._attn_implementation_internal = name
     with pytest.raises(UnsupportedModelError, match=f"not '{name}'"), packed(m):
@@ -164,6 +170,7 @@ def test_threads_with_different_attention_share_a_model():
 
 
 def test_a_budget_outside_its_block_is_refused():
+    "Stock attention knows nothing of evicted tokens; the error names the block to open."
     m = small_model()
     with pytest.raises(LlmoptError, match="kv.attach"):
         decode(m, EvictingCache(m.config, EvictionConfig(36)))

@@ -65,6 +65,7 @@ def temporary(folder):
 
 
 def test_every_flipped_bit_is_noticed_or_harmless():
+    "Flipped bits, cut and appended bytes: an error or the same tensors, and hardly ever the latter."
     torch.manual_seed(0)
     kv = [(torch.randn(1, 2, 4, 8).to(d), torch.randn(1, 2, 4, 6).to(d)) for d in (torch.float32, torch.bfloat16)]
     data = pack_chunk("name", kv)
@@ -101,6 +102,7 @@ def test_a_sound_chunk_of_another_shape_is_computed_anew(model, tmp_path):
 
 @pytest.mark.parametrize("how", ["cut", "half", "empty", "flipped", "other"])
 def test_damage_is_replaced(model, tmp_path, how):
+    "Five kinds of damage to one of six chunks: it is computed again, and its file has the old bytes."
     store = PrefixStore(tmp_path, chunk=CHUNK)
     prefill(store, model)
     names = chunk_names(model_key(model, CHUNK, attention="packed"), prompt(CHUNK * 6 + 1)[0], CHUNK)
@@ -120,6 +122,7 @@ def test_damage_is_replaced(model, tmp_path, how):
 
 
 def test_all_damaged_and_vanishing_files(model, tmp_path):
+    "With every file damaged all is computed and stored again; files that vanish as they are read are computed, too."
     store = PrefixStore(tmp_path, chunk=CHUNK)
     prefill(store, model)
     for p in tmp_path.iterdir():
@@ -186,6 +189,7 @@ def test_files_from_a_time_that_has_not_come_are_the_oldest(model, tmp_path):
 
 
 def test_a_store_that_is_smaller_than_a_chunk_says_so(model, tmp_path):
+    "In one warning for all prefills, and nothing is left in the folder."
     store = PrefixStore(tmp_path, chunk=CHUNK, max_bytes=321)
     said = said_by(lambda: [prefill(store, model) for _ in range(2)])
     assert len(said) == 1 and "max_bytes=321" in said[0] and not [*tmp_path.iterdir()]
@@ -219,6 +223,7 @@ def test_threads_share_a_store(model, tmp_path):
 
 
 def test_loaders_of_no_steady_speed_give_the_same_bits(model, tmp_path):
+    "Random delays move the place where loading and computing meet, and nothing else."
     rng, meets = random.Random(0), set()
     prefill(PrefixStore(tmp_path, chunk=CHUNK), model)
 
@@ -239,6 +244,7 @@ def test_loaders_of_no_steady_speed_give_the_same_bits(model, tmp_path):
 
 @pytest.mark.parametrize("error", [SystemExit("killed"), RuntimeError("broken"), MemoryError()], ids=repr)
 def test_a_loader_that_dies_is_made_up_for(model, tmp_path, error):
+    "After two chunks, whatever kills it: the other four are computed, and one warning says so."
     prefill(PrefixStore(tmp_path, chunk=CHUNK), model)
 
     class Dying(PrefixStore):
@@ -258,6 +264,7 @@ def test_a_loader_that_dies_is_made_up_for(model, tmp_path, error):
 
 
 def test_hanging_loaders_cost_time_and_no_more_than_four_threads(model, tmp_path):
+    "After four that did not come back the store stops asking, says so, and serves again when they have."
     prefill(PrefixStore(tmp_path, chunk=CHUNK), model)
     gate = threading.Event()
 
@@ -283,6 +290,7 @@ def test_hanging_loaders_cost_time_and_no_more_than_four_threads(model, tmp_path
 
 
 def test_a_folder_that_cannot_be_made(model, tmp_path):
+    "The store goes on without storing, and says so once."
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file" / "store", tmp_path / ("x" * 300), "/proc/nothing/here"):
         with warnings.catch_warnings(record=True) as said:
@@ -295,6 +303,7 @@ def test_a_folder_that_cannot_be_made(model, tmp_path):
 
 
 def test_a_folder_that_vanishes(model, tmp_path):
+    "Removed behind the back of an open store: prefills go on, with one warning."
     store = PrefixStore(tmp_path / "gone", chunk=CHUNK)
     shutil.rmtree(tmp_path / "gone")
     said = said_by(lambda: [prefill(store, model) for _ in range(2)])
@@ -324,6 +333,7 @@ def test_a_folder_without_access(model, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do everything")
 def test_a_folder_with_no_permissions(model, tmp_path):
+    "One warning, and the prefill is computed."
     folder = tmp_path / "locked"
     folder.mkdir()
     folder.chmod(0)
@@ -335,6 +345,7 @@ def test_a_folder_with_no_permissions(model, tmp_path):
 
 
 def test_a_folder_that_can_only_be_read_still_serves(model, tmp_path, monkeypatch):
+    "All six chunks are loaded although no time stamp can be set; new ones are given up with one warning."
     prefill(PrefixStore(tmp_path, chunk=CHUNK), model)
     store = PrefixStore(tmp_path, chunk=CHUNK)
 
@@ -350,6 +361,7 @@ def test_a_folder_that_can_only_be_read_still_serves(model, tmp_path, monkeypatc
 
 
 def test_a_full_disk_leaves_no_temporary_file(model, tmp_path, monkeypatch):
+    "The first failure ends the writing: one warning, one attempt, an empty folder."
     store, replaced = PrefixStore(tmp_path, chunk=CHUNK), []
 
     def full(source, target):
@@ -391,6 +403,7 @@ def test_an_interrupt_in_the_middle_of_a_write(model, tmp_path, monkeypatch):
 
 
 def test_old_temporary_files_are_swept(tmp_path):
+    "Those of two hours ago; one of ten seconds may belong to a writer that is alive."
     store = ChunkStore(tmp_path)
     for name, age in ("old", 7200), ("young", 10):
         p = tmp_path / f"{name}.safetensors.tmp"
@@ -401,6 +414,7 @@ def test_old_temporary_files_are_swept(tmp_path):
 
 
 def test_what_no_store_can_be_made_of(tmp_path):
+    "Sizes, salts and folders of the wrong kind; numpy's integers are fine."
     for kw in dict(max_bytes=0), dict(chunk=-1), dict(chunk=2.0), dict(chunk="128"), dict(salt=None):
         with pytest.raises(ConfigError):
             PrefixStore(tmp_path, **kw)
@@ -416,6 +430,7 @@ def test_what_no_store_can_be_made_of(tmp_path):
 
 
 def test_what_cannot_be_restored_exactly_is_refused(model, tmp_path):
+    "Batches, odd tokens, caches that are in use, closed, too short or cannot hold all tokens, and models in training."
     from transformers import DynamicCache
 
     store, x = PrefixStore(tmp_path, chunk=CHUNK), prompt(40)
@@ -460,6 +475,7 @@ def test_what_cannot_be_restored_exactly_is_refused(model, tmp_path):
 
 
 def test_an_error_on_the_way_leaves_the_cache_empty_and_usable(tmp_path):
+    "A layer that raises ends the prefill; the same cache can be filled when it is mended."
     m = small_model()
     hook = m.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     cache = SlabCache(m.config)
@@ -472,6 +488,7 @@ def test_an_error_on_the_way_leaves_the_cache_empty_and_usable(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 32, 33])
 def test_lengths_at_the_edges_of_chunks(model, tmp_path, n):
+    "The last token is never stored: its logits are what the prompt is read for."
     store = PrefixStore(tmp_path, chunk=CHUNK)
     for hits in (0, (n - 1) // CHUNK):
         report = prefill(store, model, prompt(n))
@@ -481,6 +498,7 @@ def test_lengths_at_the_edges_of_chunks(model, tmp_path, n):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "phi2"])
 def test_same_bits_for_every_family_at_the_ends_and_in_the_middle(family, dtype, tmp_path):
+    "All loaded, half loaded and all computed, in float32 and in bfloat16."
     m, store = small_model(family).to(dtype), PrefixStore(tmp_path, chunk=CHUNK)
     prefill(store, m)
     for store.meet_at in (0, 3, 6):
@@ -489,6 +507,7 @@ def test_same_bits_for_every_family_at_the_ends_and_in_the_middle(family, dtype,
 
 
 def test_a_large_budget_changes_nothing_after_a_restore(model, tmp_path):
+    "A restored cache under a budget that holds everything gives the logits of one without a budget."
     store, ids = PrefixStore(tmp_path, chunk=CHUNK), prompt(CHUNK * 6 + 5)
     logits = []
     for cache in EvictingCache(model.config, EvictionConfig(999)), SlabCache(model.config):

@@ -84,6 +84,7 @@ def folder(tmp_path_factory):
 
 
 def test_writers_leave_nothing_damaged(folder):
+    "Every file that three processes left can be read, and together they keep the limit."
     files = [*folder.glob("*.safetensors")]
     assert files and sum(p.stat().st_size for p in files) <= LIMIT
     for p in files:
@@ -91,6 +92,7 @@ def test_writers_leave_nothing_damaged(folder):
 
 
 def test_half_a_file_is_never_a_chunk(folder):
+    "The process that died left a temporary file and no chunk; a sweep removes it, and a prefill fills the gap."
     assert len([*folder.glob("*.tmp")]) == 1
     PrefixStore(folder).sweep(age=0)
     assert not [*folder.glob("*.tmp")]
