@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'LOCKS', 'HERE', 'QUIET', 'INSTALLED', 'CACHED', 'WRAPPERS', 'CALLED', 'CONTAINERS', 'IRRELEVANT',
-           'SAYS_NOTHING', 'LOOKS_ONLY', 'tensor_bytes', 'is_installed', 'StateHash', 'has_hooks', 'active_mode',
-           'model_state']
+           'SAYS_NOTHING', 'KINDS', 'LOOKS_ONLY', 'tensor_bytes', 'is_installed', 'StateHash', 'has_hooks',
+           'active_mode', 'model_state']
 
 # %% ../../nbs/00_core/15_state_hash.ipynb #e9b53aed
 import enum
@@ -45,26 +45,37 @@ def tensor_bytes(t: torch.Tensor) -> np.ndarray:  # of uint8
     "The bits of `t`, of any type and shape."
     return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
+# %% ../../nbs/00_core/15_state_hash.ipynb #b7819b0d
+def _tensor_parts(x):
+    return ("tensor", str(x.dtype), tuple(x.shape), hashlib.sha256(tensor_bytes(x)).hexdigest()), ()
 
-def _data_parts(x):
-    "A label and the elements of a value, an array, a container or a configuration; None for anything else."
-    if isinstance(x, torch.Tensor):
-        return ("tensor", str(x.dtype), tuple(x.shape), hashlib.sha256(tensor_bytes(x)).hexdigest()), ()
-    if isinstance(x, (np.ndarray, np.generic)):
-        bits = None if x.dtype.hasobject else hashlib.sha256(x.tobytes()).hexdigest()
-        return ("array", str(x.dtype), x.shape, bits), x.tolist() if bits is None else ()
-    if isinstance(x, enum.Enum):
-        return ("enum", type(x).__qualname__, x.name), ()
-    if isinstance(x, Mapping):
-        return ("mapping", len(x)), [part for item in x.items() for part in item]
-    if isinstance(x, (list, tuple)):
-        return (type(x).__name__, len(x)), x
-    if isinstance(x, (set, frozenset)):
-        return (type(x).__name__, len(x)), sorted(x, key=repr)
-    if isinstance(x, PreTrainedConfig):
-        says = {k: v for k, v in x.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-        return ("config", type(x).__qualname__), (says, getattr(x, "_attn_implementation", None))
-    return None
+
+def _array_parts(x):
+    bits = None if x.dtype.hasobject else hashlib.sha256(x.tobytes()).hexdigest()
+    return ("array", str(x.dtype), x.shape, bits), x.tolist() if bits is None else ()
+
+
+def _enum_parts(x):
+    return ("enum", type(x).__qualname__, x.name), ()
+
+
+def _mapping_parts(x):
+    if all(type(k) is str for k in x):
+        return ("mapping", *x), list(x.values())
+    return ("pairs", len(x)), [part for item in x.items() for part in item]
+
+
+def _list_parts(x):
+    return (type(x).__name__, len(x)), x
+
+
+def _set_parts(x):
+    return (type(x).__name__, len(x)), sorted(x, key=repr)
+
+
+def _config_parts(x):
+    says = {k: v for k, v in x.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return ("config", type(x).__qualname__), (says, getattr(x, "_attn_implementation", None))
 
 # %% ../../nbs/00_core/15_state_hash.ipynb #0163a49a
 HERE = Path(transformers.__file__).parent
@@ -153,13 +164,12 @@ def _function_parts(f):
         values = [_outside(x, True) for x in (*(f.__defaults__ or ()), *outside, *(f.__kwdefaults__ or {}).values())]
     read = {} if _is_quiet(f) else _read(names, f.__globals__, installed)
     noted = {} if installed else {k: v for k, v in vars(f).items() if k != "__wrapped__"}
-    return ("function", f.__qualname__, digest, len(f.__defaults__ or ())), (values, read, noted)
+    label = "function", f.__qualname__, digest, len(f.__defaults__ or ()), len(values), (*read,), (*noted,)
+    return label, [*values, *read.values(), *noted.values()]
 
 # %% ../../nbs/00_core/15_state_hash.ipynb #81d0d3b8
 def _callable_parts(x):
-    "Label and parts of what can be called, or stands for something else; None for anything else."
-    if isinstance(x, FunctionType):
-        return _function_parts(x)
+    "Label and parts of what can be called, stands for something else, or has attributes; None for anything else."
     if isinstance(x, MethodType):
         return ("method",), (x.__func__, x.__self__)
     if isinstance(x, (functools.partial, functools.partialmethod)):
@@ -180,7 +190,7 @@ def _callable_parts(x):
         return ("context variable", x.name), (x.get(None),)
     if isinstance(x, weakref.ref):
         return ("reference",), (x(),)
-    return None
+    return _object_parts(x)
 
 # %% ../../nbs/00_core/15_state_hash.ipynb #9822cb25
 IRRELEVANT = frozenset(
@@ -212,6 +222,8 @@ def _class_parts(cls):
 
 def _object_parts(x):
     "Label and parts of an object with attributes; None for one without."
+    if isinstance(x, LOCKS) or type(x) is object:
+        return ("lock" if isinstance(x, LOCKS) else "sentinel",), ()
     slots = []
     for c in type(x).__mro__:
         own = vars(c).get("__slots__", ())
@@ -222,6 +234,31 @@ def _object_parts(x):
     has |= {s: getattr(x, s) for s in slots if s not in ("__dict__", "__weakref__") and hasattr(x, s)}
     more = x.state_key() if callable(getattr(x, "state_key", None)) else None
     return ("object",), (type(x), has, more)
+
+# %% ../../nbs/00_core/15_state_hash.ipynb #51b109a0
+KINDS = (
+    (type, _class_parts),
+    (torch.Tensor, _tensor_parts),
+    ((np.ndarray, np.generic), _array_parts),
+    (enum.Enum, _enum_parts),
+    (Mapping, _mapping_parts),
+    ((list, tuple), _list_parts),
+    ((set, frozenset), _set_parts),
+    (PreTrainedConfig, _config_parts),
+    (FunctionType, _function_parts),
+)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _kind(cls: type):
+    "The function that takes values of `cls` apart."
+    return next((parts for kinds, parts in KINDS if issubclass(cls, kinds)), _callable_parts)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _is_plain(cls: type) -> bool:
+    "Whether `repr` says all about values of `cls`."
+    return issubclass(cls, PLAIN) and not issubclass(cls, enum.Enum)
 
 # %% ../../nbs/00_core/15_state_hash.ipynb #85fb9959
 class StateHash:
@@ -248,16 +285,16 @@ class StateHash:
         depth: int = 0,
     ):
         "Add `x` and what it refers to."
-        if isinstance(x, PLAIN) and not isinstance(x, enum.Enum):
+        if _is_plain(type(x)):
             return self.note(type(x).__name__, x)
         if id(x) in self.seen:
             return self.note("again", self.seen[id(x)][0])
         self.know(x)
         label, parts = self.look_into(x, where, depth)
         self.note(*label)
+        names = label[1:] if label[0] == "mapping" else ()
         for i, part in enumerate(parts):
-            is_value = label[0] == "mapping" and i % 2
-            self.add(part, f"{where}.{parts[i - 1]}" if is_value else where, depth + 1)
+            self.add(part, f"{where}.{names[i]}" if names else where, depth + 1)
 
 # %% ../../nbs/00_core/15_state_hash.ipynb #165cf251
 @patch
@@ -265,13 +302,7 @@ def look_into(self: StateHash, x, where: str, depth: int) -> tuple:
     "A label of `x` that tells it from others but for its parts, and the parts."
     if depth > 200 or len(self.seen) > 500_000:
         raise UnsupportedModelError(f"the state of {where} has no end")
-    if isinstance(x, type):
-        return _class_parts(x)
-    if isinstance(x, LOCKS):
-        return ("lock",), ()
-    if type(x) is object:
-        return ("sentinel",), ()
-    found = _data_parts(x) or _callable_parts(x) or _object_parts(x)
+    found = _kind(type(x))(x)
     if found is None and not self.vouched:
         raise UnsupportedModelError(f"{where} holds a {type(x).__name__}, which cannot be looked into")
     return found or (("unknown", type(x).__qualname__), ())
