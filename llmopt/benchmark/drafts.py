@@ -90,7 +90,7 @@ def _spared_interval(results):
     if len(results) < 2:
         return None, None
     _, less, more = relative_increase([r.passes for r in results], [len(r.ids) for r in results])
-    return round(-more, 4), round(-less, 4)
+    return round(-more, 4) + 0.0, round(-less, 4) + 0.0  # no negative zeros
 
 
 def _totals(way, results, seconds, plain, plain_seconds):
