@@ -84,8 +84,8 @@ def pool(
 # %% ../../nbs/04_kv_cache/07_policies.ipynb #fe5c2ef8
 def cake_policy(
     gamma: float = 200.0,  # weight of the variance
-    tau1: float = 3.0,  # temperature of the spatial dispersion
-    tau2: float = 3.0,  # temperature of the temporal dispersion
+    tau1: float = 1.0,  # temperature of the spatial dispersion
+    tau2: float = 1.0,  # temperature of the temporal dispersion
     name: str = "cake",
 ) -> Policy:
     "CAKE ([Qin et al. 2025](https://arxiv.org/abs/2503.12491), equations 3 to 6)."
