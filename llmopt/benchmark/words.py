@@ -285,10 +285,13 @@ def prefill_saved(rows, lm, scorers=MODEL_FREE, rate: float = 0.5, words: int = 
 
 # %% ../../nbs/10_benchmark/04_words.ipynb #170e80cd
 LARGE = 50_000_000  # parameters
+_ENDS = 12  # passages from either end of the list that a large model is asked about
 
 
-def _is_large(lm):
-    return sum(p.numel() for p in lm.model.parameters()) > LARGE
+def _fewer(rows):
+    "The first and the last passages, with one question each."
+    rows = [one_question(r, i) for i, r in enumerate(rows) if r.get("questions")]
+    return rows if len(rows) <= 2 * _ENDS else rows[:_ENDS] + rows[-_ENDS:]
 
 
 def to_bfloat16(
@@ -319,9 +322,8 @@ _LONG = "beginning", "every_nth", "coverage", "sentences", "sentences, no questi
 
 def _times(rows, lm):
     "Tables of how long scorers take, and whether that pays."
-    speed = time_scorers(" ".join(r["text"] for r in rows))
-    rows_of_speed = [dict(scorer=s, ms_per_1000_words=ms) for s, ms in speed.items()]
-    return dict(speed=rows_of_speed, pays=prefill_saved(rows, lm))
+    times = time_scorers(" ".join(r["text"] for r in rows)).items()
+    return dict(speed=[dict(scorer=s, ms_per_1000_words=ms) for s, ms in times], pays=prefill_saved(rows, lm))
 
 
 def benchmark_words(
@@ -332,11 +334,12 @@ def benchmark_words(
     "Word removal: what survives, whether budgets hold, what answers lose, what it costs."
     rows, lm = read_texts(texts), load(model)
     some = rows[:4] if quick else rows
-    large = _is_large(lm) and lm.device.type == "cpu"
-    asked = [one_question(r, i) if large else r for i, r in enumerate(some) if r.get("questions")]
-    rounded = [to_bfloat16(lm, asked[:8])] if large and asked else []
+    large = lm.device.type == "cpu" and lm.model.num_parameters() > LARGE
+    asked = _fewer(some) if large else [r for r in some if r.get("questions")]
+    rounded = [to_bfloat16(lm, asked[:2])] if large and asked else []
     answers, pairs = _answers_about(asked, lm, rates=(0.5,) if quick else RATES)
-    documents = [] if quick or texts is not None or lm.context < _CONTEXT else long_documents()
+    brief = quick or large or texts is not None or lm.context < _CONTEXT
+    documents = [] if brief else long_documents()
     long, long_pairs = _answers_about(documents, lm, rates=(0.2, 0.5), scorers=_LONG, halves=("shown",))
     tables = dict(
         survive=[x for t in (None, lm.tokenizer) for x in surviving(some, t)],
