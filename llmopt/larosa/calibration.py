@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HASHED_TYPES', 'MOMENT_TOKENS', 'VALUE_TOKENS', 'COST_TOKENS', 'TEST_TOKENS', 'TESTED_AT', 'MADE_BY', 'windows',
            'default_texts', 'other_texts', 'other_ids', 'calibration_ids', 'hashes_by_type', 'same_weights',
-           'Calibration', 'name_of', 'divergence', 'Texts', 'shared_out', 'calibrate', 'text_hash']
+           'Calibration', 'name_of', 'divergence', 'Texts', 'shared_out', 'clearly_less', 'calibrate', 'text_hash']
 
 # %% ../../nbs/03_larosa/10_calibration.ipynb #19f38182
 import copy
@@ -195,7 +195,7 @@ def divergence(
 # %% ../../nbs/03_larosa/10_calibration.ipynb #df434c37
 MOMENT_TOKENS, VALUE_TOKENS, COST_TOKENS, TEST_TOKENS = 4096, 2048, 2048, 1024  # of calibration text; for each use
 TESTED_AT = 0.5  # the sparsity at which rotations are compared, and a basis is learned
-MADE_BY = 1  # the version of what is done here: a kept calibration of another version is not used
+MADE_BY = 2  # the version of what is done here: a kept calibration of another version is not used
 
 
 def _some(ids, tokens, skip=0):
@@ -215,13 +215,13 @@ class Texts(NamedTuple):
 
 # %% ../../nbs/03_larosa/10_calibration.ipynb #230c1c1e
 def shared_out(ids, rotation: str, width: int, other=None) -> Texts:  # `ids`, `other`: (n, length)
-    "Which of `ids` serve for what; the test has windows of its own where there are enough, and as many of `other`."
+    "Which of `ids` serve for what. The test is on `other`, which nothing else sees, or on `ids` that costs do not see."
     test = ids[-max(1, min(len(ids) // 4, TEST_TOKENS // ids.shape[1])) :]
     rest = len(test) if len(ids) > 3 else 0
     moments = ids if rotation in ("layer", "block") else _some(ids, max(MOMENT_TOKENS, 4 * width))
     costs = _some(ids, COST_TOKENS, rest)
     if other is not None:
-        test = torch.cat([test, other[: len(test)]])
+        test = other[: 2 * len(test)]
     return Texts(moments, _some(ids, VALUE_TOKENS), costs, test)
 
 
@@ -237,11 +237,11 @@ def _plan(texts, rotation):
 
 # %% ../../nbs/03_larosa/10_calibration.ipynb #34eb85bc
 def _tested(model, q, r, costs, ids, phase):
-    "What `model` loses in the bases `q` and `r` at the sparsity of the test."
+    "What `model` loses in the bases `q` and `r` at the sparsity of the test, in each window."
     with phase:
         new = sparsify(convert(model, q, r), "all")
         set_sparsity(new, allocate_by_cost(new, costs, TESTED_AT))
-        return divergence(model, new, ids)
+        return [divergence(model, new, window) for window in ids.split(1)]
 
 
 class _Work(NamedTuple):
@@ -259,7 +259,7 @@ class _Work(NamedTuple):
             return channel_costs(self.model, self.texts.costs, q if rotates(q) else None, self.r)
 
     def test(self, q, costs, phase):
-        "What is lost in the basis `q`."
+        "What is lost in the basis `q`, in each window of the test."
         return _tested(
             self.model, q, self.r, costs, self.texts.test, self.phases(phase, self.model, self.texts.test.numel())
         )
@@ -274,16 +274,23 @@ class _Work(NamedTuple):
         return dict.fromkeys(q, basis)
 
 # %% ../../nbs/03_larosa/10_calibration.ipynb #75e5c19f
+def clearly_less(a: list, b: list) -> bool:  # losses in the same windows
+    "Whether `a` is less than `b` by more than two standard errors of the mean difference; one window shows nothing."
+    d = torch.tensor(b) - torch.tensor(a)
+    return len(d) > 1 and bool(d.mean() > 2 * d.std() / len(d) ** 0.5)
+
+
 def _automatic(work):
     "The rotation that loses least, none or one basis: name, bases, costs, and what each of both lost in nats."
     plain, own, other = work._replace(r=None), *(choose_rotations(work.moments, name) for name in ("none", "model"))
     costs = plain.costs(own, "costs")
-    lost = dict(none=plain.test(own, costs, "own basis tested"))
     costs_there = work.costs(other, "costs in another basis")
+    lost = dict(none=plain.test(own, costs, "own basis tested"))
     lost["model"] = work.test(other, costs_there, "another basis tested")
-    if lost["model"] >= lost["none"]:
-        return "none", own, None, costs, lost
-    return "model", other, work.r, costs_there, lost
+    means = {name: sum(windows) / len(windows) for name, windows in lost.items()}
+    if clearly_less(lost["model"], lost["none"]):
+        return "model", other, work.r, costs_there, means
+    return "none", own, None, costs, means
 
 
 def _bases(work, rotation, measure):
@@ -306,7 +313,7 @@ def calibrate(
     rotation: str = "auto",  # `auto`, `learned`, or one of `ROTATIONS`
     heads: bool = True,  # rotate values within each KV head
     measure: bool = True,  # what dropping channels costs
-    other: torch.Tensor | None = None,  # (n, length) text of another kind, on which `auto` tests too
+    other: torch.Tensor | None = None,  # (n, length) text of another kind, on which `auto` tests
 ) -> Calibration:
     """Bases and costs of `model` on `ids`, with a progress bar.
 

@@ -30,7 +30,7 @@ from llmopt.larosa import (
 from llmopt.larosa import artifact as kept
 from llmopt.larosa import config as prepared
 from llmopt.larosa.allocation import costs_by_passes
-from llmopt.larosa.calibration import shared_out
+from llmopt.larosa.calibration import clearly_less, shared_out
 from llmopt.larosa.rotation import rotates
 
 from .models import exact, random_heads
@@ -254,3 +254,18 @@ def test_patched_code_is_another_model(cache, monkeypatch):
         m.setattr(module, "apply_rotary_pos_emb", lambda q, k, *args, **kwargs: turn(k if q is None else q, k, *args))
         assert config.prepare(lm).model is not first and len(made) == 3
     assert config.prepare(lm).model is first and len(made) == 3
+
+
+def test_a_rotation_must_win_clearly():
+    "A lower mean is no reason for another basis, as long as the windows do not agree."
+    assert clearly_less([0.1, 0.2, 0.3], [0.2, 0.31, 0.4])
+    assert not clearly_less([0.1, 0.2, 0.3], [0.3, 0.1, 0.3]) and not clearly_less([0.2, 0.3], [0.1, 0.2])
+    assert not clearly_less([0.1], [0.9])
+
+
+def test_rotations_are_tested_on_text_that_nothing_has_seen():
+    "With text of another kind the test is on that alone; without, on windows that the costs have not seen."
+    ids, other = torch.zeros(20, 32, dtype=torch.long), torch.ones(40, 32, dtype=torch.long)
+    texts = shared_out(ids, "auto", 32, other)
+    assert texts.test.min() == 1 and max(x.max() for x in (texts.moments, texts.values, texts.costs)) == 0
+    assert shared_out(ids, "auto", 32).test.max() == 0
