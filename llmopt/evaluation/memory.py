@@ -91,6 +91,8 @@ class MemoryProcess:
             print(json.dumps(asked), file=process.stdin, flush=True)
             found = json.loads(process.stdout.readline())
         except (OSError, ValueError):
+            process.kill()
+            process.communicate()  # gone for certain, so that the next request starts another
             raise LlmoptError("the memory process ended before it answered") from None
         code, error = found.pop("exitcode"), found.pop("error", None)
         if code < 0:
