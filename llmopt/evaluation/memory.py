@@ -57,10 +57,10 @@ def serve() -> None:
         child.join()
         print(json.dumps(dict(found, exitcode=child.exitcode)), flush=True)
 
-# %% ../../nbs/06_evaluation/08_memory.ipynb #888068f4
+
 SERVER = "import transformers.models.auto.modeling_auto; from llmopt.evaluation.memory import serve; serve()"
 
-
+# %% ../../nbs/06_evaluation/08_memory.ipynb #888068f4
 class MemoryProcess:
     "A process that has the libraries loaded, and measures each method in a copy of itself. A context manager."
 
