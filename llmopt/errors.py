@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LlmoptError', 'ConfigError', 'BudgetError', 'ModelError', 'UnsupportedModelError', 'ContextError', 'ResultsError',
-           'CorruptChunkError', 'one_line', 'warn_once']
+           'CorruptChunkError', 'one_line', 'shown', 'warn_once']
 
 # %% ../nbs/00_errors.ipynb #21437d65
 import warnings
@@ -54,6 +54,11 @@ def one_line(
         return text if len(text) <= 4 * limit else f"{text[: 2 * limit]} ... {text[-limit:]}"
     name = type(error).__name__
     return f"{name}: {text[:limit]}" if text else name
+
+# %% ../nbs/00_errors.ipynb #5575673f
+def shown(value) -> str:
+    "`repr(value)` in one line of at most 40 characters."
+    return " ".join(repr(value).split())[:40]
 
 # %% ../nbs/00_errors.ipynb #61ad3193
 _said = set()

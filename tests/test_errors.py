@@ -25,6 +25,12 @@ def test_one_line():
     assert len(long) < 1000 and long.startswith("no method 'xx") and long.endswith("'; use words")
 
 
+def test_a_value_in_one_line():
+    "A message that refuses a value shows it, in one line: the `repr` of a model or a matrix has hundreds."
+    test_eq(shown("two\nlines"), "'two\\nlines'")
+    test_eq(len(shown([1.5] * 100)), 40)
+
+
 def test_said_once():
     "What is worth knowing but stops nothing is a warning, the first time only."
     with warnings.catch_warnings(record=True) as w:

@@ -186,7 +186,7 @@ def _measured(p, output):
     p.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="order of the methods (default: %(default)s)"
     )
-    p.add_argument("--no-memory", action="store_true", help="do not measure peak memory (one fresh process a method)")
+    p.add_argument("--no-memory", action="store_true", help="do not measure peak memory (one process a method)")
     p.add_argument("-o", "--output", default=output, metavar="FILE", help="results file (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted results file")
     _debug(p)

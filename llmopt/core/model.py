@@ -30,7 +30,7 @@ from llmopt.core.sources import (
     weight_files,
 )
 from .text import plain_text
-from ..errors import ConfigError, ModelError, one_line, warn_once
+from ..errors import ConfigError, ModelError, one_line, shown, warn_once
 
 # %% ../../nbs/00_core/09_model.ipynb #f49f0046
 def model_source(
@@ -41,11 +41,6 @@ def model_source(
     return str(convert(found.place, name)) if found.kind == "gguf" else found.place
 
 # %% ../../nbs/00_core/09_model.ipynb #64916e36
-def _shown(value):
-    "`repr(value)` in one line of at most 40 characters."
-    return " ".join(repr(value).split())[:40]
-
-
 def pick_device(
     device: str | None = "auto",  # `auto` or None, `cpu`, `cuda`, `cuda:1`, `mps`
 ) -> torch.device:
@@ -56,7 +51,7 @@ def pick_device(
     try:
         d = torch.device(device)
     except (RuntimeError, TypeError, ValueError, OverflowError):
-        raise ConfigError(f"unknown device {_shown(device)}; use auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(f"unknown device {shown(device)}; use auto, cpu, cuda or cuda:N") from None
     if d.type != "cpu" and (acc is None or acc.type != d.type):
         raise ConfigError(f"no {d.type} device on this machine; use --device cpu or auto")
     there = 1 if d.type == "cpu" else torch.accelerator.device_count()
@@ -150,7 +145,7 @@ def _dtype(name, device):
         return torch.float32 if device.type == "cpu" else "auto"
     dtype = name if isinstance(name, torch.dtype) else _DTYPES.get(str(name).removeprefix("torch."))
     if dtype is None or not dtype.is_floating_point:
-        raise ConfigError(f"unknown dtype {_shown(name)}; use float32, bfloat16, float16 or auto")
+        raise ConfigError(f"unknown dtype {shown(name)}; use float32, bfloat16, float16 or auto")
     if dtype.itemsize < 2:
         raise ConfigError(f"{dtype} is for storage: no layer computes in it; use float32, bfloat16, float16 or auto")
     return dtype

@@ -264,7 +264,7 @@ def compare(
     output=None,  # results file; rows go to a journal beside it on the way
     resume: bool = False,  # go on with that file and its journal
     quick: bool = False,  # 30 new tokens and one round, where you say nothing else
-    memory: bool = True,  # measure peak memory in fresh processes
+    memory: bool = True,  # measure peak memory, in a process for each method
     kind: str = "compare",
     seed: int = 0,
     progress: bool = True,

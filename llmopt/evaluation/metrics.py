@@ -175,7 +175,7 @@ _MEMORY = [
         label="peak memory",
         short="peak",
         unit="byte",
-        formula="high-water mark of resident memory while answering, one fresh process a method",
+        formula="high-water mark of resident memory while answering, in a process of its own for each method",
         arm="memory",
     ),
     Metric(

@@ -38,7 +38,7 @@ def settings(
     quality_tokens: int | None = None,  # at most, of each answer that is judged; twice as many by default
     warmup: int = 2,  # answers of each method before anything counts
     seed: int = 0,  # of the order of the methods
-    memory: bool = True,  # measure peak memory in fresh processes
+    memory: bool = True,  # measure peak memory, in a process for each method
 ) -> dict:
     "The entry `config` of a results file; raises `ConfigError` for settings that cannot be."
     if memory and isinstance(model, LM):

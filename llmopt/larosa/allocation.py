@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'HIGHEST', 'check_sparsity', 'allocate_by_rule', 'energies', 'costs_by_passes', 'drawn_tokens',
-           'backward_pass', 'plain_weight', 'plain_shape', 'channel_costs', 'allocate_by_cost']
+           'head_gradient', 'backward_pass', 'plain_weight', 'plain_shape', 'channel_costs', 'allocate_by_cost']
 
 # %% ../../nbs/03_larosa/08_allocation.ipynb #47232c74
 import threading
@@ -99,6 +99,22 @@ def drawn_tokens(
     r = torch.rand(len(p), 1, generator=generator).to(p.device) * p[:, -1:]
     return torch.searchsorted(p, r).clamp(max=p.shape[-1] - 1)
 
+# %% ../../nbs/03_larosa/08_allocation.ipynb #a1ab1216
+def head_gradient(
+    model,  # a transformers causal LM
+    hidden: torch.Tensor,  # (tokens, D), what the head reads
+    generator: torch.Generator,  # on the CPU
+) -> torch.Tensor:  # (tokens, D)
+    "The gradient, with respect to `hidden`, of the log-probability of tokens that the model draws itself."
+    head, found = model.get_output_embeddings(), []
+    for some in hidden.detach().split(32):
+        some.requires_grad_()
+        with torch.enable_grad():
+            logits = head(some)
+            chosen = logits.float().log_softmax(-1).gather(-1, drawn_tokens(logits, generator)).sum()
+        found += torch.autograd.grad(chosen, some)
+    return torch.cat(found)
+
 # %% ../../nbs/03_larosa/08_allocation.ipynb #e432a184
 def backward_pass(
     model,  # a transformers causal LM in eval mode; its parameters get no gradients
@@ -128,9 +144,9 @@ def backward_pass(
         for window in ids.to(model.device):
             start.clear()
             with torch.enable_grad():
-                logits = model(window[None], use_cache=False).logits[0]
-                chosen = logits.float().log_softmax(-1).gather(-1, drawn_tokens(logits, generator)).sum()
-            torch.autograd.grad(chosen, start[0])
+                hidden = model.base_model(window[None], use_cache=False).last_hidden_state[0]
+            torch.autograd.grad(hidden, start[0], head_gradient(model, hidden, generator))
+            del hidden  # and its graph, before the next one is built
     finally:
         for handle in handles:
             handle.remove()
@@ -143,7 +159,8 @@ class _Turned:
         layers, blocks = range(model.config.num_hidden_layers), FAMILIES[model.config.model_type].blocks
         norms = block_norms(model, FAMILIES[model.config.model_type])
         reads = {f"{i}.{path}": (i, j) for i in layers for j, b in enumerate(blocks) for path in b.read}
-        self.q = {name: (q[key].float(), norms[key]) for name, key in reads.items()} if q else {}
+        shared = {id(basis): basis.float() for basis in (q or {}).values()}
+        self.q = {name: (shared[id(q[key])], norms[key]) for name, key in reads.items()} if q else {}
         self.r = {f"{i}.{blocks[0].write}": r[i].float() for i in layers} if r else {}
         self.norms, self.stream = norms if q else {}, {}
         self.key = reads.get

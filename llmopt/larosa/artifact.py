@@ -18,9 +18,10 @@ from safetensors.torch import save as tensors_to_bytes
 
 from ..core import ASSETS
 from ..core.cache import new_folder, only_one, writable_dir
+from ..core.measures import same_weights
 from ..errors import ConfigError, ModelError, one_line, warn_once
 from .basis import nearest_orthogonal
-from .calibration import Calibration, name_of, same_weights
+from .calibration import Calibration, name_of
 
 # %% ../../nbs/03_larosa/11_artifact.ipynb #a3e98a5f
 FORMAT = 3

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core import LM, TINY
+from ..core.measures import same_weights
 from ..core.state_hash import LOOKS_ONLY, model_state
 from ..errors import ConfigError, UnsupportedModelError
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity
@@ -29,7 +30,6 @@ from llmopt.larosa.calibration import (
     calibrate,
     calibration_ids,
     other_ids,
-    same_weights,
     text_hash,
 )
 from .families import family
