@@ -300,7 +300,7 @@ def _start(pickled):
 def _do(f, args):
     return f(_shared, *args)
 
-
+# %% ../../nbs/10_benchmark/13_larosa_ablation.ipynb #bbfa9a67
 @patch
 def share(self: Ablation, variants):
     "Make now what `variants` would make later, each process for itself."
@@ -326,7 +326,7 @@ def each(
     with ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), _start, (pickle.dumps(self),)) as pool:
         return [*pool.map(partial(_do, f), jobs)]
 
-
+# %% ../../nbs/10_benchmark/13_larosa_ablation.ipynb #23fa77be
 def _measure(ablation, name, p):
     return ablation.measure(name, p)
 

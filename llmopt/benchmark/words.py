@@ -56,7 +56,7 @@ def _joined(caches, length, config):
         joined.update(keys, values, i)
     return joined
 
-
+# %% ../../nbs/10_benchmark/04_words.ipynb #3c173ee1
 class PromptBatch:
     "Several prompts of a model, read once; padded on the left, so that all answers begin side by side."
 
@@ -87,22 +87,26 @@ class PromptBatch:
             self.lm.model(self.ids[start:stop, first:-1], past_key_values=cache, **kw)
         return cache
 
-    def forward(self, x, cache, keep) -> torch.Tensor:  # (prompts, keep, V)
-        "Logits behind the last `keep` of the tokens `x` (prompts, n), which follow what is in `cache`."
-        past = cache.get_seq_length()
-        end = past + x.shape[1]
-        more = self.mask.new_ones(len(x), max(0, end - self.mask.shape[1]))
-        mask = torch.cat([self.mask, more], 1)[:, :end]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-        kw = dict(past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        return self.lm.model(x, attention_mask=mask, position_ids=positions, **kw).logits
+# %% ../../nbs/10_benchmark/04_words.ipynb #3140163d
+@patch
+def forward(self: PromptBatch, x, cache, keep) -> torch.Tensor:  # (prompts, keep, V)
+    "Logits behind the last `keep` of the tokens `x` (prompts, n), which follow what is in `cache`."
+    past = cache.get_seq_length()
+    end = past + x.shape[1]
+    more = self.mask.new_ones(len(x), max(0, end - self.mask.shape[1]))
+    mask = torch.cat([self.mask, more], 1)[:, :end]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+    kw = dict(past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    return self.lm.model(x, attention_mask=mask, position_ids=positions, **kw).logits
 
-    @torch.inference_mode()
-    def log_probs(self, answer) -> torch.Tensor:  # (prompts, len(answer), V), float32
-        "Log-probabilities before each token of `answer`, teacher-forced on it."
-        rest = torch.tensor(answer[:-1], device=self.ids.device, dtype=torch.long).expand(len(self.ids), -1)
-        x = torch.cat([self.ids[:, -1:], rest], 1)
-        return self.forward(x, copy.deepcopy(self.cache), len(answer)).float().log_softmax(-1)
+
+@patch
+@torch.inference_mode()
+def log_probs(self: PromptBatch, answer) -> torch.Tensor:  # (prompts, len(answer), V), float32
+    "Log-probabilities before each token of `answer`, teacher-forced on it."
+    rest = torch.tensor(answer[:-1], device=self.ids.device, dtype=torch.long).expand(len(self.ids), -1)
+    x = torch.cat([self.ids[:, -1:], rest], 1)
+    return self.forward(x, copy.deepcopy(self.cache), len(answer)).float().log_softmax(-1)
 
 # %% ../../nbs/10_benchmark/04_words.ipynb #5c0a71e2
 @patch

@@ -119,7 +119,7 @@ def divergence(
     "Mean Kullback-Leibler divergence of the predictions of `other` from those of `model`."
     lost = []
     for window in ids.to(model.device).split(1):
-        both = [m.base_model(window, use_cache=False).last_hidden_state[0].split(32) for m in (model, other)]
+        both = [m.base_model(window, use_cache=False).last_hidden_state[0].split(16) for m in (model, other)]
         lost += [kl(_logprobs(model, a), _logprobs(other, b)) for a, b in zip(*both)]
     return torch.cat(lost).mean().item()
 

@@ -219,7 +219,7 @@ def _class_parts(cls):
     has = {k: v for k, v in sorted(vars(cls).items()) if k not in IRRELEVANT | SAYS_NOTHING}
     return ("class", name), (cls.__bases__, {k: _outside(v, installed) for k, v in has.items()})
 
-
+# %% ../../nbs/00_core/15_state_hash.ipynb #105d20ac
 def _object_parts(x):
     "Label and parts of an object with attributes; None for one without."
     if isinstance(x, LOCKS) or type(x) is object:

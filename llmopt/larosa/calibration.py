@@ -269,7 +269,7 @@ def _moments(model, ids, rotation):
         return moments
     return dict.fromkeys(moments, sum(moments.values()) / len(moments))
 
-
+# %% ../../nbs/03_larosa/10_calibration.ipynb #36af7371
 @torch.inference_mode(False)
 @torch.no_grad()
 def calibrate(

@@ -148,7 +148,7 @@ def _as_linear(m):
     return linear
 
 # %% ../../nbs/03_larosa/06_rotation.ipynb #584d3afa
-SLICE = 4096  # rows of a weight that are in float64 at a time: a whole vocabulary would outweigh many a model
+SLICE = 1024  # rows of a weight that are in float64 at a time: a whole vocabulary would outweigh many a model
 
 
 def _in_slices(w, change):
