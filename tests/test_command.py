@@ -11,11 +11,13 @@ import time
 import warnings
 
 import pytest
+import torch
 
 from llmopt.cli import main
 
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 CMD = [sys.executable, "-m", "llmopt.cli"]
+SHORT = "--quick", "--max-new-tokens", "6"
 
 
 def fresh(*args, cwd, **kw):
@@ -52,7 +54,7 @@ def compared(tmp_path_factory):
     "A quick comparison in an empty folder."
     d = tmp_path_factory.mktemp("compare")
     (d / "q.jsonl").write_text('{"text": "What is rain made of?", "keywords": ["water"]}\n')
-    return d, fresh("compare", "--quick", "--queries", "q.jsonl", cwd=d)
+    return d, fresh("compare", *SHORT, "--queries", "q.jsonl", cwd=d)
 
 
 def test_compare(compared):
@@ -92,7 +94,7 @@ def test_plot(compared):
 
 
 def test_ask_and_plot(tmp_path):
-    p = llmopt("ask", "--message", "Why is the sea salty?", "--quick", "--no-memory", cwd=tmp_path)
+    p = llmopt("ask", "--message", "Why is the sea salty?", *SHORT, "--no-memory", cwd=tmp_path)
     assert p.returncode == 0 and "--- word_removal" in p.stdout, p.stderr
     assert json.loads((tmp_path / "comprehensive_results.json").read_text())["kind"] == "ask"
     p = llmopt("plot", "comprehensive_results.json", "--output", ".", cwd=tmp_path)
@@ -157,9 +159,12 @@ def test_bad_results_files(tmp_path, compared):
 
 
 def test_single_method_plots(tmp_path):
-    assert llmopt("compare", "--quick", "--no-memory", "--methods", "baseline", cwd=tmp_path).returncode == 0
+    assert llmopt("compare", *SHORT, "--no-memory", "--methods", "baseline", cwd=tmp_path).returncode == 0
     assert llmopt("plot", "multi_query_results.json", cwd=tmp_path).returncode == 0
     assert len(list((tmp_path / "plots").glob("*.png"))) == 3
+
+
+ROUNDS = 14  # enough that a signal after the first ones comes long before the last
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ on Windows")
@@ -174,7 +179,7 @@ def test_interrupt_and_resume(tmp_path):
         "baseline",
         "word_removal",
         "--rounds",
-        "30",
+        str(ROUNDS),
         "--max-new-tokens",
         "4",
         "--no-memory",
@@ -188,7 +193,7 @@ def test_interrupt_and_resume(tmp_path):
     p = subprocess.Popen(
         [*CMD, *args],
         cwd=tmp_path,
-        env=ENV,
+        env={**ENV, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # another number would not be resumed here
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -200,18 +205,18 @@ def test_interrupt_and_resume(tmp_path):
         return journal.exists() and journal.read_text().count('{"run": {"arm": "speed"') >= 6
 
     while not speed() and time.time() - t < 120:
-        time.sleep(0.1)
+        time.sleep(0.02)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "--resume" in err and "Traceback" not in err, err
     half = json.loads(f.read_text())
     assert any("interrupted" in w for w in half["warnings"]) and len(half["runs"]) >= 6
-    refused(*(a.replace("30", "31") for a in args), "--resume", cwd=tmp_path, says=["other rounds"])
-    assert fresh(*args, "--resume", cwd=tmp_path).returncode == 0 and not journal.exists()
+    refused(*(a.replace(str(ROUNDS), "31") for a in args), "--resume", cwd=tmp_path, says=["other rounds"])
+    assert llmopt(*args, "--resume", cwd=tmp_path).returncode == 0 and not journal.exists()
     whole, n = json.loads(f.read_text()), len(half["runs"])
     assert whole["runs"][:n] == half["runs"] and not any("interrupted" in w for w in whole["warnings"])
     methods = {r["method"] for r in whole["runs"]}
-    assert len(whole["runs"]) == 2 * 30 * len(methods) + 2 * (
+    assert len(whole["runs"]) == 2 * ROUNDS * len(methods) + 2 * (
         len(methods) - 1
     )  # the second baseline is in the speed arm alone
 

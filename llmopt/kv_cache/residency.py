@@ -43,15 +43,19 @@ def tensor_resident(
 def anonymous_bytes(
     starts,  # addresses where mappings begin
 ) -> int | None:  # bytes; None where the system does not tell, see `residency_unknown`
-    "Physical bytes of the mappings that begin at `starts`, from `/proc/self/smaps`."
-    wanted, inside, total = {f"{a:x}" for a in starts}, False, 0
+    "Physical bytes of the mappings that begin at `starts`, from `/proc/self/smaps`, read as far as the last of them."
+    wanted, inside, total = {b"%x" % a for a in starts}, False, 0
     try:
-        with open("/proc/self/smaps") as f:
+        with open("/proc/self/smaps", "rb") as f:
             for line in f:
-                if line.startswith("Anonymous:"):
-                    total += int(line.split()[1]) * 1024 * inside
-                elif "-" in line[:17]:  # the first line of a mapping: its addresses
-                    inside = line.split("-", 1)[0].lstrip("0") in wanted
+                if inside and line.startswith(b"Anonymous:"):
+                    total, inside = total + int(line.split()[1]) * 1024, False
+                    if not wanted:
+                        break
+                elif b"-" in line[:17]:  # the first line of a mapping: its addresses
+                    start = line.split(b"-", 1)[0].lstrip(b"0")
+                    inside = start in wanted
+                    wanted.discard(start)
     except OSError:
         return None
     return total

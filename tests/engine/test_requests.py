@@ -1,13 +1,14 @@
 "Nothing of a request lives on a shared model: threads, streams in turn, errors in the middle, a fork."
 
+import multiprocessing
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
 import torch
+from notebook_process import CONTEXT
 
 from helpers import tiny
 from llmopt.core import load, weights_hash
@@ -122,27 +123,27 @@ def test_a_stream_that_nobody_reads_on_ends(unchanged):
     assert e.chat("What is ice?", max_new_tokens=4)
 
 
-FORKS = """
-import multiprocessing, sys
-from llmopt.engine import EnhancedFusedLLMEngine
-engines = [EnhancedFusedLLMEngine("llmopt-tiny", recipe=r, max_new_tokens=6) for r in sys.argv[1:]]
-want = [e.run("What is ice?").output_ids for e in engines]
+def answer_and_fork(*recipes):
+    "Answer in this process, fork, and compare what the child answers: exit code 0 if it is the same, 2 if it hangs."
+    engines = [EnhancedFusedLLMEngine("llmopt-tiny", recipe=r, max_new_tokens=6) for r in recipes]
+    want = [e.run("What is ice?").output_ids for e in engines]
 
-def ask():
-    streamed = all("".join(e.stream("What is ice?")).strip() for e in engines)
-    sys.exit(0 if [e.run("What is ice?").output_ids for e in engines] == want and streamed else 1)
+    def ask():
+        streamed = all("".join(e.stream("What is ice?")).strip() for e in engines)
+        sys.exit(0 if [e.run("What is ice?").output_ids for e in engines] == want and streamed else 1)
 
-child = multiprocessing.get_context("fork").Process(target=ask)
-child.start()
-child.join(60)
-sys.exit(2 if child.is_alive() and not child.kill() else child.exitcode)
-"""
+    child = multiprocessing.get_context("fork").Process(target=ask)
+    child.start()
+    child.join(60)
+    sys.exit(2 if child.is_alive() and not child.kill() else child.exitcode)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_child_process_can_ask():
     "As in servers and data loaders: the parent has answered, forks, and the child answers the same."
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS, "baseline", "kv", "larosa"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    parent = CONTEXT.Process(
+        target=answer_and_fork, args=("baseline", "kv", "larosa")
+    )  # a new one, with no threads yet
+    parent.start()
+    parent.join(120)
+    assert parent.exitcode == 0

@@ -1,12 +1,9 @@
 "A prefix store that three real processes share: two write and delete at once, one dies in the middle of a write."
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers as T
+from notebook_process import CONTEXT
 
 from helpers import small_model
 from llmopt.kv_cache.cache import SlabCache
@@ -62,24 +59,27 @@ def die(folder):
     PrefixStore(folder, LIMIT, CHUNK).prefill(model, SlabCache(model.config), prompt(99))
 
 
+def begin(what, folder, threads):
+    "Do `what`, in a process of its own."
+    torch.set_num_threads(threads)
+    what(folder)
+
+
 def start(what, folder):
     "A process that does `what` with as many threads as this one has: their number is part of a chunk's name."
-    return subprocess.Popen(
-        [sys.executable, __file__, what, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    process = CONTEXT.Process(target=begin, args=(what, str(folder), torch.get_num_threads()))
+    process.start()
+    return process
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A folder that two writers and one that died have used at the same time."
     path = tmp_path_factory.mktemp("shared") / "store"
-    procs = [start("work", path), start("work", path), start("die", path)]
-    said = [p.communicate()[0] for p in procs]
-    assert [p.returncode for p in procs] == [0, 0, 9], said
+    procs = [start(work, path), start(work, path), start(die, path)]
+    for p in procs:
+        p.join()
+    assert [p.exitcode for p in procs] == [0, 0, 9]
     return path
 
 
@@ -116,7 +116,3 @@ def test_what_one_process_wrote_another_loads(folder):
         hits += store.prefill(model, cache, prompt(seed)).loaded
         check(model, prompt(seed), cache)
     assert hits
-
-
-if __name__ == "__main__":
-    dict(work=work, die=die)[sys.argv[1]](sys.argv[2])
