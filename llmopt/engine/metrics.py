@@ -17,6 +17,7 @@ class Events:
     "Clock readings of one request, in nanoseconds."
 
     submit: int = field(default_factory=time.perf_counter_ns)
+    start: int = 0  # when nobody else used the model any more; 0: at once
     ready: int = 0
     tokens: list = field(default_factory=list)  # one reading a step
     counts: list = field(default_factory=list)  # tokens that came with it
@@ -32,10 +33,11 @@ def _ms(a, b):
 def times(self: Events) -> dict:
     "The times of one answer in milliseconds, each a metric of the results file; None where there is none."
     steps, n = self.tokens, sum(self.counts)
-    first = steps[0] if steps else None
+    first, start = steps[0] if steps else None, self.start or self.submit
     return dict(
+        queue_ms=_ms(self.submit, start),
         ttft_ms=_ms(self.submit, first) if steps else None,
-        preprocess_ms=_ms(self.submit, self.ready),
+        preprocess_ms=_ms(start, self.ready),
         prefill_ms=_ms(self.ready, first) if steps else None,
         tpot_ms=_ms(first, steps[-1]) / (n - 1) if n > 1 else None,
         e2el_ms=_ms(self.submit, self.done),
@@ -78,7 +80,8 @@ class ChatMetrics:
     input_text: str  # the question
     prompt_text: str  # what the model read
     output_text: str  # what it answered
-    finish_reason: str  # `stop`: the model ended; `length`: cut after `max_new_tokens`; `stopped`: by the `stop` event
+    # `stop`: the model ended, or a stop string came; `length`: cut after `max_new_tokens`; `stopped`: somebody ended it
+    finish_reason: str
     ttft_ms: float | None  # ms from the question to the first token
     preprocess_ms: float  # ms of that before the model starts: shortening and tokenizing
     prefill_ms: float | None  # ms of that in which the model reads the prompt
@@ -102,5 +105,8 @@ class ChatMetrics:
     skipped_weight_bytes: int | None = None  # weight bytes that a new token does not read; None without LaRoSA
     factors: dict = field(default_factory=dict)  # slot -> 1 if it is on
     output_ids: list = field(default_factory=list, repr=False)  # token ids of the answer
+    logprobs: list | None = field(default=None, repr=False)  # a `TokenLogprob` of each, if they were asked for
+    cached_prompt_tokens: int = 0  # of `prompt_tokens`, those whose keys and values were there from an earlier answer
+    queue_ms: float = 0.0  # ms of `ttft_ms` in which others used the model
     # what a reader of this answer must know, such as a budget that was not met
     notes: list = field(default_factory=list)

@@ -11,9 +11,9 @@ def test_event_arithmetic():
     e = Events(
         submit=0, ready=2_000_000, tokens=[10_000_000, 14_000_000, 20_000_000], counts=[1, 1, 1], done=21_000_000
     )
-    test_eq(
-        e.times(), dict(ttft_ms=10.0, preprocess_ms=2.0, prefill_ms=8.0, tpot_ms=5.0, e2el_ms=21.0, itl_ms=[4.0, 6.0])
-    )
+    times = dict(ttft_ms=10.0, preprocess_ms=2.0, prefill_ms=8.0, tpot_ms=5.0, e2el_ms=21.0, itl_ms=[4.0, 6.0])
+    test_eq(e.times(), dict(queue_ms=0.0, **times))
+    test_eq([Events(0, 3, 5).times()[k] for k in ("queue_ms", "preprocess_ms")], [3e-6, 2e-6])
     test_eq(Events(submit=0, ready=1, tokens=[2], counts=[1], done=3).times()["tpot_ms"], None)
     test_eq(Events(submit=0, ready=1, done=3).times()["ttft_ms"], None)
 

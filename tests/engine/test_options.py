@@ -38,7 +38,7 @@ def test_a_stream_refuses_what_is_no_text_at_the_call():
 
 def test_chat_names_its_options():
     e = engine()
-    with pytest.raises(ConfigError, match="chat has no option 'tokens'; it has max_new_tokens"):
+    with pytest.raises(ConfigError, match="no option 'tokens'; it has max_new_tokens"):
         e.chat("What is rain?", tokens=3)
     assert e.history == []
 
