@@ -44,6 +44,16 @@ def plainly():
     nbdev.test.CaptureShell = partial(execnb.shell.CaptureShell, mpl_format="png")  # not "retina", four times the dots
 
 
+def as_if_new(root):
+    "Leave nothing of the fork server to be seen: the package is that of `root`, and may use its threads."
+    package = sys.modules.get("llmopt")
+    if package and not Path(package.__file__).is_relative_to(root):
+        for name in [n for n in sys.modules if n.partition(".")[0] == "llmopt"]:
+            del sys.modules[name]
+    if axpy := sys.modules.get("llmopt.larosa.axpy"):
+        axpy._omp = axpy._openmp()  # private: given up in every fork, but the fork server has never had threads
+
+
 def run_here(path, root, flags, log):
     "Run the notebook `path` in this process, what it prints goes to the file `log`; exit code 1 if a cell fails."
     os.chdir(root)
@@ -51,6 +61,7 @@ def run_here(path, root, flags, log):
     from nbdev.test import test_nb
 
     plainly()
+    as_if_new(root)
     with open(log, "w", encoding="utf-8") as f, redirect_stdout(f), redirect_stderr(f):
         passed, _ = test_nb(Path(path), skip_flags=flags, basepath=root)
     os._exit(not passed)
