@@ -26,7 +26,7 @@ class CopyingRows(Rows):
     def __init__(self, *args, **kw):  # as `Rows`
         super().__init__(*args, **kw)
         self.step = max(self.page_tokens, 16)  # the fewest tokens to have room for
-        self._allocate(0)
+        self.data = torch.empty(self.rows, 0, self.width, dtype=self.dtype, device=self.device)
 
 # %% ../../nbs/04_kv_cache/03_backends.ipynb #e118f069
 @patch

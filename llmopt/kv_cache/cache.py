@@ -42,9 +42,10 @@ class SlabLayer(CacheLayerMixin):
         max_batch_size: int | None = None,
         page_tokens: int = 0,
         prefault: bool = True,
+        page_after: int = 0,
     ):
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
-        self.kw = dict(page_tokens=page_tokens, prefault=prefault)  # for the slab
+        self.kw = dict(page_tokens=page_tokens, prefault=prefault, page_after=page_after)  # for the slab
         self.slab, self.closed, self.peak = None, False, 0  # peak: most live bytes
 
     def lazy_initialization(self, key_states, value_states):
@@ -87,6 +88,8 @@ def _make_slab(self: SlabLayer, key_states, value_states):
 @patch
 def _as_slab(self: SlabLayer, *states) -> list:
     "`states` in the type of the slab where that changes no number; others as they are, for the slab to refuse."
+    if all(t.dtype == self.dtype for t in states):
+        return states
     fits = [t.is_floating_point() and torch.promote_types(t.dtype, self.dtype) == self.dtype for t in states]
     return [t.to(self.dtype) if ok else t for t, ok in zip(states, fits)]
 
@@ -177,14 +180,15 @@ def batch_repeat_interleave(self: SlabLayer, repeats: int):
 ATTENTIONS = "packed", "stock"
 
 
-def _slab_layers(max_seq_len: int, max_batch_size, page_tokens, prefault):
+def _slab_layers(max_seq_len: int, max_batch_size, page_tokens, prefault, page_after=0):
     "A function that makes a `SlabLayer` of these sizes; raises `ConfigError` for what cannot be."
     n = check_count("max_seq_len", max_seq_len)
     if max_batch_size is not None:
         max_batch_size = check_count("max_batch_size", max_batch_size)
     if not isinstance(prefault, bool):
         raise ConfigError(f"prefault must be True or False, not {prefault!r}")
-    return functools.partial(SlabLayer, n, max_batch_size, check_count("page_tokens", page_tokens, 0), prefault)
+    pages, after = check_count("page_tokens", page_tokens, 0), check_count("page_after", page_after, 0)
+    return functools.partial(SlabLayer, n, max_batch_size, pages, prefault, after)
 
 # %% ../../nbs/04_kv_cache/06_cache.ipynb #097a8467
 class SlabCache(DynamicCache):
@@ -198,6 +202,7 @@ class SlabCache(DynamicCache):
         page_tokens: int = 0,  # tokens that memory is taken by; 0 is one page
         prefault: bool = True,  # take the next pages in the background
         attention: str = "packed",  # may packed attention read it, where the model offers it? or `stock`
+        page_after: int = 0,  # tokens; shorter sequences lie in ordinary memory
     ):
         "Raises `ConfigError` for what is no configuration, and for sizes that cannot be."
         if not isinstance(config, PreTrainedConfig):
@@ -207,7 +212,7 @@ class SlabCache(DynamicCache):
         if attention not in ATTENTIONS:
             raise ConfigError(f"attention must be 'packed' or 'stock', not {attention!r}")
         self.attention, self.closed = attention, False
-        slab_layer = _slab_layers(n, max_batch_size, page_tokens, prefault)
+        slab_layer = _slab_layers(n, max_batch_size, page_tokens, prefault, page_after)
         kinds = DYNAMIC_LAYER_TYPE_MAPPING | dict(full_attention=slab_layer)
         layers = [kinds[kind](**kw) for kind, kw in zip(*get_layer_types_and_kwargs(config))]
         Cache.__init__(self, layers=layers)  # not that of `DynamicCache`, which makes stock layers

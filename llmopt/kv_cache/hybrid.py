@@ -37,11 +37,13 @@ class KVCacheConfig:
     attention: str = "packed"  # reads each key once (equal within rounding); `stock` is the model's own (bit-identical)
     budget: int | str | None = None  # what may stay: tokens, `25%`, `64MiB`, `mass=0.95`; None keeps every token
     policy: str | None = None  # who stays, see `llmopt.kv_cache.policies`; None is `cake` where there is a budget
+    page_after: int = 128  # tokens; without a budget, shorter sequences lie in ordinary memory: pages would only cost
 
     def __post_init__(self):
         if self.max_seq_len is not None:
             self._set("max_seq_len", check_count("max_seq_len", self.max_seq_len))
         self._set("page_tokens", check_count("page_tokens", self.page_tokens, 0))
+        self._set("page_after", check_count("page_after", self.page_after, 0))
         if type(self.prefault) is not bool:
             raise ConfigError(f"prefault must be True or False, not {self.prefault!r}")
         if not isinstance(self.attention, str) or self.attention not in ATTENTIONS:
@@ -90,7 +92,7 @@ def make_cache(
     pages = dict(page_tokens=self.page_tokens, prefault=self.prefault)
     config = _model(model).config
     if self.budget is None:
-        return SlabCache(config, **size, **pages, attention=self.attention)
+        return SlabCache(config, **size, **pages, attention=self.attention, page_after=self.page_after)
     return EvictingCache(config, self.eviction, **size, **pages)
 
 # %% ../../nbs/04_kv_cache/16_hybrid.ipynb #4d05cdf0

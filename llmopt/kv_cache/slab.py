@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import ConfigError, LlmoptError
-from .backends import make_rows
+from .backends import CopyingRows, make_rows
 from .memory import check_count
 from .residency import anonymous_bytes, residency_unknown, tensor_resident
 
@@ -37,6 +37,7 @@ class SimpleVAttention:
         value_size: int | None = None,  # numbers in a value, if it is not `head_size`
         page_tokens: int = 0,  # see `Rows`
         prefault: bool = True,  # take the next pages in the background
+        page_after: int = 0,  # tokens; shorter sequences lie in ordinary memory
     ):
         self.num_heads = check_count("num_heads", num_heads)
         self.batch = check_count("max_batch_size", max_batch_size)
@@ -44,8 +45,10 @@ class SimpleVAttention:
         self.seq_len, self.peak_len, self.reserved_slots = 0, 0, 0  # tokens
         rows = self.batch * self.num_heads
         widths = check_count("head_size", head_size), check_count("value_size", value_size or head_size)
+        self.page_after = check_count("page_after", page_after, 0)
+        kind = CopyingRows if self.page_after else make_rows
         self.key_rows, self.value_rows = (
-            make_rows(rows, max_seq_len, w, dtype, page_tokens, prefault, device) for w in widths
+            kind(rows, max_seq_len, w, dtype, page_tokens, prefault, device) for w in widths
         )
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #1919cb68
@@ -84,7 +87,7 @@ def values(self: SimpleVAttention) -> torch.Tensor:  # (batch, heads, tokens, wi
 def _write(self: SimpleVAttention, rows, new, end):
     "Let `rows` have `end` tokens, the last of them `new`."
     rows.resize(max(end, self.reserved_slots))  # slots behind the end may be in use already
-    self._table(rows)[:, :, end - new.shape[2] : end] = new
+    self._table(rows).narrow(2, end - new.shape[2], new.shape[2]).copy_(new)
 
 
 @patch
@@ -101,10 +104,26 @@ def append(
     end = self.seq_len + k.shape[2]
     self._check(k, self.key_rows)
     self._check(v, self.value_rows)
+    self._leave_ordinary_memory(end)
     for rows, new in (self.key_rows, k), (self.value_rows, v):
         self._write(rows, new, end)
     self.seq_len, self.peak_len = end, max(self.peak_len, end)
     return self.keys, self.values
+
+# %% ../../nbs/04_kv_cache/04_slab.ipynb #0683be5a
+@patch
+def _leave_ordinary_memory(self: SimpleVAttention, n):
+    "Move to pages if there are to be `n` tokens, more than ordinary memory was meant for."
+    if not self.page_after or n <= self.page_after:
+        return
+    self.page_after, old = 0, (self.key_rows, self.value_rows)
+    self.key_rows, self.value_rows = (
+        make_rows(r.rows, r.tokens, r.width, r.dtype, r.page_tokens, r.prefault, r.device) for r in old
+    )
+    for before, after in zip(old, (self.key_rows, self.value_rows)):
+        after.resize(before.length)
+        after.data[:, : before.length] = before.data[:, : before.length]
+        before.close()
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #a6ec3e5c
 @patch
@@ -159,6 +178,7 @@ def _rebuild(self: SimpleVAttention, idx):
 @patch
 def reserve_slots(self: SimpleVAttention, n: int):  # tokens
     "Keep slots for `n` tokens writable, whatever the length; 0 ends that, and unused slots give their pages back."
+    self._leave_ordinary_memory(n)
     for r in self.storage:
         r.resize(max(n, self.seq_len))
     self.reserved_slots = n

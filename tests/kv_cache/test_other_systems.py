@@ -40,7 +40,7 @@ def fresh(monkeypatch):
         f.cache_clear()
 
 
-def use(n=100):
+def use(n=150):  # more than lie in ordinary memory
     "Logits of a model with a slab cache, usage and savings."
     m = small_model()
     opt = HybridKVCacheOptimizer(**cache_shape(m), max_batch_size=1, max_seq_len=500)
