@@ -8,18 +8,6 @@ from llmopt.kv_cache.backends import make_rows
 from llmopt.kv_cache.slab import *
 
 
-def test_a_short_sequence_needs_no_pages():
-    """Pages cost system calls, and a short sequence has nothing to gain from them. With `page_after`, tokens lie in
-    ordinary memory that is copied when it is full, as in the stock cache, until there are more than that many.
-    Then they move to pages, once."""
-    s = SimpleVAttention(2, 4, 1, 100, page_after=8)
-    k = torch.arange(80.0).view(1, 2, 10, 4)
-    s.append(k[:, :, :8], k[:, :, :8])
-    test_eq(s.key_rows.backend, "copying")
-    s.append(k[:, :, 8:], k[:, :, 8:])
-    test_eq((type(s.key_rows), s.keys.tolist()), (type(make_rows(1, 1, 1)), k.tolist()))
-
-
 def test_append_equals_cat():
     "The slab is what `torch.cat` would have made, at a fixed address."
     torch.manual_seed(0)
@@ -28,6 +16,16 @@ def test_append_equals_cat():
         ks, vs = s.append(k[:, :, a:b], v[:, :, a:b])
         assert torch.equal(ks, k[:, :, :b]) and torch.equal(vs, v[:, :, :b])
     test_eq(ks.data_ptr(), s.key_rows.data.data_ptr())
+
+
+def test_a_short_sequence_needs_no_pages():
+    "The slab is what `torch.cat` would have made, at a fixed address."
+    s = SimpleVAttention(2, 4, 1, 100, page_after=8)
+    k = torch.arange(80.0).view(1, 2, 10, 4)
+    s.append(k[:, :, :8], k[:, :, :8])
+    test_eq(s.key_rows.backend, "copying")
+    s.append(k[:, :, 8:], k[:, :, 8:])
+    test_eq((type(s.key_rows), s.keys.tolist()), (type(make_rows(1, 1, 1)), k.tolist()))
 
 
 def test_select():
