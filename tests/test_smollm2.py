@@ -9,6 +9,7 @@ from llmopt.cli import main
 from llmopt.core import load, user
 from llmopt.engine import EnhancedFusedLLMEngine, known_methods
 from llmopt.kv_cache import PrefixStore, SlabCache
+from llmopt.larosa import LaRoSAConfig, traffic
 
 pytestmark = pytest.mark.smollm2
 QUESTION = "What is the capital of France?"
@@ -35,6 +36,12 @@ def test_comparison_of_all_methods(tmp_path, capsys):
     sparse = [r for r in runs if r["method"] == "larosa"]
     assert sparse and all(r["skipped_weight_bytes"] > 0 and r["output_text"].strip() for r in sparse)
     assert "larosa" in capsys.readouterr().out
+
+
+def test_the_calibration_that_ships_fits(lm, monkeypatch):
+    "SmolLM2 is not calibrated again: what ships was made for these weights and skips what was asked for."
+    monkeypatch.setattr("llmopt.larosa.config.calibrate", None)
+    assert 0.39 < traffic(LaRoSAConfig(0.4).prepare(lm).model).sparsity <= 0.4
 
 
 def test_a_budget_evicts(lm):

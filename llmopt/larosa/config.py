@@ -18,12 +18,12 @@ import torch
 from fastcore.basics import patch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..core import LM, TINY
+from ..core import LM
 from ..core.measures import same_weights
 from ..core.state_hash import LOOKS_ONLY, model_state
 from ..errors import ConfigError, UnsupportedModelError
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity
-from .artifact import BUNDLED, fitted, kept_calibration, load_calibration, save_calibration
+from .artifact import SHIPPED, fitted, kept_calibration, load_calibration, save_calibration
 from llmopt.larosa.calibration import (
     MADE_BY,
     Calibration,
@@ -227,10 +227,10 @@ def _calibration(cfg, lm, state):
     "The calibration of `lm` for `cfg`, made once."
     if cfg.artifact:
         return load_calibration(cfg.artifact)
-    if lm.name == TINY and _is_default(cfg):
-        bundled = load_calibration(BUNDLED)
-        if same_weights(lm.model, bundled.info["weights"]):
-            return bundled
+    if lm.name in SHIPPED and _is_default(cfg):
+        shipped = load_calibration(SHIPPED[lm.name])
+        if same_weights(lm.model, shipped.info["weights"]):
+            return shipped
     ids = calibration_ids(lm.model, None, lm.tokenizer)
     asked = dict(rotation=cfg.rotation, heads=cfg.heads, measure=cfg.allocation == "measured")
     other = other_ids(lm.model, lm.tokenizer, ids.shape[1]) if cfg.rotation == "auto" else None
