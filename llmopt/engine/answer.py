@@ -8,7 +8,7 @@ __all__ = ['Piece', 'PieceMaker', 'Answer']
 # %% ../../nbs/05_engine/07_answer.ipynb #a93684fd
 from typing import NamedTuple
 
-from .streaming import from_background
+from .streaming import Background
 
 # %% ../../nbs/05_engine/07_answer.ipynb #d6b46b01
 class Piece(NamedTuple):
@@ -47,11 +47,6 @@ class PieceMaker:
         self.ids, self.sent = [], self.sent + len(self.ids)
 
 # %% ../../nbs/05_engine/07_answer.ipynb #32c4dffd
-def _pieces(work, done):
-    "Yield what `work` puts; what it returns goes into the list `done`."
-    yield from from_background(lambda put, stop: done.append(work(put, stop)))
-
-
 class Answer:
     "An iterator over the `Piece`s of an answer. Errors, all of them an `LlmoptError`, are raised where it is read."
 
@@ -59,23 +54,22 @@ class Answer:
         self,
         work,  # a function of `put`, which takes pieces, and `stop`, an event; it returns the answer's metrics
     ):
-        self._done = []
-        self._pieces = _pieces(work, self._done)
+        self.pieces = Background(work)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        return next(self.pieces)
 
     @property
     def metrics(self):
-        "`ChatMetrics` of the answer, once it has ended or was closed; None before, and after an error."
-        return self._done[0] if self._done else None
+        "`ChatMetrics` of the answer, once the model has ended it, or it was closed; None before, and after an error."
+        return self.pieces.results[0] if self.pieces.results else None
 
     def close(self):
-        "End the answer within one token; returns when the model is free. It may be called twice, and at any time."
-        self._pieces.close()
+        "End the answer within one token; returns when it has ended. From any thread, at any time, more than once."
+        self.pieces.close()
 
     def __enter__(self):
         return self

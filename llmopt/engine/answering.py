@@ -26,14 +26,17 @@ from llmopt.engine.checks import (
     switch,
     whole_number,
 )
+from .conversation import newest_turns
 from .decoding import Meter, StopAtText, StopFlag, greedy_config, with_config
 from .metrics import ChatMetrics, Events, rates
 from .prepared import PreparedModel, Prompt
+from .prompt_cache import PromptCache, is_whole, reuse_rules, weights_seen
 from .queue import GaveUp
 from .recipe import Recipe
 from .sampling import OPTIONS, Sampling, TokenChoice
 from .streaming import AnswerText
-from ..errors import ConfigError
+from ..errors import ConfigError, ContextError, warn_once
+from ..kv_cache import KVCacheConfig
 from ..larosa import traffic
 
 # %% ../../nbs/05_engine/11_answering.ipynb #86fe611a
@@ -46,9 +49,13 @@ class AnsweringModel(PreparedModel):
         recipe: Recipe,
         system: str | None = None,  # system message in front of a question
         max_new_tokens: int = 256,  # default length of an answer
+        kept_bytes: int = 2**29,  # keys and values of earlier answers that are kept to go on from; 0: none
+        prefix_store=None,  # a `PrefixStore`: what this machine has read of a prompt, in an earlier process perhaps
     ):
         self.max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
+        self.kept = PromptCache(whole_number(kept_bytes, "kept_bytes", 0), store=prefix_store)
         super().__init__(lm, recipe, system)
+        self.reuse = reuse_rules(recipe, self.lm.model.config)
 
 # %% ../../nbs/05_engine/11_answering.ipynb #44114556
 class Settings(NamedTuple):
@@ -103,6 +110,8 @@ class Request(NamedTuple):
     on_token: object = None  # called with the new token ids of each step
     stop: object = None  # an event that ends the answer
     put: object = None  # called with each `Piece`
+    reuse: bool = False  # go on from what an earlier answer has read
+    gone: list | None = None  # old turns that do not fit may leave, and are noted here; None: they may not
 
 
 @patch
@@ -121,10 +130,10 @@ def answered(self: AnsweringModel, r: Request) -> ChatMetrics:
 @patch
 def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
     "Answer with the model, which is ours."
-    prompt = self.prompt(r.text, room=r.settings.max_new_tokens)
+    prompt = self._prompt(r)
     inputs = self.inputs(prompt.ids)
-    choice = TokenChoice(r.settings.sampling, self.lm.device, prompt.ids)
-    meter = Meter(r.events, self.make_cache(), r.on_token, choice)
+    cache, held = self._cache(inputs, prompt.notes) if r.reuse else (self.make_cache(), 0)
+    meter = Meter(r.events, cache, r.on_token, TokenChoice(r.settings.sampling, self.lm.device, prompt.ids))
     text = self._text(r)
     maker = r.put and PieceMaker(text, r.put)
     if maker:
@@ -135,7 +144,73 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
         text.end()
     if maker:
         maker.end(meter)
-    return self._metrics(prompt, inputs, meter, text, self._end(meter.ids, r.settings.max_new_tokens, text))
+    metrics = self._metrics(prompt, inputs, meter, text, self._end(meter.ids, r.settings.max_new_tokens, text), held)
+    if r.reuse:
+        self._keep(inputs, meter, prompt.notes)
+    return metrics
+
+# %% ../../nbs/05_engine/11_answering.ipynb #d7396256
+@patch
+def _prompt(self: AnsweringModel, r: Request) -> Prompt:
+    "The prompt of a request, without the turns that do not fit."
+    room = r.settings.max_new_tokens
+    try:
+        return self.prompt(r.text, room)
+    except ContextError:
+        if r.gone is None:
+            raise
+
+    def size(messages):
+        return len(self.lm.encode_chat(self.shorten(messages, conversation=True)[0]))
+
+    messages, gone = newest_turns(r.text, size, self.lm.context - room)
+    prompt = self.prompt(messages, room)
+    r.gone.extend(gone)
+    warn_once(f"the conversation is longer than the context of {self.lm.name}: its oldest turns leave it")
+    prompt.notes.append(f"{len(gone)} messages left the conversation, which is longer than the context")
+    return prompt
+
+# %% ../../nbs/05_engine/11_answering.ipynb #19af531f
+@patch
+def _cache(self: AnsweringModel, inputs, notes) -> tuple:
+    "A cache for a prompt, and how many tokens of the prompt it holds."
+    if self.reuse.never:
+        notes.append(f"nothing is kept for the next turn: {self.reuse.never}")
+        return self.make_cache(), 0
+    most = len(inputs.ids) - self.reuse.unread
+    cache, held = self.kept.take(inputs.ids, most, weights_seen(self.lm.model), self.make_cache)
+    if held:
+        return cache, held
+    return self._stored(inputs, notes) if self.kept.store else (self.make_cache(), 0)
+
+
+@patch
+def _keep(self: AnsweringModel, inputs, meter, notes):
+    "Keep the cache of an answer: prompt and answer, but the last token, which the model did not read."
+    if self.reuse.never:
+        return
+    if not is_whole(meter.cache):
+        notes.append("the next turn reads the conversation again: the KV budget has evicted tokens")
+    prompt, answer = len(inputs.ids), len(meter.ids) - 1 if self.reuse.answers else 0
+    own, weights = prompt - self.reuse.unread, weights_seen(self.lm.model)
+    self.kept.put([*inputs.ids, *meter.ids], meter.cache, prompt + answer, own, weights)
+
+# %% ../../nbs/05_engine/11_answering.ipynb #ea3ff2a6
+@patch
+def _stored(self: AnsweringModel, inputs, notes) -> tuple:
+    "A cache that the store has filled with the beginning of a prompt, and how many tokens of it were loaded."
+    store, kv = self.kept.store, self.recipe.cache or KVCacheConfig(attention="stock")
+    if "input_ids" not in inputs.inputs:
+        notes.append("the prefix store was not asked: this prompt has phrases in it, which are no tokens of the model")
+        return self.make_cache(), 0
+    before = inputs.ids[: max(1, len(inputs.ids) - self.reuse.unread + 1)]  # `prefill` leaves the last one unread
+    try:
+        cache = kv.make_cache(self.lm)
+        with self.attention():
+            return cache, store.chunk * store.prefill(self.lm.model, cache, before).loaded
+    except ConfigError as e:  # a cache that cannot be restored exactly
+        notes.append(f"the prefix store was not used: {e}")
+        return self.make_cache(), 0
 
 # %% ../../nbs/05_engine/11_answering.ipynb #a2d1a92d
 @patch
@@ -191,7 +266,7 @@ def _end(self: AnsweringModel, ids, most, text):
 
 # %% ../../nbs/05_engine/11_answering.ipynb #6327b4e4
 @patch
-def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end):
+def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end, held=0):
     "`ChatMetrics` of one answer."
     ids, times, kv = meter.ids, meter.events.times(), kv_bytes(meter.cache)
     out = self.text_of(ids) if text is None else str(text).strip()
@@ -207,7 +282,7 @@ def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end):
         completion_tokens=n,
         completion_tokens_base=n_base,
         kv_bytes_live=kv.live,
-        kv_bytes_peak=max(meter.peak, kv.live, getattr(meter.cache, "peak", 0)),
+        kv_bytes_peak=max(meter.peak, kv.live, 0 if held else getattr(meter.cache, "peak", 0)),
         kv_bytes_reserved=kv.reserved,
         kv_bytes_resident=getattr(kv, "resident", None),
         weight_bytes=self.lm.weight_bytes,
@@ -215,9 +290,10 @@ def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end):
         factors=self.recipe.factors,
         output_ids=ids,
         logprobs=meter.logprobs or None,
+        cached_prompt_tokens=held,
         notes=prompt.notes,
         **times,
-        **rates(times, len(inputs.ids), base, n, n_base, len(out)),
+        **rates(times, len(inputs.ids) - held, base, n, n_base, len(out)),
     )
 
 # %% ../../nbs/05_engine/11_answering.ipynb #d48b137c
@@ -230,7 +306,7 @@ def score(
     "Log-probabilities before each token of `answer_ids`, given `text`. Raises a `LlmoptError` for whatever goes wrong."
     check_eval_mode(self.lm.model, whole=False)
     answer_ids = checked_ids(answer_ids, self.lm.rows)
-    with model_errors(self.lm):
+    with model_errors(self.lm), self.queue.turn():
         inputs = self.inputs(self.prompt(text, room=len(answer_ids)).ids)
         with self.attention():
             return teacher_forced_logprobs(

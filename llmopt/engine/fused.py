@@ -39,6 +39,8 @@ class EnhancedFusedLLMEngine(AnsweringModel):
         dtype: str = "auto",  # of a model given by name
         max_new_tokens: int = 256,  # default length of an answer
         system: str | None = None,  # system message of the chat
+        kept_bytes: int = 2**29,  # keys and values of earlier answers that conversations go on from; 0 keeps none
+        prefix_store=None,  # a `PrefixStore`: a long system message is read once on a machine
     ):
         by_keywords = recipe_of_keywords(simple_adaptivocab, larosa_sparsity, vattention_enabled, word_removal)
         if recipe is None:
@@ -47,7 +49,7 @@ class EnhancedFusedLLMEngine(AnsweringModel):
             raise ConfigError("give a recipe, or the keywords of the optimizations, not both")
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
         system = None if system is None else checked_text(system, "the system message") or None
-        super().__init__(loaded(model_name, device, dtype), recipe, system, max_new_tokens)
+        super().__init__(loaded(model_name, device, dtype), recipe, system, max_new_tokens, kept_bytes, prefix_store)
         self.last = None  # `ChatMetrics` of the last answer in the chat
         self.reset()
 
@@ -66,26 +68,29 @@ def answer(
     fixed: bool = False,
     **sampling,
 ) -> Answer:
-    "An answer to read while it is made. Options are checked now; all else is done, and raised, when it is read."
+    """An answer to read while it is made; what an earlier answer has read is not read again.
+
+    Options are checked now; all else is done, and raised, when it is read."""
     return self._answer(messages, self.settings(max_new_tokens, fixed, **sampling))
 
 
 @patch
-def _answer(self: EnhancedFusedLLMEngine, messages, settings):
+def _answer(self: EnhancedFusedLLMEngine, messages, settings, gone=None):
     "The same with checked options."
 
     def work(put, stop):
-        return self.answered(Request(messages, settings, Events(), stop=stop, put=put))
+        return self.answered(Request(messages, settings, Events(), stop=stop, put=put, reuse=True, gone=gone))
 
     return Answer(work)
 
 # %% ../../nbs/05_engine/12_fused.ipynb #dc24fa6b
 @patch
-def _remember(self: EnhancedFusedLLMEngine, metrics):
-    "Put a turn that was answered into the history."
+def _remember(self: EnhancedFusedLLMEngine, metrics, gone):
+    "Put a turn that was answered into the history, and take out the turns that are `gone`."
     self.last = metrics
     if metrics.finish_reason != "stopped":
-        self.history += [user(metrics.input_text), assistant(metrics.output_text)]
+        stay = [m for m in self.history if not any(m is g for g in gone)]
+        self.history = [*stay, user(metrics.input_text), assistant(metrics.output_text)]
 
 
 @patch
@@ -101,8 +106,8 @@ def chat(
     "Answer `text` within the conversation. After an error, or if it was stopped, the history is as it was."
     events, settings = Events(), self.settings(max_new_tokens, fixed, **sampling)
     check_callbacks(on_token, stop)
-    messages = [*self.history, user(checked_text(text))]
-    self._remember(self.answered(Request(messages, settings, events, on_token, stop)))
+    messages, gone = [*self.history, user(checked_text(text))], []
+    self._remember(self.answered(Request(messages, settings, events, on_token, stop, reuse=True, gone=gone)), gone)
     return self.last.output_text
 
 # %% ../../nbs/05_engine/12_fused.ipynb #cff138c6
@@ -121,6 +126,7 @@ def stream(
 @patch
 def _turn(self: EnhancedFusedLLMEngine, text, settings):
     "The pieces of `stream`: nothing is done before the first one is asked for."
-    with self._answer([*self.history, user(text)], settings) as answer:
+    gone = []
+    with self._answer([*self.history, user(text)], settings, gone) as answer:
         yield from (piece.text for piece in answer if piece.text)
-    self._remember(answer.metrics)
+    self._remember(answer.metrics, gone)

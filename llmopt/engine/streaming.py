@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'BYTES', 'UNKNOWN', 'Detokenizer', 'cleans_up', 'CleanUp', 'text_pieces', 'StopText', 'AnswerText',
-           'from_background']
+           'Background']
 
 # %% ../../nbs/05_engine/05_streaming.ipynb #e530a2b1
 import queue
@@ -200,27 +200,60 @@ class AnswerText:
         return "".join(self.parts)
 
 # %% ../../nbs/05_engine/05_streaming.ipynb #cff138c6
-def from_background(
-    work,  # a function of `put`, which takes what is to be yielded, and `stop`, an event that says when to end
-):
-    "Yield what `work` puts while it runs in a thread; closing the iterator sets `stop` and waits for the thread."
-    items, stop, errors, end = queue.Queue(), threading.Event(), [], object()
+class _End:
+    "The end of what is read, and the error that it ended with."
 
-    def body():
-        try:
-            work(items.put, stop)
-        except BaseException as e:
-            errors.append(e)
-        finally:
-            items.put(end)
+    error = None
 
-    thread = threading.Thread(target=body, name="llmopt-stream", daemon=True)
-    thread.start()
+
+def _body(work, items, stop, results):
+    "What runs in the thread; it does not know the `Background`, which may be dropped meanwhile."
+    end = _End()
     try:
-        yield from iter(items.get, end)
+        results.append(work(items.put, stop))
+    except BaseException as e:
+        end.error = e
     finally:
-        stop.set()
-        if thread is not threading.current_thread():  # the garbage collector may close us from there
-            thread.join()
-    if errors:
-        raise errors[0]
+        items.put(end)
+
+
+class Background:
+    "Iterates over what `work` puts while it runs in a thread of its own, which begins with the first `next`."
+
+    def __init__(
+        self,
+        work,  # a function of `put`, which takes what is to be yielded, and `stop`, an event that says when to end
+    ):
+        self.items, self.stop, self.results = queue.Queue(), threading.Event(), []  # results: what `work` returned
+        args = work, self.items, self.stop, self.results
+        self.thread = threading.Thread(target=_body, args=args, name="llmopt-stream", daemon=True)
+        self.begun, self.lock = False, threading.Lock()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        with self.lock:
+            if self.stop.is_set():
+                raise StopIteration
+            if not self.begun:
+                self.begun = True
+                self.thread.start()
+        item = self.items.get()
+        if not isinstance(item, _End):
+            return item
+        self.items.put(_End())  # for whoever asks again
+        self.thread.join()
+        if item.error is not None and not self.stop.is_set():
+            raise item.error
+        raise StopIteration
+
+    def close(self):
+        "Tell `work` to end, and wait until it has. From any thread, also while another one reads; more than once."
+        with self.lock:
+            self.stop.set()
+        if self.begun and self.thread is not threading.current_thread():
+            self.thread.join()
+
+    def __del__(self):
+        self.stop.set()

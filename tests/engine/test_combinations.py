@@ -1,15 +1,18 @@
 "Optimizations side by side: what each needs of the plain model it gets, and turned off they change nothing."
 
+import itertools
+
 import pytest
 import torch
 
-from helpers import FAMILIES, small_model, tokenizer
+from helpers import FAMILIES, small_model, tiny, tokenizer
 from llmopt.adaptivocab import PhraseReader, SimpleAdaptiVocab, VocabConfig, save_rows
-from llmopt.core import LM, user
+from llmopt.core import LM, assistant, user
 from llmopt.engine import EnhancedFusedLLMEngine, Recipe
 from llmopt.errors import ConfigError
+from llmopt.kv_cache import KVCacheConfig
 from llmopt.larosa import LaRoSAConfig
-from llmopt.word_removal import compress, model_surprisal
+from llmopt.word_removal import WordRemovalConfig, compress, model_surprisal
 
 QUESTION = "Where is the end of the river, and what is the name of the sea?"
 PHRASES = [" of the", " is the"]
@@ -78,3 +81,47 @@ def test_the_engine_asks_its_own_model_which_words_surprise():
     score = model_surprisal(lm.model, lm.tokenizer)
     wanted = compress(text, 0.5, tokenizer=lm.tokenizer, scorer="self_information", model_score=score).text
     assert short[0]["content"] == wanted != text
+
+
+def neutral(lm):
+    "A configuration of each slot that changes nothing."
+    return dict(
+        words=WordRemovalConfig(rate=1.0),
+        vocab=VocabConfig(phrases=SimpleAdaptiVocab(lm.tokenizer, [])),
+        larosa=LaRoSAConfig(**NEUTRAL),
+        cache=KVCacheConfig(),
+    )
+
+
+@pytest.mark.parametrize("slots", [["words"], ["vocab"], ["larosa"], ["cache"], ["words", "vocab", "larosa", "cache"]])
+def test_what_is_neutral_gives_the_logits_of_the_baseline(slots):
+    "Each method alone and all four, of a question and of a conversation; and the answers go on from each other alike."
+    lm, answer = lm_of("llama"), [11, 500, 7]
+    chosen = {name: config for name, config in neutral(lm).items() if name in slots}
+    plain, e = EnhancedFusedLLMEngine(lm), EnhancedFusedLLMEngine(lm, recipe=Recipe(**chosen))
+    talk = [user(QUESTION), assistant("In the sea."), user("Why?")]
+    for text in (QUESTION, talk):
+        want, got = plain.score(text, answer), e.score(text, answer)
+        assert (want - got).abs().max() < (1e-3 if "larosa" in slots else 1e-5)
+        assert e.run(text, max_new_tokens=2).prompt_tokens == plain.run(text, max_new_tokens=2).prompt_tokens
+    texts = [[x.chat(q, max_new_tokens=6) for q in (QUESTION, "Why?")] for x in (plain, e)]
+    assert texts[0] == texts[1] and plain.last.cached_prompt_tokens == e.last.cached_prompt_tokens > 0
+
+
+def test_the_order_of_a_recipe_means_nothing():
+    "Four slots are four places: there is one recipe, whatever is written first."
+    parts = ["words:n=2", "vocab", "larosa:sparsity=0.3", "kv:budget=64"]
+    assert len({Recipe.parse("+".join(order)) for order in itertools.permutations(parts)}) == 1
+
+
+def test_an_evicted_conversation_is_not_taken_for_a_whole_one():
+    "Phrases, sparse weights, shortened words and a budget together: each turn is that of a fresh prefill."
+    recipe = "words:rate=0.8+vocab+larosa:sparsity=0.3+kv:budget=48"
+    e, talk = EnhancedFusedLLMEngine(tiny(), recipe=recipe, max_new_tokens=6), [user(QUESTION)]
+    for _ in range(4):
+        answer = e.answer(talk)
+        text = "".join(piece.text for piece in answer)
+        m, fresh = answer.metrics, e.run(talk)
+        assert (m.output_ids, m.kv_bytes_live, text.strip()) == (fresh.output_ids, fresh.kv_bytes_live, m.output_text)
+        talk += [assistant(m.output_text), user("Why is that so, and what is the end of it?")]
+    assert m.cached_prompt_tokens == 0 and any("evicted" in note for note in m.notes)

@@ -1,6 +1,8 @@
 "Options of sampling in whole answers: seeds, penalties, stop strings across tokens, log-probabilities."
 
 import itertools
+import threading
+import time
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from helpers import tiny
 from llmopt.core import user
 from llmopt.engine import EnhancedFusedLLMEngine, Sampling
-from llmopt.errors import ConfigError
+from llmopt.errors import ConfigError, ContextError
 
 QUESTION = "What is the difference between weather and climate?"
 
@@ -133,3 +135,24 @@ def test_an_answer_that_is_closed():
     never = e.answer("Tell me a long story.")
     never.close()
     assert never.metrics is None
+
+
+def test_an_answer_is_closed_by_one_thread_while_another_reads():
+    "As a server does when a client has gone: both end, without an error, and the model is free."
+    e, seen = engine(max_new_tokens=400), []
+    answer = e.answer("Tell me a long story.")
+    reader = threading.Thread(target=lambda: seen.extend(answer))
+    reader.start()
+    while not answer.pieces.begun:
+        time.sleep(0.001)
+    answer.close()
+    reader.join(10)
+    assert not reader.is_alive() and e.queue.owner is None and list(answer) == []
+    assert answer.metrics.completion_tokens < 400
+
+
+def test_an_error_is_raised_once_to_the_reader():
+    answer = engine().answer("why " * 2000)
+    with pytest.raises(ContextError):
+        next(answer)
+    assert list(answer) == [] and answer.metrics is None

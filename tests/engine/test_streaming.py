@@ -41,14 +41,15 @@ def test_the_text_of_an_answer():
 
 def test_background():
     """`generate` returns when it is done, so it runs in a thread of its own and hands its tokens over through a
-    queue. An error in the thread is raised to the reader, and a reader who stops reading stops the model."""
+    queue. An error in the thread is raised to the reader, and a reader who stops reading stops the model. A
+    server reads in one thread and closes in another, when a client has gone, so both may happen at once."""
 
     def fail(put, stop):
         put("a")
         raise ValueError("broken")
 
     with expect_fail(ValueError, "broken"):
-        list(from_background(fail))
-    numbers = from_background(lambda put, stop: [put(i) for i in range(3)])
-    test_eq(list(numbers), [0, 1, 2])
+        list(Background(fail))
+    numbers = Background(lambda put, stop: [put(i) for i in range(3)])
+    test_eq((list(numbers), list(numbers), numbers.results), ([0, 1, 2], [], [[None] * 3]))
     assert not [t for t in threading.enumerate() if t.name == "llmopt-stream"]
