@@ -67,6 +67,7 @@ class Sampling:
     stop_strings: tuple = ()  # a text, or a list: the answer ends before the first of them
     logit_bias: tuple = ()  # {token id: what is added to its score}; kept as pairs
     logprobs: int | None = None  # note the log-probability of each token, and the so many most probable ones
+    constraint: object = None  # a function of the answer's token ids so far and the scores (1, V); returns scores
 
     def __post_init__(self):
         clean = dict(
@@ -81,6 +82,8 @@ class Sampling:
             logit_bias=_logit_bias(self.logit_bias),
             logprobs=None if self.logprobs is None else whole_number(self.logprobs, "logprobs", 0),
         )
+        if not (self.constraint is None or callable(self.constraint)):
+            raise ConfigError(f"constraint must be a function of token ids and scores, not {shown(self.constraint)}")
         for name, value in clean.items():
             object.__setattr__(self, name, value)
 
@@ -122,6 +125,9 @@ class TokenChoice(LogitsProcessor):
             self.row = scores[0].log_softmax(-1)
         for processor in self.before:
             scores = processor(self._text(input_ids), scores)
+        if self.sampling.constraint is not None:
+            answer = self._text(input_ids)[0, self.prompt.shape[1] :].tolist()
+            scores = self.sampling.constraint(answer, scores)
         return self._noisy(scores - best) if self.sampling.temperature else scores
 
 # %% ../../nbs/05_engine/03_sampling.ipynb #362e3694

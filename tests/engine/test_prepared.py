@@ -16,6 +16,7 @@ def test_what_the_model_is_fed():
     assert len(short.prompt(q).ids) < len(plain.prompt(q).ids)
     test_eq(short.prompt(q).messages, plain.prompt(q).messages)
     test_eq(plain.inputs([1, 2, 3]).inputs["input_ids"].tolist(), [[1, 2, 3]])
+    test_eq((short.prompt([5, 6, 7]).ids, short.count_base(short.prompt([5, 6, 7]))), ([5, 6, 7], 3))
     assert plain.queue is short.queue
     with expect_fail(ContextError, "context of 1,024"):
         plain.prompt("why " * 2000)

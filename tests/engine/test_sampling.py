@@ -56,3 +56,21 @@ def test_bias_penalty_and_log_probabilities():
     choice(ids, scores)
     said = choice.logprob(2)
     test_eq((round(math.exp(said.logprob), 6), said.top[0][0]), (0.2, 0))
+
+
+def test_constraints():
+    """A constraint forbids tokens by minus infinity, as a grammar does that allows only
+    [JSON](../08_server/09_structured.ipynb). It has the last word, and it sees the tokens of the answer alone."""
+    seen = []
+
+    def never_first(ids, scores):
+        "Forbids token 0."
+        seen.append(ids)
+        return scores.index_fill(-1, torch.tensor(0), -torch.inf)
+
+    scores = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    choice = TokenChoice(Sampling(constraint=never_first, logit_bias={0: 9}), prompt=[7, 8])
+    test_eq([choice(torch.tensor([row]), scores).argmax().item() for row in ([7, 8], [7, 8, 1])], [1, 1])
+    test_eq(seen, [[], [1]])
+    with expect_fail(ConfigError, "constraint must be a function"):
+        Sampling(constraint="json")
