@@ -6,11 +6,13 @@
 __all__ = ['ISSUES', 'COMMANDS', 'any_encoding', 'quiet', 'explain', 'main']
 
 # %% ../../nbs/09_cli/02_entry.ipynb #702299cd
+import argparse
 import os
 import sys
 import traceback
 import warnings
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 from .parser import BENCHMARKS, parser, stored_help
 from ..core.recipe_text import check_parameters, read_methods
@@ -156,6 +158,54 @@ def _chat(a):
     chat_loop(engine, a.temperature)
     return 0
 
+# %% ../../nbs/09_cli/02_entry.ipynb #65349908
+def _check_extra():
+    "Raise `ConfigError` if the libraries of the server are not installed."
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the server needs {' and '.join(missing)}; type: pip install 'llmopt[server]'")
+
+
+def _settings(a):
+    "`Settings` of the server from the options."
+    from llmopt.server import Settings
+
+    key = a.api_key or os.environ.get("LLMOPT_API_KEY") or None
+    limits = dict(max_new_tokens=a.max_new_tokens, queue=a.queue, timeout=float(a.timeout))
+    return Settings(host=a.host, port=a.port, api_key=key, cors=tuple(a.cors), **limits)
+
+
+def _serve(a):
+    "`llmopt serve`"
+    _check_extra()
+    for model in a.model:
+        _check(argparse.Namespace(model=model), a.methods)
+    _announce_imports()
+    from llmopt.core.progress import announce
+    from llmopt.server import RECIPES, address, create_app, listen, serve
+
+    settings = _settings(a)
+    with listen(settings.host, settings.port) as sock:
+        announce(f"loading {', '.join(a.model)}")
+        app = create_app(a.model, a.methods or RECIPES, settings, a.device, a.dtype)
+        print("models:", *(s.id for s in app.state.service.registry), sep="\n  ")
+        print(f"page: {address(sock)}\nOpenAI's clients: base_url='{address(sock)}/v1'", flush=True)
+        if not a.interactive:
+            serve(app, sock)
+            return 0
+        return _chat_with(app, sock)
+
+
+def _chat_with(app, sock):
+    "Serve in the background, and chat with the first model in this terminal."
+    from llmopt.cli.chat import chat_loop
+    from llmopt.server import RemoteEngine, running
+
+    with running(app, sock) as url:
+        first = next(iter(app.state.service.registry))
+        chat_loop(RemoteEngine(url, first.id, app.state.service.settings.api_key))
+    return 0
+
 # %% ../../nbs/09_cli/02_entry.ipynb #63a48883
 def _plot(a):
     "`llmopt plot`"
@@ -252,7 +302,7 @@ def _models(a):
     return 0
 
 # %% ../../nbs/09_cli/02_entry.ipynb #858b4df2
-COMMANDS = dict(compare=_compare, ask=_ask, chat=_chat, plot=_plot, benchmark=_benchmark, models=_models)
+COMMANDS = dict(compare=_compare, ask=_ask, chat=_chat, serve=_serve, plot=_plot, benchmark=_benchmark, models=_models)
 
 
 def main(argv=None) -> int:  # exit code

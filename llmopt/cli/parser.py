@@ -161,13 +161,11 @@ def _debug(p):
     p.add_argument("--debug", action="store_true", help="show the traceback of an error (as LLMOPT_DEBUG=1 does)")
 
 
-def _model(p):
-    "Options that say which model, and where."
-    p.add_argument(
-        "--model",
-        default="llmopt-tiny",
-        help="llmopt-tiny, smollm2, a folder, a GGUF file, or a hub id; see `llmopt models` (default: %(default)s)",
-    )
+def _model(p, several=False):
+    "Options that say which model, or which ones, and where."
+    shape = dict(nargs="+", default=["llmopt-tiny"]) if several else dict(default="llmopt-tiny")
+    what = "llmopt-tiny, smollm2, a folder, a GGUF file, or a hub id; see `llmopt models` (default: llmopt-tiny)"
+    p.add_argument("--model", **shape, help=what)
     p.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: %(default)s)")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: %(default)s)")
 
@@ -252,6 +250,33 @@ def _add_chat(sub):
     p.add_argument("--system", metavar="TEXT", help="system message")
     _debug(p)
 
+# %% ../../nbs/09_cli/00_parser.ipynb #b20c48a5
+def _add_serve(sub):
+    "`llmopt serve`"
+    p = sub.add_parser(
+        "serve",
+        help="an OpenAI-compatible server; each recipe is a model of its own",
+        description="Serve models over HTTP as OpenAI does, each with each recipe, and a page to compare two of them.",
+        epilog="examples:\n  llmopt serve\n  llmopt serve --model smollm2 --methods baseline words kv words+kv\n"
+        "  LLMOPT_API_KEY=secret llmopt serve --host 0.0.0.0",
+        more=_stored("methods"),
+    )
+    _model(p, several=True)
+    p.add_argument("--methods", nargs="+", metavar="M", help="methods or combinations, see below (default: seven)")
+    p.add_argument("--host", default="127.0.0.1", help="address; others than this machine's need a key (%(default)s)")
+    p.add_argument("--api-key", metavar="KEY", help="asked of every client; better given as LLMOPT_API_KEY")
+    p.add_argument("--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may call the server")
+    for name, default, what in (
+        ("port", 8000, "0 is any free one"),
+        ("max-new-tokens", 4096, "tokens of an answer, at most"),
+        ("queue", 64, "requests that may wait for a model"),
+        ("timeout", 600, "seconds for an answer, with the wait for the model"),
+    ):
+        least, text = int(name != "port"), f"{what} (default: %(default)s)"
+        p.add_argument(f"--{name}", type=at_least(least), default=default, metavar="N", help=text)
+    p.add_argument("--interactive", action="store_true", help="open a chat with the first model in this terminal")
+    _debug(p)
+
 # %% ../../nbs/09_cli/00_parser.ipynb #e82e1e8d
 BENCHMARKS = "words", "vocab", "kv", "larosa"
 
@@ -319,6 +344,6 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"llmopt {__version__}")
     sub = top.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_compare, _add_ask, _add_chat, _add_plot, _add_benchmark, _add_models):
+    for add in (_add_compare, _add_ask, _add_chat, _add_serve, _add_plot, _add_benchmark, _add_models):
         add(sub)
     return top

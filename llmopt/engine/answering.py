@@ -21,7 +21,6 @@ from llmopt.engine.checks import (
     check_eval_mode,
     check_options,
     checked_ids,
-    checked_messages,
     model_errors,
     switch,
     whole_number,
@@ -226,14 +225,14 @@ def _nothing(self: AnsweringModel, r):
     "`ChatMetrics` of an answer that was given up before the model was free."
     now = time.perf_counter_ns()
     r.events.start = r.events.ready = r.events.done = now
-    prompt = Prompt(checked_messages(r.text, self.system), [], [])
+    prompt = Prompt(self.messages(r.text), [], [])
     return self._metrics(prompt, PromptInputs({}, [], 0), Meter(r.events, None), None, "stopped")
 
 # %% ../../nbs/05_engine/11_answering.ipynb #182192bf
 @patch
 def run(
     self: AnsweringModel,
-    text,  # question, or list of messages
+    text,  # question, list of messages, or token ids of a prompt
     max_new_tokens: int | None = None,  # at most; the engine's own number by default
     fixed: bool = False,  # exactly `max_new_tokens`, no early stop
     on_token=None,  # called with the new token ids of each step
@@ -270,7 +269,7 @@ def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end, held=0):
     "`ChatMetrics` of one answer."
     ids, times, kv = meter.ids, meter.events.times(), kv_bytes(meter.cache)
     out = self.text_of(ids) if text is None else str(text).strip()
-    n, base, n_base = len(ids), len(self.lm.encode_chat(prompt.messages)), self.lm.count(out)
+    n, base, n_base = len(ids), self.count_base(prompt), self.lm.count(out)
     return ChatMetrics(
         method=self.recipe.id,
         input_text=prompt.messages[-1]["content"],

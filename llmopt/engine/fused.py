@@ -63,7 +63,7 @@ def reset(self: EnhancedFusedLLMEngine):
 @patch
 def answer(
     self: EnhancedFusedLLMEngine,
-    messages,  # list of messages, or a question
+    messages,  # list of messages, a question, or token ids of a prompt
     max_new_tokens: int | None = None,  # this and the others as for `run`
     fixed: bool = False,
     **sampling,
