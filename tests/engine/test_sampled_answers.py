@@ -26,7 +26,7 @@ def test_greedy_is_greedy_whatever_is_said_about_draws():
     assert engine().run(QUESTION, temperature=2.0, top_p=0.0, seed=5).output_ids == want
 
 
-@pytest.mark.parametrize("options", [dict(top_k=20), dict(top_p=0.8), dict(repetition_penalty=1.2), {}])
+@pytest.mark.parametrize("options", [dict(top_k=20, top_p=0.8), dict(repetition_penalty=1.2)])
 def test_a_seed_gives_the_same_answer_again(options):
     options |= dict(temperature=1.3, fixed=True)
     a, b, c = (engine().run(QUESTION, seed=s, **options).output_ids for s in (3, 3, 4))
@@ -66,7 +66,7 @@ def test_stop_strings_end_an_answer_wherever_tokens_begin():
     "Any five characters of the answer: what comes is the text before them, at once and in pieces."
     e = engine(max_new_tokens=16)
     whole = "".join(p.text for p in e.answer(QUESTION))
-    for at in range(1, len(whole) - 5, 7):
+    for at in range(1, len(whole) - 5, 11):
         stop = whole[at : at + 5]
         want = whole[: whole.find(stop)]
         answer = e.answer(QUESTION, stop_strings=["\0 never", stop])
