@@ -101,8 +101,8 @@ const bytes = (x) => (x == null ? "–" : x < 1e6 ? `${(x / 1e3).toFixed(0)} kB`
 function cost(side) {
   const u = side.usage, m = u.llmopt, cached = u.prompt_tokens_details.cached_tokens;
   const rows = [
-    ["Prompt tokens read", `${u.prompt_tokens}${m.prompt_tokens_saved ? ` (${m.prompt_tokens_saved} saved)` : ""}`],
-    cached && ["of which kept from before", cached],
+    ["Prompt tokens", `${u.prompt_tokens}${m.prompt_tokens_saved ? ` (${m.prompt_tokens_saved} saved)` : ""}`],
+    cached && ["of which read before", cached],
     ["Time to first token", ms(m.ttft_ms)],
     ["Time per token", ms(m.tpot_ms)],
     ["Tokens of the answer", u.completion_tokens],
@@ -127,7 +127,7 @@ function compare() {
   byId("both").hidden = !(a && b);
   if (!a || !b) return;
   const pairs = [
-    ["prompt tokens read", a.prompt_tokens, b.prompt_tokens, true],
+    ["prompt tokens", a.prompt_tokens, b.prompt_tokens, true],
     ["time to first token", a.llmopt.ttft_ms, b.llmopt.ttft_ms],
     ["time per token", a.llmopt.tpot_ms, b.llmopt.tpot_ms],
     ["keys and values", a.llmopt.kv_bytes_peak, b.llmopt.kv_bytes_peak, true],
