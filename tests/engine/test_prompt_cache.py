@@ -2,6 +2,9 @@
 # ruff: noqa
 
 import torch
+from fastcore.test import test_eq
+from transformers import DynamicCache
+from llmopt.core import load
 from llmopt.engine.prompt_cache import *
 
 
