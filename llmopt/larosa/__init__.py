@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUNDLED', 'BasisChange', 'Block', 'Calibration', 'ChannelSelector', 'Drafted', 'FAMILIES', 'Family', 'LaRoSAConfig',
-           'MaskedLinear', 'SimpleLaRoSA', 'SparseLinear', 'SparsifiedLinear', 'Traffic', 'allocate_by_cost',
+           'MaskedLinear', 'SHIPPED', 'SimpleLaRoSA', 'SparseLinear', 'SparsifiedLinear', 'Traffic', 'allocate_by_cost',
            'allocate_by_rule', 'calibrate', 'channel_costs', 'choose_rotations', 'convert', 'default_texts', 'dense',
            'eigenbasis', 'family', 'in_stream_basis', 'keep_channels', 'keep_topk', 'learn_basis', 'load_calibration',
            'masked_linear', 'projections', 'save_calibration', 'second_moments', 'self_draft', 'set_sparsity',
@@ -12,7 +12,7 @@ __all__ = ['BUNDLED', 'BasisChange', 'Block', 'Calibration', 'ChannelSelector', 
 
 # %% ../../nbs/03_larosa/index.ipynb #06a7abdc
 from .allocation import allocate_by_cost, allocate_by_rule, channel_costs
-from .artifact import BUNDLED, load_calibration, save_calibration
+from .artifact import BUNDLED, SHIPPED, load_calibration, save_calibration
 from .basis import learn_basis
 from .calibration import Calibration, calibrate, default_texts, windows
 from .config import LaRoSAConfig, SimpleLaRoSA
@@ -56,6 +56,7 @@ _all_ = [
     "Family",
     "LaRoSAConfig",
     "MaskedLinear",
+    "SHIPPED",
     "SimpleLaRoSA",
     "SparseLinear",
     "SparsifiedLinear",

@@ -149,7 +149,12 @@ def name_of(model):
     return Path(name).name if Path(name).is_dir() else name
 
 # %% ../../nbs/03_larosa/10_calibration.ipynb #df434c37
-MOMENT_TOKENS, VALUE_TOKENS, COST_TOKENS, TEST_TOKENS = 4096, 2048, 2048, 1024  # of calibration text; for each use
+MOMENT_TOKENS, VALUE_TOKENS, COST_TOKENS, TEST_TOKENS = (
+    4096,
+    2048,
+    2048,
+    1024,
+)  # for each use; twice as many where the test has text of its own
 TESTED_AT = 0.5  # the sparsity at which rotations are compared, and a basis is learned
 MADE_BY = 2  # the version of what is done here: a kept calibration of another version is not used
 
