@@ -112,16 +112,21 @@ def fidelity(
 # %% ../../nbs/00_core/01_measures.ipynb #a80115fc
 @torch.inference_mode()
 def divergence(
-    model,  # a transformers causal LM: the reference
+    model,  # a transformers causal LM whose head gives the logits, without scaling or capping: the reference
     other,  # what is compared with it
     ids: torch.Tensor,  # (n, length) token ids, read one window at a time
 ) -> float:  # nats per token
     "Mean Kullback-Leibler divergence of the predictions of `other` from those of `model`."
     lost = []
     for window in ids.to(model.device).split(1):
-        both = [m.base_model(window, use_cache=False).last_hidden_state[0].split(16) for m in (model, other)]
+        both = [_hidden(m, window).split(16) for m in (model, other)]
         lost += [kl(_logprobs(model, a), _logprobs(other, b)) for a, b in zip(*both)]
-    return torch.cat(lost).mean().item()
+    return torch.cat(lost).mean().clamp(min=0).item()  # below zero is rounding
+
+
+def _hidden(model, window):
+    "What the head reads (length, D) after the one `window`."
+    return model.base_model(window, use_cache=False, return_dict=True).last_hidden_state[0]
 
 
 def _logprobs(model, hidden):

@@ -37,17 +37,26 @@ class Phases:
         self.title, self.work, self.limit = title, {name: round(n) for name, n in work.items()}, 0
         look = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         total = sum(self.work.values())
-        self.bar = tqdm(total=total, bar_format=look, delay=1, mininterval=0.5, leave=False, file=sys.stderr)
+        self.bar = tqdm(
+            total=total,
+            bar_format=look,
+            delay=1,
+            mininterval=0.5,
+            leave=False,
+            file=sys.stderr,
+            disable=sys.stderr is None,
+        )
 
     @contextmanager
     def __call__(self, name, model=None, tokens=1):
         "Inside it, the phase `name` is shown; passes of `model` over `tokens` in all move the bar."
         work = self.work[name]
-        self.limit, each = self.bar.n + work, work / tokens
+        self.limit, each = self.bar.n + work, work / max(tokens, 1)
         self.bar.set_description(f"{self.title}, {name}")
 
         def moved(module, args, out):
-            self.move(each * out.last_hidden_state[..., 0].numel())
+            hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
+            self.move(each * hidden[..., 0].numel())
 
         handles = [] if model is None else [model.base_model.register_forward_hook(moved)]
         try:

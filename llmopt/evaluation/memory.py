@@ -70,6 +70,7 @@ class MemoryProcess:
         return self
 
     def __exit__(self, *_):
+        "End it, and what it measures."
         if self.process and self.process.poll() is None:
             for process in [*psutil.Process(self.process.pid).children(), self.process]:
                 process.kill()
@@ -91,9 +92,11 @@ class MemoryProcess:
             print(json.dumps(asked), file=process.stdin, flush=True)
             found = json.loads(process.stdout.readline())
         except (OSError, ValueError):
-            process.kill()
-            process.communicate()  # gone for certain, so that the next request starts another
+            self.__exit__()  # gone for certain, so that the next request starts another
             raise LlmoptError("the memory process ended before it answered") from None
+        except BaseException:  # interrupted: its answer would be taken for that to the next request
+            self.__exit__()
+            raise
         code, error = found.pop("exitcode"), found.pop("error", None)
         if code < 0:
             raise LlmoptError(f"the memory process was killed by signal {-code}: there may be too little memory")
@@ -115,4 +118,4 @@ def peak_memory(
     if process is None:
         with MemoryProcess() as process:
             return peak_memory(method, text, model, device, dtype, n, process)
-    return process.peak(method=method, text=text, model=model, device=device, dtype=dtype, n=n)
+    return process.peak(method=method, text=text, model=str(model), device=device, dtype=dtype, n=n)

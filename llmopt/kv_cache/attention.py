@@ -173,7 +173,8 @@ def _configs(model):
     while rest:  # `model.modules()` takes three times as long, at every request
         m = rest.pop()
         seen.add(m)
-        if (c := m.__dict__.get("config")) is not None:
+        c = getattr(m, "config", None) if hasattr(type(m), "config") else m.__dict__.get("config")
+        if c is not None:
             configs[id(c)] = c
         rest += [child for child in m._modules.values() if child is not None and child not in seen]
     ours = (*NAMES, *NAMES.values())

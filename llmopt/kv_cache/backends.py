@@ -26,7 +26,8 @@ class CopyingRows(Rows):
     def __init__(self, *args, **kw):  # as `Rows`
         super().__init__(*args, **kw)
         self.step = max(self.page_tokens, 16)  # the fewest tokens to have room for
-        self.data = torch.empty(self.rows, 0, self.width, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False):  # see `mapped_tensor`
+            self.data = torch.empty(self.rows, 0, self.width, dtype=self.dtype, device=self.device)
 
 # %% ../../nbs/04_kv_cache/03_backends.ipynb #e118f069
 @patch
@@ -47,7 +48,7 @@ def resize(self: CopyingRows, n: int):  # tokens in each row from now on
     room = self.data.shape[1]
     if n > room:
         self._allocate(max(n, 2 * room, self.step))
-    elif n < room // 4:
+    elif n < room // 4 and room > self.step:
         self.length = min(n, self.length)
         self._allocate(max(2 * n, self.step) if n else 0)
     self.length = n

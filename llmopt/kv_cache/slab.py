@@ -45,11 +45,9 @@ class SimpleVAttention:
         self.seq_len, self.peak_len, self.reserved_slots = 0, 0, 0  # tokens
         rows = self.batch * self.num_heads
         widths = check_count("head_size", head_size), check_count("value_size", value_size or head_size)
-        self.page_after = check_count("page_after", page_after, 0)
-        kind = CopyingRows if self.page_after else make_rows
-        self.key_rows, self.value_rows = (
-            kind(rows, max_seq_len, w, dtype, page_tokens, prefault, device) for w in widths
-        )
+        self.page_after, self.page_tokens = check_count("page_after", page_after, 0), page_tokens
+        kind, pages = (CopyingRows, 0) if self.page_after else (make_rows, page_tokens)
+        self.key_rows, self.value_rows = (kind(rows, max_seq_len, w, dtype, pages, prefault, device) for w in widths)
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #1919cb68
 @patch(as_prop=True)
@@ -116,14 +114,14 @@ def _leave_ordinary_memory(self: SimpleVAttention, n):
     "Move to pages if there are to be `n` tokens, more than ordinary memory was meant for."
     if not self.page_after or n <= self.page_after:
         return
-    self.page_after, old = 0, (self.key_rows, self.value_rows)
-    self.key_rows, self.value_rows = (
-        make_rows(r.rows, r.tokens, r.width, r.dtype, r.page_tokens, r.prefault, r.device) for r in old
-    )
-    for before, after in zip(old, (self.key_rows, self.value_rows)):
+    old = self.key_rows, self.value_rows
+    old[0].check_length(0)  # raises if they are closed
+    new = [make_rows(r.rows, r.tokens, r.width, r.dtype, self.page_tokens, r.prefault, r.device) for r in old]
+    for before, after in zip(old, new):
         after.resize(before.length)
         after.data[:, : before.length] = before.data[:, : before.length]
         before.close()
+    (self.key_rows, self.value_rows), self.page_after = new, 0
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #a6ec3e5c
 @patch

@@ -144,7 +144,7 @@ def backward_pass(
         for window in ids.to(model.device):
             start.clear()
             with torch.enable_grad():
-                hidden = model.base_model(window[None], use_cache=False).last_hidden_state[0]
+                hidden = model.base_model(window[None], use_cache=False, return_dict=True).last_hidden_state[0]
             torch.autograd.grad(hidden, start[0], head_gradient(model, hidden, generator))
             del hidden  # and its graph, before the next one is built
     finally:

@@ -200,7 +200,7 @@ def _plan(texts, rotation):
 def _tested(model, q, r, costs, ids, phase):
     "What `model` loses in the bases `q` and `r` at the sparsity of the test, in each window."
     with phase:
-        new = sparsify(convert(model, q, r), "all")
+        new = sparsify(convert(model, q, r, share=True), "all")
         set_sparsity(new, allocate_by_cost(new, costs, TESTED_AT))
         return_freed_memory()
         return [divergence(model, new, window) for window in ids.split(1)]

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..core import LM
 from ..core.measures import same_weights
 from ..core.state_hash import LOOKS_ONLY, model_state
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, ModelError, UnsupportedModelError, one_line, warn_once
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity
 from .artifact import SHIPPED, fitted, kept_calibration, load_calibration, save_calibration
 from llmopt.larosa.calibration import (
@@ -223,14 +223,24 @@ def _is_default(cfg):
     return (cfg.rotation, cfg.heads) == (LaRoSAConfig.rotation, LaRoSAConfig.heads)
 
 
+def _shipped(cfg, lm):
+    "The calibration that ships for `lm`; None if there is none that fits, or it is damaged."
+    if lm.name not in SHIPPED or not _is_default(cfg):
+        return None
+    try:
+        shipped = load_calibration(SHIPPED[lm.name])
+    except ModelError as e:
+        warn_once(f"the calibration that ships for {lm.name} is damaged, so it is made anew ({one_line(e, 100)})")
+        return None
+    return shipped if same_weights(lm.model, shipped.info["weights"]) else None
+
+
 def _calibration(cfg, lm, state):
     "The calibration of `lm` for `cfg`, made once."
     if cfg.artifact:
         return load_calibration(cfg.artifact)
-    if lm.name in SHIPPED and _is_default(cfg):
-        shipped = load_calibration(SHIPPED[lm.name])
-        if same_weights(lm.model, shipped.info["weights"]):
-            return shipped
+    if shipped := _shipped(cfg, lm):
+        return shipped
     ids = calibration_ids(lm.model, None, lm.tokenizer)
     asked = dict(rotation=cfg.rotation, heads=cfg.heads, measure=cfg.allocation == "measured")
     other = other_ids(lm.model, lm.tokenizer, ids.shape[1]) if cfg.rotation == "auto" else None

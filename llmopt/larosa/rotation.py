@@ -270,13 +270,14 @@ def convert(
     model,  # a transformers causal LM of a known family
     q: dict,  # (layer, block) -> (D, D): what `choose_rotations` returned
     r: dict | None = None,  # layer -> (KV heads, d, d): what `value_bases` returned
+    share: bool = False,  # weights that do not change are those of `model`, for a new model that is soon dropped
 ):  # a new model, equal to `model` within rounding
     """`model` with gains folded and rotations absorbed, or with its gains where `q` does not rotate.
 
     Raises `UnsupportedModelError` as `family` does."""
     fam = family(model)
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    new = copy.deepcopy(model, shared).eval()
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
+    new = copy.deepcopy(model, shared).eval().requires_grad_(False)
     new.save_pretrained = refuse_to_save
     layers, last = new.get_submodule(fam.layers), new.get_submodule(fam.norm)
     if not rotates(q):

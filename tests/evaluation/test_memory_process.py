@@ -1,5 +1,6 @@
 "The process that measures memory: one start for all methods, and nothing of one method in the next."
 
+import json
 import os
 import signal
 import sys
@@ -30,3 +31,17 @@ def test_one_process_for_all_methods():
             baseline(p)
         assert abs(baseline(p) - first) < 0.02 * first
     assert p.process.poll() is not None
+
+
+def test_an_interrupted_request_is_not_answered_later(monkeypatch):
+    "Whoever asks after an interruption gets the answer to this question, from another process."
+    asked = dict(method="baseline", text="hi", model="./none", device="cpu", dtype="auto", n=2)
+
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    with MemoryProcess() as process:
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(json, "loads", interrupted)
+            process.peak(**asked)
+        assert process.process.poll() is not None
