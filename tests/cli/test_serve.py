@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import httpx
 import pytest
@@ -62,6 +63,8 @@ def test_a_process_serves_until_it_is_told_to_stop():
     command = [sys.executable, "-m", "llmopt.cli", "serve", "--port", "0", "--methods", "baseline"]
     env = dict(os.environ, LLMOPT_API_KEY="sesame", PYTHONUNBUFFERED="1")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if os.name == "posix":  # a shell's background jobs, and so this test there, are told to ignore SIGINT
+        pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, env=env, **pipes) as process:
         try:
             url = next(m[1] for line in process.stdout if (m := re.match(r"page: (http://127.0.0.1:\d+)", line)))
