@@ -149,12 +149,8 @@ def name_of(model):
     return Path(name).name if Path(name).is_dir() else name
 
 # %% ../../nbs/03_larosa/10_calibration.ipynb #df434c37
-MOMENT_TOKENS, VALUE_TOKENS, COST_TOKENS, TEST_TOKENS = (
-    4096,
-    2048,
-    2048,
-    1024,
-)  # for each use; twice as many where the test has text of its own
+# for each use; twice as many where the test has text of its own
+MOMENT_TOKENS, VALUE_TOKENS, COST_TOKENS, TEST_TOKENS = 4096, 2048, 2048, 1024
 TESTED_AT = 0.5  # the sparsity at which rotations are compared, and a basis is learned
 MADE_BY = 2  # the version of what is done here: a kept calibration of another version is not used
 
@@ -299,6 +295,7 @@ def calibrate(
         with phases("values", model, texts.values.numel()):
             r = value_bases(model, texts.values) if heads else None
         chosen, q, r, costs, lost = _bases(_Work(model, texts, moments, r, phases), rotation, measure)
+    return_freed_memory()  # of the last model that was tested
     info = dict(
         model=name_of(model),
         weights=hashes_by_type(model),

@@ -132,6 +132,14 @@ def _made(x):
         raise ConfigError("nothing was converted yet: call apply(model, calibration) first")
     return x
 
+# %% ../../nbs/03_larosa/12_config.ipynb #34a0ae69
+def _own(new, model):
+    "Give `new` copies of the weights that it shares with `model`."
+    plain = {p.data_ptr() for p in model.parameters()}
+    for p in new.parameters():
+        if p.data_ptr() in plain:
+            p.data = p.data.clone()
+
 # %% ../../nbs/03_larosa/12_config.ipynb #72bc8852
 def _allocation(model, cfg, costs):
     "The sparsity of every projection of a sparsified `model`."
@@ -164,7 +172,8 @@ def apply(
         ids = calibration_ids(model, calibration, tokenizer, length)
         other = other_ids(model, tokenizer, ids.shape[1]) if cfg.rotation == "auto" else None
         calibration = calibrate(model, ids, cfg.rotation, cfg.heads, measured, other)
-    new = sparsify(convert(model, calibration.q, calibration.r), cfg.tokens, cfg.first, self.linear)
+    new = sparsify(convert(model, calibration.q, calibration.r, share=True), cfg.tokens, cfg.first, self.linear)
+    _own(new, model)
     set_sparsity(new, _allocation(new, cfg, calibration.costs))
     self.calibration, self.traffic = calibration, traffic(new)
     return new
