@@ -6,8 +6,11 @@
 __all__ = ['RemoteEngine', 'measured']
 
 # %% ../../nbs/08_server/17_remote.ipynb #f1dd40a5
+import copy
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import httpx
 from fastcore.basics import patch
@@ -54,15 +57,22 @@ def _chunks(lines):
 
 
 @patch
+@contextmanager
+def _errors(self: RemoteEngine):
+    "Raise what goes wrong on the way as a `LlmoptError`."
+    try:
+        yield
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as e:
+        raise LlmoptError(f"the server at {self.http.base_url} did not answer ({e!s:.100}); is it running?") from None
+
+
+@patch
 def _stream(self: RemoteEngine, body):
     "The chunks of the answer to a request."
-    try:
-        with self.http.stream("POST", "/v1/chat/completions", json=body) as reply:
-            if reply.status_code != 200:
-                raise LlmoptError(json.loads(reply.read())["error"]["message"])
-            yield from _chunks(reply.iter_lines())
-    except (httpx.HTTPError, ValueError, KeyError) as e:
-        raise LlmoptError(f"the server at {self.http.base_url} did not answer ({e!s:.100}); is it running?") from None
+    with self._errors(), self.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        if reply.status_code != 200:
+            raise LlmoptError(json.loads(reply.read())["error"]["message"])
+        yield from _chunks(reply.iter_lines())
 
 
 @patch
@@ -79,6 +89,32 @@ def stream(self: RemoteEngine, text: str, **options):  # `options`: fields of a 
         if chunk.get("usage"):
             self.last = measured(chunk["usage"], text, "".join(said), end)
     self.history = [*asked, assistant("".join(said))]
+
+# %% ../../nbs/08_server/17_remote.ipynb #6ef8a88a
+@patch
+def _card(self: RemoteEngine, id):
+    "What the server says about the model `id`; raises `LlmoptError` if it does not serve it."
+    with self._errors():
+        reply = self.http.get(f"/v1/models/{quote(id, safe='/:')}").json()
+        if "error" in reply:
+            raise LlmoptError(reply["error"]["message"])
+        return reply
+
+
+@patch
+def with_recipe(
+    self: RemoteEngine,
+    recipe: str,  # such as `words+kv`, for the same model; or a model that the server offers: `smollm2:kv`
+) -> RemoteEngine:
+    "An engine in the same conversation, with another recipe or model of the server."
+    with self._errors():
+        served = [card["id"] for card in self.http.get("/v1/models").json()["data"]]
+    card = self._card(recipe if recipe in served else f"{self.lm.name}:{recipe}")
+    other, about = copy.copy(self), card.get("llmopt") or {}
+    other.model, other.history = card["id"], [*self.history]
+    other.lm = SimpleNamespace(name=about.get("model") or card["id"])
+    other.recipe = SimpleNamespace(id=about.get("recipe") or "baseline")
+    return other
 
 # %% ../../nbs/08_server/17_remote.ipynb #56d54bcd
 def measured(usage: dict, question: str, answer: str, finish_reason: str) -> ChatMetrics:

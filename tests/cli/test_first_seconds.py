@@ -1,5 +1,6 @@
 "What a user sees before torch is loaded: mistakes at once, help at once, and a line for each phase."
 
+import re
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ print("torch" in sys.modules)
         ("compare --methods words:m=3", "bad parameters for words: no 'm'; it has scorer"),
         ("chat --method kv+larosa:p=0.5", "bad parameters for larosa: no 'p'"),
         ("compare --methods words:n", "write name=value"),
-        ("chat --model ./none", "no model folder"),
+        ("chat --model smolm2", "did you mean smollm2?"),
         ("compare --output no/such/folder.json", "no/such"),
         ("benchmark words --texts none", "cannot read texts"),
     ],
@@ -95,3 +96,9 @@ def test_help_says_what_each_scorer_does():
     lines = [line.split(maxsplit=1) for line in stored_help()["methods"].splitlines()]
     said = {words[0]: words[1] for words in lines if len(words) == 2}
     assert all(len(said[name]) > 20 for name in SCORERS)
+
+
+def test_help_is_written_as_recipes_are():
+    "No Python in it: what is named there can be typed in a recipe."
+    text = stored_help()["methods"]
+    assert not re.search(r"\b(None|True|False)\b|`[A-Z]{2,}`|`llmopt\.|''", text)

@@ -51,11 +51,16 @@ def test_a_port_that_is_taken(capsys):
 
 
 def test_interactive_chat_goes_over_the_server(monkeypatch, capsys):
-    lines = iter(["What is rain?", ""])
+    lines = iter(["What is rain?", "/method words", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    assert main(["serve", "--port", "0", "--methods", "baseline", "--interactive"]) == 0
+    assert main(["serve", "--port", "0", "--methods", "baseline", "words", "--interactive"]) == 0
     said = capsys.readouterr().out
-    assert "models:\n  llmopt-tiny\n" in said and "llmopt-tiny, baseline" in said and said.count("\n") > 5
+    assert (
+        "models:\n  llmopt-tiny\n" in said
+        and "llmopt-tiny, baseline" in said
+        and "now word_removal" in said
+        and said.count("\n") > 5
+    )
 
 
 def test_a_process_serves_until_it_is_told_to_stop():

@@ -10,6 +10,7 @@ import pytest
 
 import llmopt.cli.entry as entry
 from llmopt.cli import main
+from llmopt.cli.streams import ISSUES
 
 BASELINE = ["--methods", "baseline", "--max-new-tokens", "2", "--rounds", "1", "--no-memory"]
 
@@ -62,7 +63,7 @@ def test_bytes_that_are_no_text(terminal, tmp_path):
     assert code == 0, err
     stored = json.loads((tmp_path / "comprehensive_results.json").read_text(encoding="utf-8"))
     assert stored["queries"][0]["text"] == "caf\ufffd"
-    code, out, err = terminal("chat", "--max-new-tokens", 2, "--system", "\udcff!", typed=b"caf\xe9\n\n")
+    code, out, err = terminal("chat", "--max-new-tokens", 2, "--system", "\udcff!", typed=b"caf\xe9\n")
     assert code == 0 and out.count(">") == 2, (out, err)
     refused(terminal("compare", "--model", "./\udce9"), "no model folder")
     refused(terminal("compare", "--methods", "\udce9"), "unknown method")
@@ -151,7 +152,7 @@ def test_an_unforeseen_error_is_one_line_and_where_to_report_it(terminal, monkey
 
     monkeypatch.setitem(entry.COMMANDS, "plot", broken)
     code, _, err = terminal("plot", "x.json")
-    assert code == 3 and len(err.splitlines()) == 1 and "KeyError" in err and entry.ISSUES in err
+    assert code == 3 and len(err.splitlines()) == 1 and "KeyError" in err and ISSUES in err
     monkeypatch.setenv("LLMOPT_DEBUG", "1")
     assert main(["plot", "x.json"]) == 3 and "Traceback" in capsys.readouterr().err
     monkeypatch.delenv("LLMOPT_DEBUG")
@@ -207,7 +208,7 @@ def test_commands_of_the_chat(terminal):
     typed = b"/stats\n/rest now\n/help\nHello!\n/stats\n//slash\n/reset\n/quit\nnever read\n"
     code, out, err = terminal("chat", "--max-new-tokens", "3", typed=typed)
     assert code == 0, err
-    for s in ("nothing answered yet", "no /rest", "/reset", "[cut after 3 tokens]", "first token after", "forgotten"):
+    for s in ("nothing answered yet", "no /rest", "/reset", "[cut after 3 tokens]", "| first token ", "forgotten"):
         assert s in out
     assert out.count("[cut after") == 2
 

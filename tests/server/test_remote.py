@@ -10,7 +10,7 @@ from llmopt.server.remote import *
 
 def test_remote_conversations():
     "What the server measured becomes the metrics that an engine would have."
-    app = create_app(["llmopt-tiny"], ["baseline"])
+    app = create_app(["llmopt-tiny"], ["baseline", "words"])
     with running(app) as url:
         engine = RemoteEngine(url, "llmopt-tiny", max_new_tokens=4, system="Be brief.")
         for question in ("What is ice?", "Why?"):
@@ -23,5 +23,11 @@ def test_remote_conversations():
         test_eq(len(engine.history), 5)
         with expect_fail(LlmoptError, "max_tokens"):
             [*engine.stream("Why?", max_tokens=10**6)]
-    with expect_fail(LlmoptError, "is it running"):
-        [*engine.stream("Why?")]
+        other = engine.with_recipe("word_removal")
+        test_eq((other.model, other.recipe.id, other.history), ("llmopt-tiny:words", "word_removal", engine.history))
+        test_eq(other.with_recipe("llmopt-tiny").recipe.id, "baseline")
+        with expect_fail(LlmoptError, "'llmopt-tiny:kv' is not served"):
+            engine.with_recipe("kv")
+    for ask in (engine.stream, engine.with_recipe):
+        with expect_fail(LlmoptError, "is it running"):
+            [*ask("Why?")]
