@@ -25,6 +25,29 @@ def return_freed_memory() -> None:
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
+# %% ../../nbs/00_core/14_progress.ipynb #4838560f
+def _bar(total):
+    "A bar on stderr over `total` units of work; none where there is no stderr."
+    look = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    silent = sys.stderr is None
+    return tqdm(total=total, bar_format=look, delay=1, mininterval=0.5, leave=False, file=sys.stderr, disable=silent)
+
+
+@contextmanager
+def _counted(model, see):
+    "Inside it, `see` is called with the tokens of each pass of `model`, which may be None."
+
+    def passed(module, args, out):
+        hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
+        see(hidden[..., 0].numel())
+
+    handle = None if model is None else model.base_model.register_forward_hook(passed)
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
+
 # %% ../../nbs/00_core/14_progress.ipynb #5e7aabe1
 class Phases:
     "A progress bar on stderr over phases that are named; nothing is shown of work that is done within a second."
@@ -35,17 +58,7 @@ class Phases:
         title: str,  # in front of the name of the phase
     ):
         self.title, self.work, self.limit = title, {name: round(n) for name, n in work.items()}, 0
-        look = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        total = sum(self.work.values())
-        self.bar = tqdm(
-            total=total,
-            bar_format=look,
-            delay=1,
-            mininterval=0.5,
-            leave=False,
-            file=sys.stderr,
-            disable=sys.stderr is None,
-        )
+        self.bar = _bar(sum(self.work.values()))
 
     @contextmanager
     def __call__(self, name, model=None, tokens=1):
@@ -53,17 +66,8 @@ class Phases:
         work = self.work[name]
         self.limit, each = self.bar.n + work, work / max(tokens, 1)
         self.bar.set_description(f"{self.title}, {name}")
-
-        def moved(module, args, out):
-            hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
-            self.move(each * hidden[..., 0].numel())
-
-        handles = [] if model is None else [model.base_model.register_forward_hook(moved)]
-        try:
+        with _counted(model, lambda n: self.move(each * n)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         self.move(work)
         return_freed_memory()
 

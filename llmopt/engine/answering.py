@@ -112,7 +112,7 @@ class Request(NamedTuple):
     reuse: bool = False  # go on from what an earlier answer has read
     gone: list | None = None  # old turns that do not fit may leave, and are noted here; None: they may not
 
-
+# %% ../../nbs/05_engine/11_answering.ipynb #6411964c
 @patch
 def answered(self: AnsweringModel, r: Request) -> ChatMetrics:
     "Answer, as soon as the model is free."

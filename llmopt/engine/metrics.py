@@ -80,8 +80,7 @@ class ChatMetrics:
     input_text: str  # the question
     prompt_text: str  # what the model read
     output_text: str  # what it answered
-    # `stop`: the model ended, or a stop string came; `length`: cut after `max_new_tokens`; `stopped`: somebody ended it
-    finish_reason: str
+    finish_reason: str  # `stop`: by the model or a stop string; `length`: by `max_new_tokens`; `stopped`: by somebody
     ttft_ms: float | None  # ms from the question to the first token
     preprocess_ms: float  # ms of that before the model starts: shortening and tokenizing
     prefill_ms: float | None  # ms of that in which the model reads the prompt
@@ -108,5 +107,4 @@ class ChatMetrics:
     logprobs: list | None = field(default=None, repr=False)  # a `TokenLogprob` of each, if they were asked for
     cached_prompt_tokens: int = 0  # of `prompt_tokens`, those whose keys and values were there from an earlier answer
     queue_ms: float = 0.0  # ms of `ttft_ms` in which others used the model
-    # what a reader of this answer must know, such as a budget that was not met
-    notes: list = field(default_factory=list)
+    notes: list = field(default_factory=list)  # what a reader must know, such as a budget that was not met

@@ -118,7 +118,7 @@ def _encoded(self: PreparedModel, text):
         short = messages
     return messages, self.lm.encode_chat(short), notes
 
-
+# %% ../../nbs/05_engine/10_prepared.ipynb #24488145
 @patch
 def prompt(
     self: PreparedModel,

@@ -110,7 +110,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
 
-
+# %% ../../nbs/05_engine/09_prompt_cache.ipynb #3e75100c
 class PromptCache:
     "Caches of earlier answers, to go on from. Safe from threads."
 

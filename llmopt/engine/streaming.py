@@ -216,7 +216,7 @@ def _body(work, items, stop, results):
     finally:
         items.put(end)
 
-
+# %% ../../nbs/05_engine/05_streaming.ipynb #e56ac513
 class Background:
     "Iterates over what `work` puts while it runs in a thread of its own, which begins with the first `next`."
 
@@ -248,12 +248,14 @@ class Background:
             raise item.error
         raise StopIteration
 
-    def close(self):
-        "Tell `work` to end, and wait until it has. From any thread, also while another one reads; more than once."
-        with self.lock:
-            self.stop.set()
-        if self.begun and self.thread is not threading.current_thread():
-            self.thread.join()
-
     def __del__(self):
         self.stop.set()
+
+# %% ../../nbs/05_engine/05_streaming.ipynb #60d2e645
+@patch
+def close(self: Background):
+    "Tell `work` to end, and wait until it has. From any thread, also while another one reads; more than once."
+    with self.lock:
+        self.stop.set()
+    if self.begun and self.thread is not threading.current_thread():
+        self.thread.join()

@@ -89,7 +89,7 @@ def _write_through(p, data):
     with open(target, "ab" if own is None and p.is_file() else "wb") as f:
         f.write(data)
 
-
+# %% ../../nbs/06_evaluation/00_files.ipynb #bf4ac646
 def write_bytes(path, data: bytes) -> Path:
     "Write `data` to `path`, whole or not at all; raises `ResultsError` if that cannot be done."
     check_writable(path)

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 
 import psutil
 import torch
+from fastcore.basics import patch
 
 from ..core import TINY
 from ..engine import EnhancedFusedLLMEngine, Recipe
@@ -85,24 +86,30 @@ class MemoryProcess:
             self.process = subprocess.Popen(command, encoding="utf-8", **pipes)
         return self.process
 
-    def peak(self, **asked) -> dict:  # `peak_rss_bytes`, `peak_rss_delta_bytes`
-        "What `measure` finds for `asked`; raises `LlmoptError` if it fails."
+    def ask(self, **asked) -> dict:  # what `serve` prints
+        "Its reply to `asked`; raises `LlmoptError` if it ends before it replies."
         process, asked = self._running(), asked | dict(threads=torch.get_num_threads())
         try:
             print(json.dumps(asked), file=process.stdin, flush=True)
-            found = json.loads(process.stdout.readline())
+            return json.loads(process.stdout.readline())
         except (OSError, ValueError):
             self.__exit__()  # gone for certain, so that the next request starts another
             raise LlmoptError("the memory process ended before it answered") from None
         except BaseException:  # interrupted: its answer would be taken for that to the next request
             self.__exit__()
             raise
-        code, error = found.pop("exitcode"), found.pop("error", None)
-        if code < 0:
-            raise LlmoptError(f"the memory process was killed by signal {-code}: there may be too little memory")
-        if error or not found:
-            raise LlmoptError(f"the memory process failed: {error or 'it gave no reason'}")
-        return found
+
+# %% ../../nbs/06_evaluation/08_memory.ipynb #4a5988d4
+@patch
+def peak(self: MemoryProcess, **asked) -> dict:  # `peak_rss_bytes`, `peak_rss_delta_bytes`
+    "What `measure` finds for `asked`; raises `LlmoptError` if it fails."
+    found = self.ask(**asked)
+    code, error = found.pop("exitcode"), found.pop("error", None)
+    if code < 0:
+        raise LlmoptError(f"the memory process was killed by signal {-code}: there may be too little memory")
+    if error or not found:
+        raise LlmoptError(f"the memory process failed: {error or 'it gave no reason'}")
+    return found
 
 # %% ../../nbs/06_evaluation/08_memory.ipynb #me000015
 def peak_memory(

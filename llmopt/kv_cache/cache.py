@@ -30,8 +30,26 @@ from .attention import read_packed
 from .memory import check_count
 from .slab import SimpleVAttention, resident_bytes
 
+# %% ../../nbs/04_kv_cache/06_cache.ipynb #cb3aaaeb
+class _SlabLengths:
+    "What a layer on a slab says about its length."
+
+    slab, max_seq_len = None, 0
+
+    def get_seq_length(self):
+        "Tokens seen."
+        return self.slab.seq_len if self.slab else 0
+
+    def get_mask_sizes(self, query_length):
+        "Tokens that a mask covers, and the position of the first."
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self):
+        "Tokens that addresses are reserved for."
+        return self.max_seq_len
+
 # %% ../../nbs/04_kv_cache/06_cache.ipynb #2503cf3d
-class SlabLayer(CacheLayerMixin):
+class SlabLayer(_SlabLengths, CacheLayerMixin):
     "A full-attention layer on a slab, made at the first update."
 
     is_sliding, is_croppable, is_compileable, slab_type = False, True, False, SimpleVAttention
@@ -59,18 +77,6 @@ class SlabLayer(CacheLayerMixin):
         keys_and_values = self.slab.append(*self._as_slab(key_states, value_states))
         self.peak = max(self.peak, self.slab.live)
         return keys_and_values
-
-    def get_seq_length(self):
-        "Tokens seen."
-        return self.slab.seq_len if self.slab else 0
-
-    def get_mask_sizes(self, query_length):
-        "Tokens that a mask covers, and the position of the first."
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self):
-        "Tokens that addresses are reserved for."
-        return self.max_seq_len
 
 # %% ../../nbs/04_kv_cache/06_cache.ipynb #e7eac03b
 @patch

@@ -226,7 +226,7 @@ def _fresh_lock():
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_fresh_lock)
 
-
+# %% ../../nbs/03_larosa/12_config.ipynb #c9032466
 def _is_default(cfg):
     "Would the calibration that ships with the package do?"
     return (cfg.rotation, cfg.heads) == (LaRoSAConfig.rotation, LaRoSAConfig.heads)
@@ -243,7 +243,7 @@ def _shipped(cfg, lm):
         return None
     return shipped if same_weights(lm.model, shipped.info["weights"]) else None
 
-
+# %% ../../nbs/03_larosa/12_config.ipynb #dbda568c
 def _calibration(cfg, lm, state):
     "The calibration of `lm` for `cfg`, made once."
     if cfg.artifact:

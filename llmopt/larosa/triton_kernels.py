@@ -109,6 +109,14 @@ def _weights(rows, v, at, n, N, stride):
         eviction_policy="evict_first",
     )
 
+# %% ../../nbs/03_larosa/03_triton_kernels.ipynb #f0ac1673
+@jit
+def _all_parts(mine, n, N, split, SPLIT: tl.constexpr):
+    "The sum of what the programs that share a block have stored."
+    some = tl.arange(0, SPLIT)[:, None]
+    there = (some < split) & (n < N)[None, :]
+    return tl.sum(tl.load(mine + some * N + n[None, :], mask=there, other=0.0, cache_modifier=".cg"), 0)
+
 # %% ../../nbs/03_larosa/03_triton_kernels.ipynb #e9378c92
 @jit(do_not_specialize=["split"])
 def _product_kernel(
@@ -128,8 +136,6 @@ def _product_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    # Longer than forty lines: a launch runs one kernel, whose arguments alone are fifteen, and loads must be issued in
-    # this order.
     block, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, i = block * BLOCK_N + tl.arange(0, BLOCK_N), UNROLL * tl.arange(0, ROWS)[:, None] + tl.arange(0, UNROLL)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -147,10 +153,7 @@ def _product_kernel(
         tl.store(mine + s * N + n, tl.sum(total, 0), mask=n < N)
         tl.debug_barrier()  # all threads have stored
         if tl.atomic_add(counter, 1, sem="acq_rel") == split - 1:  # this program is the last at its block
-            some = tl.arange(0, SPLIT)[:, None]
-            there = (some < split) & (n < N)[None, :]
-            sums = tl.load(mine + some * N + n[None, :], mask=there, other=0.0, cache_modifier=".cg")
-            finish(tl.sum(sums, 0), residual, y, b, block * BLOCK_N, N, GATED, BLOCK_N)
+            finish(_all_parts(mine, n, N, split, SPLIT), residual, y, b, block * BLOCK_N, N, GATED, BLOCK_N)
             tl.store(counter, 0)
 
 # %% ../../nbs/03_larosa/03_triton_kernels.ipynb #c6c36f0a

@@ -33,7 +33,7 @@ def refuse(error: ApiError, **headers) -> JSONResponse:
     "`error` as a response."
     return JSONResponse(error.body(), error.status, headers=error.headers() | headers)
 
-
+# %% ../../nbs/08_server/15_app.ipynb #b1e84336
 def _check_head(scope, settings):
     "Raise `ApiError` for a request that may not come in."
     headers = Headers(scope=scope)
@@ -78,7 +78,7 @@ def _again(body, receive):
 
     return receive_again
 
-
+# %% ../../nbs/08_server/15_app.ipynb #42704303
 class Guard:
     "ASGI middleware: limits, the key, an id for each request, and an envelope around whatever goes wrong."
 

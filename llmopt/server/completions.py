@@ -12,11 +12,11 @@ from fastapi import APIRouter, Request
 from fastcore.basics import patch
 
 from ..core import plain_text
-from .chat import answered
+from .chat import Job, answered
 from .envelope import ApiError
 from .jobs import Finished
 from .protocol import CompletionRequest
-from .replies import finish_reason, head, seeds, text_logprobs, usage
+from .replies import finish_reason, seeds, text_logprobs
 from .service import Service
 
 
@@ -31,23 +31,24 @@ def _ids(served, prompt):
     return prompt
 
 
-class TextJob:
+class TextJob(Job):
     "A completion request on its way; raises `ApiError` for what cannot be asked here."
 
+    prefix, object, chunk = "cmpl", "text_completion", "text_completion"
+
     def __init__(self, service: Service, request: CompletionRequest):
-        self.service, self.served, self.n = service, service.find(request.model), request.n or 1
+        super().__init__(service, request)
         prompts = request.prompts
         options = service.options(request, sum(map(len, prompts)), self.n * len(prompts))
         if request.logprobs is not None:
             options["logprobs"] = request.logprobs
         ids = [_ids(self.served, p) for p in prompts]
         self.asked = [(p, o) for p in ids for o in seeds(options, self.n)]
-        self.with_usage = bool(request.stream_options and request.stream_options.include_usage)
 
 # %% ../../nbs/08_server/12_completions.ipynb #06af431c
 @patch
-def _choice(self: TextJob, i, pieces, offset, finished=None):
-    "A choice with the text of `pieces`, which begins at the character `offset`."
+def choice(self: TextJob, i: int, pieces: list, finished: Finished | None, offset: int = 0) -> dict:
+    "The choice number `i`, with the text of `pieces`, which begins at the character `offset`."
     entries = [e for p in pieces for e in p.logprobs or ()]
     logprobs = text_logprobs(self.served, entries, offset) if entries else None
     reason = finish_reason(finished) if finished else None
@@ -55,41 +56,17 @@ def _choice(self: TextJob, i, pieces, offset, finished=None):
 
 
 @patch
-async def completion(self: TextJob) -> dict:
-    "The reply."
-    choices, answers = [], []
-    for i, (prompt, options) in enumerate(self.asked):
-        pieces, finished = await self.service.whole_answer(self.served, prompt, options, i > 0)
-        choices.append(self._choice(i, pieces, 0, finished))
-        answers.append(finished)
-    return head("cmpl", "text_completion", self.served.id) | dict(choices=choices, usage=usage(answers, self.n))
-
-# %% ../../nbs/08_server/12_completions.ipynb #641a3224
-@patch
-async def _texts(self: TextJob, i, answers):
+async def choices(self: TextJob, i: int, answers: list):
     "The choices of the chunks of answer number `i`; its `Finished` goes to `answers`."
     offset = 0
-    async with aclosing(self.service.answer(self.served, *self.asked[i], i > 0)) as items:
+    async with aclosing(self.answer(i)) as items:
         async for item in items:
             if isinstance(item, Finished):
                 answers.append(item)
-                yield self._choice(i, [], offset, item)
+                yield self.choice(i, [], item, offset)
             elif item.text or item.logprobs:
-                yield self._choice(i, [item], offset)
+                yield self.choice(i, [item], None, offset)
                 offset += len(item.text)
-
-
-@patch
-async def chunks(self: TextJob):
-    "The chunks of the reply, and at the end its usage if that was asked for."
-    same, answers = head("cmpl", "text_completion", self.served.id), []
-    extra = dict(usage=None) if self.with_usage else {}
-    for i in range(len(self.asked)):
-        async with aclosing(self._texts(i, answers)) as choices:
-            async for choice in choices:
-                yield same | dict(choices=[choice]) | extra
-    if self.with_usage:
-        yield same | dict(choices=[], usage=usage(answers, self.n))
 
 # %% ../../nbs/08_server/12_completions.ipynb #b7d598a9
 router = APIRouter()

@@ -61,7 +61,7 @@ def logged(e: Exception) -> ApiError:
         log.error("a request failed", exc_info=e)
     return error
 
-
+# %% ../../nbs/08_server/07_connections.ipynb #aab72049
 async def _with_error(events):
     "`events`; what is raised becomes the last but one of them."
     try:

@@ -6,7 +6,7 @@
 __all__ = ['STRICT', 'Content', 'NoPenalty', 'Stop', 'BIAS', 'MOST', 'MOST_SEED', 'Ids', 'Prompt', 'Strict', 'TextPart',
            'as_text', 'FunctionCall', 'ToolCall', 'Message', 'check_messages', 'StreamOptions', 'Sampling',
            'engine_options', 'JsonSchema', 'ResponseFormat', 'Function', 'Tool', 'NamedFunction', 'NamedTool',
-           'ChatRequest', 'CompletionRequest']
+           'Conversation', 'ChatRequest', 'CompletionRequest']
 
 # %% ../../nbs/08_server/01_protocol.ipynb #3fe772ed
 import re
@@ -145,7 +145,7 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
-
+# %% ../../nbs/08_server/01_protocol.ipynb #2c114a83
 class Sampling(Strict):
     "Options of an answer."
 
@@ -217,7 +217,7 @@ class ResponseFormat(Strict):
             raise ValueError("json_schema is given with the type json_schema, and only then")
         return self
 
-
+# %% ../../nbs/08_server/01_protocol.ipynb #37ca6227
 class Function(Strict):
     "A function that the model may call."
 
@@ -247,7 +247,16 @@ class NamedTool(Strict):
     function: NamedFunction
 
 # %% ../../nbs/08_server/01_protocol.ipynb #115e7a79
-class ChatRequest(Sampling):
+class Conversation(Sampling):
+    "What requests for chats and for responses have in common: fields that change nothing here."
+
+    parallel_tool_calls: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+
+class ChatRequest(Conversation):
     "`POST /v1/chat/completions`"
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -257,14 +266,10 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=64)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
-    service_tier: str | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
 
     @model_validator(mode="after")
     def fits_together(self):

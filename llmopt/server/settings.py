@@ -23,7 +23,7 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return False
 
-
+# %% ../../nbs/08_server/02_settings.ipynb #291d75ba
 @dataclass(frozen=True)
 class Settings:
     "Limits of the server. Raises `ConfigError` for what cannot be."

@@ -54,22 +54,22 @@ def _llguidance():
         raise ApiError(400, said, "response_format") from None
     return llguidance
 
-
+# %% ../../nbs/08_server/09_structured.ipynb #5b8f3d3e
 class Grammars:
     "Makes constraints for one model."
 
     def __init__(self, lm):  # `LM`
-        self.library = _llguidance()
+        self.guidance = _llguidance()
         try:
-            self.tokens = self.library.hf.from_tokenizer(lm.tokenizer, n_vocab=lm.rows, eos_token=[*lm.stop_ids])
+            self.tokens = self.guidance.hf.from_tokenizer(lm.tokenizer, n_vocab=lm.rows, eos_token=[*lm.stop_ids])
         except Exception as e:
             said = f"answers of {lm.name} cannot be constrained: llguidance does not read its tokenizer ({e!s:.100})"
             raise ApiError(400, said, "response_format") from None
 
     def of_grammar(self, grammar: str, param: str = "response_format") -> Constraint:
         "A constraint for a grammar of llguidance; raises a 400 for one that cannot be."
-        limits = self.library.LLParserLimits(max_grammar_size=50_000, verbose_errors=False)
-        matcher = self.library.LLMatcher(self.tokens, grammar, log_level=0, limits=limits)
+        limits = self.guidance.LLParserLimits(max_grammar_size=50_000, verbose_errors=False)
+        matcher = self.guidance.LLMatcher(self.tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
             raise ApiError(400, f"{param}: this schema cannot be enforced ({reason[:200]}); simplify it", param)
@@ -77,7 +77,7 @@ class Grammars:
 
     def of_schema(self, schema: dict, param: str = "response_format") -> Constraint:
         "A constraint for a JSON schema; raises a 400 for one that cannot be."
-        return self.of_grammar(self.library.LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT), param)
+        return self.of_grammar(self.guidance.LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT), param)
 
 
 def grammars(service, served) -> Grammars:  # `Service`, `Served`

@@ -38,7 +38,7 @@ def form_of(lm) -> Form:
         return Form("<tool_call>\n", "\n</tool_call>", "arguments")
     return Form("", "", "parameters" if '"parameters"' in template else "arguments")
 
-
+# %% ../../nbs/08_server/10_tools.ipynb #77c155fb
 def _for_template(m):
     "A message as templates know it: the arguments of calls as objects."
     plain = m.plain()
@@ -103,7 +103,7 @@ def call_constraint(service, served, request: ChatRequest) -> Constraint | None:
             raise ApiError(400, "tool_choice names a function that is not among the tools", "tool_choice")
     made = grammars(service, served)
     lark = _grammar(form_of(served.lm), functions)
-    return made.of_grammar(made.library.LLMatcher.grammar_from_lark(lark), "tools")
+    return made.of_grammar(made.guidance.LLMatcher.grammar_from_lark(lark), "tools")
 
 # %% ../../nbs/08_server/10_tools.ipynb #7e294ad3
 def _call(text, names):

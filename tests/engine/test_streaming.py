@@ -40,9 +40,8 @@ def test_the_text_of_an_answer():
 
 
 def test_background():
-    """`generate` returns when it is done, so it runs in a thread of its own and hands its tokens over through a
-    queue. An error in the thread is raised to the reader, and a reader who stops reading stops the model. A
-    server reads in one thread and closes in another, when a client has gone, so both may happen at once."""
+    """A reader who stops reading stops the model. A server reads in one thread and closes in another, when a client
+    has gone, so both may happen at once."""
 
     def fail(put, stop):
         put("a")

@@ -20,9 +20,7 @@ def test_unwritable_targets():
 
 
 def test_a_link_is_written_through_and_nothing_else_is_left():
-    """Text goes into a temporary file, which then takes the place of the old one in a single step. A reader finds
-    the old file or the new one, never half of one. When the disk is full, the temporary file goes and the old one
-    stays."""
+    "Which of the two it is decides what the path leads to."
     with tempfile.TemporaryDirectory() as d:
         link = Path(d) / "latest.json"
         link.symlink_to("run7.json")

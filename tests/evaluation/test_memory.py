@@ -8,8 +8,7 @@ from llmopt.evaluation.memory import *
 
 
 def test_peak_memory():
-    """The parent starts that process, sends it one method after the other, and turns whatever goes wrong in there
-    into one line."""
+    "Whatever goes wrong in there becomes one line."
     with MemoryProcess() as process:
         m = peak_memory("baseline", "What is rain?", n=4, process=process)
         assert m["peak_rss_bytes"] > load("llmopt-tiny", "cpu").weight_bytes and m["peak_rss_delta_bytes"] >= 0

@@ -22,7 +22,7 @@ def test_configuration():
 
 
 def test_prepare():
-    "Hooks inside the layers, and methods put on a module, see other values in a rotated copy. So they are refused."
+    "Any other calibration is made once, and found again by all that it depends on: in this process, and on disk."
     lm = load(TINY, "cpu")
     half = LaRoSAConfig(0.5).prepare(lm)
     assert half.model is LaRoSAConfig(0.5).prepare(lm).model

@@ -10,9 +10,8 @@ from llmopt.server.structured import *
 
 
 def test_constraints():
-    """llguidance reads the tokenizer once for each model. A schema comes from a client: what cannot be constrained
-    is a 400 with the reason, and the sizes of grammars are limited. JSON is written without free white space, in
-    which a small model would lose itself."""
+    """Reading a tokenizer takes a while, so it is done with the first request that needs it, and once for each
+    model."""
     lm = load("llmopt-tiny", "cpu")
     made = Grammars(lm)
     start = made.of_schema(dict(enum=["yes", "no"]))
