@@ -6,6 +6,7 @@
 __all__ = ['SEGMENTATIONS', 'Trie', 'check_phrases', 'PhraseTable', 'Folded', 'check_segmentation']
 
 # %% ../../nbs/02_adaptivocab/00_phrases.ipynb #1e028810
+import functools
 import operator
 from itertools import chain
 from typing import NamedTuple
@@ -141,6 +142,37 @@ def matches(
     start, span, phrase = map(np.concatenate, zip(*found))
     order = np.argsort(start * (self.max_len + 1) + span, kind="stable")
     return start[order], span[order], phrase[order]
+
+# %% ../../nbs/02_adaptivocab/00_phrases.ipynb #67cfd0f9
+@functools.lru_cache(16)
+def _tree(table):
+    "The phrases of `table` as dicts in dicts: an id leads to what may follow it, and None to the end of a phrase."
+    tree = {}
+    for phrase in table.pieces:
+        node = tree
+        for i in phrase:
+            node = node.setdefault(i, {})
+        node[None] = True
+    return tree
+
+
+@patch
+def may_fold(
+    self: PhraseTable,
+    ids,  # token ids
+) -> bool:
+    "False only if `ids` is a list of ids below `base` in which no phrase stands."
+    if type(ids) is not list or not all(type(i) is int and 0 <= i < self.base for i in ids):
+        return True
+    tree, n = _tree(self), len(ids)
+    for at, i in enumerate(ids):
+        node = tree.get(i)
+        while node:
+            if None in node:
+                return True
+            at += 1
+            node = node.get(ids[at]) if at < n else None
+    return False
 
 # %% ../../nbs/02_adaptivocab/00_phrases.ipynb #da4297c9
 def _optimal_choice(n, start, span):

@@ -182,7 +182,7 @@ def read(
     "What to give the model for the prompt `ids`."
     if not len(ids):
         raise ConfigError("there is nothing to read")
-    folded = self.vocab.fold(ids) if fold else None
+    folded = self.vocab.fold(ids) if fold and self.vocab.table.may_fold(ids) else None
     if folded is None or len(folded.ids) == len(ids):
         return prompt_inputs(ids, self.model.device)
     return self.compose(ids, folded)

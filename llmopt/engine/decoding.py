@@ -61,7 +61,7 @@ def with_config(model, config: GenerationConfig):
 
 # %% ../../nbs/05_engine/04_decoding.ipynb #94017924
 class Meter(BaseStreamer):
-    "Reads the clock at every step, then the bytes of the cache; passes new tokens on."
+    "Reads the clock at every step, and the bytes of a cache that may shrink; passes new tokens on."
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Meter(BaseStreamer):
     ):
         self.events, self.cache, self.on_token, self.choice = events, cache, on_token, choice
         self.ids, self.logprobs = [], []  # tokens of the answer; a `TokenLogprob` of each, if somebody asked
-        self.peak = 0  # most live bytes of the cache
+        self.peak, self.shrinks = 0, hasattr(cache, "evictor")  # most live bytes, of a cache that evicts
         self.prompt = True  # what comes first is the prompt
 
     def put(self, value):
@@ -86,7 +86,8 @@ class Meter(BaseStreamer):
         self.ids += new
         if self.choice and self.choice.row is not None:
             self.logprobs += [self.choice.logprob(i) for i in new]
-        self.peak = max(self.peak, kv_bytes(self.cache).live)
+        if self.shrinks:
+            self.peak = max(self.peak, kv_bytes(self.cache).live)
         if self.on_token:
             self.on_token(new)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPE_ONLY', 'PACKED', 'FEW', 'CANNOT', 'NAMES', 'reference_attention', 'pack_rows', 'packed_attention',
-           'read_packed', 'may_pack', 'OwnedKV', 'owned', 'read_keys', 'packed_forward', 'packed_forward_eager',
-           'check_packable', 'packed']
+           'read_packed', 'may_pack', 'OwnedKV', 'owned', 'grouped_attention', 'read_keys', 'packed_forward',
+           'packed_forward_eager', 'check_packable', 'packed']
 
 # %% ../../nbs/04_kv_cache/05_attention.ipynb #ffcccd60
 import os
@@ -119,6 +119,12 @@ def _refuse(kw):
             reason = f"attention '{PACKED}' cannot do {what} (`{name}`)"
             raise UnsupportedModelError(f"{reason}; use attention='stock'")
 
+# %% ../../nbs/04_kv_cache/05_attention.ipynb #0afe7112
+def grouped_attention(q, k, v, mask, scaling=None, dropout=0.0) -> torch.Tensor:  # shapes as in `reference_attention`
+    "Attention of many queries under a mask, without a copy of the keys for each query head."
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=gqa)
+
 # %% ../../nbs/04_kv_cache/05_attention.ipynb #ffff873b
 def read_keys(module, query, key, value, mask, scaling=None, dropout=0.0, **kw) -> tuple:  # (B, q, Hq, Dv), None
     "Attention over marked or owned keys: packed where that is faster."
@@ -126,10 +132,11 @@ def read_keys(module, query, key, value, mask, scaling=None, dropout=0.0, **kw) 
     if isinstance(key, OwnedKV):
         return key.owner.attend(module, query, mask, scaling, dropout, **kw)
     n = query.shape[2]
-    if n > FEW or (n > 1 and mask is None):
+    many = n > FEW or (n > 1 and mask is None)
+    if many and (mask is None or key.device.type != "cpu"):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kw)
-    out = packed_attention(query, key, value, mask, scaling, dropout)
-    return out.transpose(1, 2).contiguous(), None
+    attend = grouped_attention if many else packed_attention
+    return attend(query, key, value, mask, scaling, dropout).transpose(1, 2).contiguous(), None
 
 # %% ../../nbs/04_kv_cache/05_attention.ipynb #c9441b32
 def packed_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kw) -> tuple:
@@ -176,7 +183,8 @@ def _configs(model):
         c = getattr(m, "config", None) if hasattr(type(m), "config") else m.__dict__.get("config")
         if c is not None:
             configs[id(c)] = c
-        rest += [child for child in m._modules.values() if child is not None and child not in seen]
+        if m._modules:
+            rest += [child for child in m._modules.values() if child is not None and child not in seen]
     ours = (*NAMES, *NAMES.values())
     return {i: c for i, c in configs.items() if getattr(c, "_attn_implementation_internal", None) in ours}
 

@@ -34,10 +34,11 @@ class CopyingRows(Rows):
 def _allocate(self: CopyingRows, room):
     "Move to a buffer of `room` tokens a row."
     size = self.rows, min(room, self.tokens), self.width
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False):
         new = torch.zeros(size, dtype=self.dtype, device=self.device)
         if self.length:
-            new[:, : self.length] = self.data[:, : self.length]
+            with torch.no_grad():
+                new[:, : self.length] = self.data[:, : self.length]
     self.data = new
 
 # %% ../../nbs/04_kv_cache/03_backends.ipynb #e2561634
@@ -47,7 +48,7 @@ def resize(self: CopyingRows, n: int):  # tokens in each row from now on
     self.check_length(n)
     room = self.data.shape[1]
     if n > room:
-        self._allocate(max(n, 2 * room, self.step))
+        self._allocate(max(n + self.step if not room else n, 2 * room))
     elif n < room // 4 and room > self.step:
         self.length = min(n, self.length)
         self._allocate(max(2 * n, self.step) if n else 0)

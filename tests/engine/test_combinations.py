@@ -7,11 +7,11 @@ import torch
 
 from helpers import FAMILIES, small_model, tiny, tokenizer
 from llmopt.adaptivocab import PhraseReader, SimpleAdaptiVocab, VocabConfig, save_rows
-from llmopt.core import LM, assistant, user
+from llmopt.core import LM, assistant, speculative_decode, user
 from llmopt.engine import EnhancedFusedLLMEngine, Recipe
 from llmopt.errors import ConfigError
 from llmopt.kv_cache import KVCacheConfig
-from llmopt.larosa import LaRoSAConfig
+from llmopt.larosa import LaRoSAConfig, dense
 from llmopt.word_removal import WordRemovalConfig, compress, model_surprisal
 
 QUESTION = "Where is the end of the river, and what is the name of the sea?"
@@ -125,3 +125,26 @@ def test_an_evicted_conversation_is_not_taken_for_a_whole_one():
         assert (m.output_ids, m.kv_bytes_live, text.strip()) == (fresh.output_ids, fresh.kv_bytes_live, m.output_text)
         talk += [assistant(m.output_text), user("Why is that so, and what is the end of it?")]
     assert m.cached_prompt_tokens == 0 and any("evicted" in note for note in m.notes)
+
+
+def drafts_of(ids, answer):
+    "A function that proposes two tokens of `answer` and a wrong one."
+
+    def propose(text, cache, room):
+        at = len(text) - len(ids)
+        return [*answer[at : at + 2], 5][:room]
+
+    return propose
+
+
+def test_drafts_of_phrases_for_a_sparse_model():
+    "One that is sparse in every pass writes what it writes without drafts; inside `dense`, any writes the dense text."
+    lm, larosa = lm_of("llama"), LaRoSAConfig(**NEUTRAL | dict(sparsity=0.5, tokens="all"))
+    plain, all_sparse = EnhancedFusedLLMEngine(lm), EnhancedFusedLLMEngine(lm, recipe=Recipe(larosa=larosa))
+    ids = plain.prompt(QUESTION).ids
+    want, its = (e.run(ids, max_new_tokens=12, fixed=True).output_ids for e in (plain, all_sparse))
+    got = speculative_decode(all_sparse.lm.model, ids, drafts_of(ids, its), 12)
+    assert got.ids == its and 0 < got.accepted < got.drafted
+    with dense(all_sparse.lm.model) as model:
+        got = speculative_decode(model, ids, drafts_of(ids, want), 12)
+    assert got.ids == want and 0 < got.accepted < got.drafted

@@ -8,6 +8,15 @@ from llmopt.errors import ContextError
 from llmopt.engine.prepared import *
 
 
+def test_what_was_shortened_is_kept():
+    """A conversation is sent as a whole at each turn, and its earlier turns were shortened before. What came out is
+    kept by content, up to a number of characters; the oldest texts leave first."""
+    kept, asked = Shortened(max_chars=8), []
+    for text in ("one", "two", "one", "three", "two", "one"):
+        test_eq(kept.get((text, 1), lambda t=text: asked.append(t) or t.upper()), text.upper())
+    test_eq((asked, kept.chars, len(kept.results)), (["one", "two", "three", "one"], 8, 2))
+
+
 def test_what_the_model_is_fed():
     "Each answer gets a cache: the usual one, or the slabs of `llmopt.kv_cache` with the attention that reads them."
     lm = load("llmopt-tiny", "cpu")

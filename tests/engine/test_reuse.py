@@ -13,6 +13,7 @@ from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.engine.prompt_cache import crop_to
 from llmopt.errors import ConfigError, ContextError, ModelError
 from llmopt.kv_cache import PrefixStore
+from llmopt.word_removal import WordRemovalConfig
 
 SYSTEM = "You are a helpful assistant. Answer in one sentence."
 QUESTIONS = [
@@ -130,6 +131,23 @@ def test_words_are_removed_before_prefixes_are_compared():
     m = check(e, talk)
     assert m.prompt_tokens < m.prompt_tokens_base
     check(e, grown(talk, m, "Where does it run?"), least=m.prompt_tokens)
+
+
+def test_a_turn_is_shortened_once(monkeypatch):
+    "Earlier ones are there; after training they are shortened again, because a scorer may have asked the model."
+    asked, apply = [], WordRemovalConfig.apply_to_turn
+    monkeypatch.setattr(
+        WordRemovalConfig, "apply_to_turn", lambda c, text, **kw: asked.append(text) or apply(c, text, **kw)
+    )
+    model = small_model()
+    e = engine("words:rate=0.5", LM(model, tokenizer(), "small"), max_new_tokens=2)
+    for question in QUESTIONS:
+        e.chat(question)
+    assert asked == QUESTIONS
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    e.shorten(e.history, conversation=True)
+    assert asked == QUESTIONS * 2
 
 
 def test_a_phrase_at_the_border_is_folded_as_in_a_fresh_prefill():
