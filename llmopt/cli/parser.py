@@ -194,7 +194,7 @@ def _add_serve(sub):
     _debug(p)
 
 # %% ../../nbs/09_cli/01_parser.ipynb #e82e1e8d
-BENCHMARKS = "words", "vocab", "kv", "larosa"
+BENCHMARKS = "words", "vocab", "kv", "larosa", "engine"
 
 
 def _add_plot(sub):
