@@ -7,7 +7,6 @@ __all__ = ['normalized', 'split_words', 'common_subsequence', 'rouge_l', 'keywor
 
 # %% ../../nbs/06_evaluation/05_text_metrics.ipynb #te000005
 import re
-import sys
 import unicodedata
 from functools import cache, lru_cache
 
@@ -18,17 +17,24 @@ _SAME = str.maketrans(dict.fromkeys("‘’ʼ＇", "'") | dict.fromkeys("‐‑�
 _POINTS = re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0640\u064b-\u065f\u0670]")
 
 
-@cache
-def _invisible():
+_SELECTORS = {0x034F, *range(0x180B, 0x180E), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
+
+
+class _WithoutInvisible(dict):
     "A table that drops format characters, such as joiners and marks of direction, and selectors of variants."
-    selectors = {0x034F, *range(0x180B, 0x180E), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
-    return {i: None for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf" or i in selectors}
+
+    def __missing__(self, i):
+        self[i] = None if unicodedata.category(chr(i)) == "Cf" or i in _SELECTORS else i
+        return self[i]
+
+
+_VISIBLE = _WithoutInvisible()
 
 
 def normalized(text: str) -> str:
     "`text` in one spelling: compatibility composed, without case, points and invisible characters."
     text = unicodedata.normalize("NFKC", text).translate(_SAME).casefold().replace("i\u0307", "i")  # of the Turkish İ
-    return _POINTS.sub("", unicodedata.normalize("NFKC", text).translate(_invisible()))
+    return _POINTS.sub("", unicodedata.normalize("NFKC", text).translate(_VISIBLE))
 
 # %% ../../nbs/06_evaluation/05_text_metrics.ipynb #te000011
 _SPACELESS = (

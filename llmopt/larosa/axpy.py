@@ -16,11 +16,12 @@ import torch
 from fastcore.basics import patch
 
 from ..errors import ConfigError
-from .selection import compiled
+from .selection import compiled, compiled_callback
 
 try:
     import numba
     from llvmlite import ir
+    from llvmlite.binding import add_symbol
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
@@ -195,9 +196,7 @@ def _openmp():
     path = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
     if path is None:
         return None
-    lib = ctypes.CDLL(str(path))
-    lib.omp_get_thread_num.argtypes = lib.omp_get_num_threads.argtypes = []  # numba wants to know; they return an int
-    return lib
+    return ctypes.CDLL(str(path))
 
 
 _omp = _openmp() if numba else None
@@ -212,24 +211,35 @@ _TYPES = {  # dtype -> as numba sees rows, inputs and sums, and numbers in one p
     torch.float64: (np.float64, np.float64, np.float64, 1),
 }
 
+# %% ../../nbs/03_larosa/02_axpy.ipynb #215220c4
+if numba:
+    _thread, _threads = (types.ExternalFunction(f"llmopt_{n}", types.int32()) for n in ("thread", "threads"))
 
-def _thread_functions():
-    "What tells a thread its number, and how many there are."
+
+@cache
+def _name_thread_functions():
+    "Say where the functions of these names are: in OpenMP, or else of our own, which know of one thread."
     if _omp:
-        return _omp.omp_get_thread_num, _omp.omp_get_num_threads
-    return numba.njit(lambda: 0), numba.njit(lambda: 1)
+        found = _omp.omp_get_thread_num, _omp.omp_get_num_threads
+        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in found]
+    else:
+        found = [numba.cfunc("int32()")(f) for f in (lambda: 0, lambda: 1)]
+        addresses = [f.address for f in found]
+    for function, address in zip((_thread, _threads), addresses):
+        add_symbol(function.symbol, address)
+    return found  # which must live as long as the names
 
 # %% ../../nbs/03_larosa/02_axpy.ipynb #52cea323
 @cache
 def _kernel_of(dtype):
     "Two compiled functions: one computes a thread's share of a product, one adds up the parts of all threads."
     of_rows, of_x, of_sums, halves = _TYPES[dtype]
-    number, team = _thread_functions()
+    _name_thread_functions()
 
-    @numba.cfunc(types.void(types.CPointer(types.voidptr)))
+    @compiled_callback(types.void(types.CPointer(types.voidptr)))
     def share(addresses):  # of rows, kept, x, parts and sizes
         s = numba.carray(addresses[4], 8, np.int64)
-        D, columns, B, k, t, n = s[0], s[1], s[2], s[3], number(), team()
+        D, columns, B, k, t, n = s[0], s[1], s[2], s[3], _thread(), _threads()
         rows = numba.carray(addresses[0], (D, columns), of_rows)
         kept = numba.carray(addresses[1], (B, k), np.int64)
         x = numba.carray(addresses[2], (B, D), of_x)

@@ -13,7 +13,7 @@ from helpers import ROOT
 numba = pytest.importorskip("numba", reason="numba is not installed: pip install numba")
 
 from llmopt import errors  # noqa: E402
-from llmopt.larosa.selection import compiled  # noqa: E402
+from llmopt.larosa.selection import compiled, compiled_callback  # noqa: E402
 
 SOURCE = "def twice(x):\n    return 2 * x\n"
 
@@ -43,6 +43,13 @@ def test_code_is_kept_and_read_again(function, tmp_path):
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.nbc")}
     assert len(files) == 2 and call(function) == []
     assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+def test_code_for_callers_in_c_is_kept_too(function):
+    "The second time it is read, not compiled."
+    made = [compiled_callback(numba.int64(numba.int64))(function) for _ in range(2)]
+    assert [f.ctypes(4) for f in made] == [8, 8]
+    assert [f.cache_hits for f in made] == [0, 1]
 
 
 @pytest.mark.parametrize("damage", ["index cut", "index is a folder", "code cut"])
