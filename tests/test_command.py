@@ -54,7 +54,7 @@ def compared(tmp_path_factory):
     "A quick comparison in an empty folder."
     d = tmp_path_factory.mktemp("compare")
     (d / "q.jsonl").write_text('{"text": "What is rain made of?", "keywords": ["water"]}\n')
-    return d, fresh("compare", *SHORT, "--queries", "q.jsonl", cwd=d)
+    return d, fresh("compare", *SHORT, "--methods", "word_removal", "hybrid_kv_cache", "--queries", "q.jsonl", cwd=d)
 
 
 def test_compare(compared):
@@ -94,7 +94,9 @@ def test_plot(compared):
 
 
 def test_ask_and_plot(tmp_path):
-    p = llmopt("ask", "--message", "Why is the sea salty?", *SHORT, "--no-memory", cwd=tmp_path)
+    p = llmopt(
+        "ask", "--message", "Why is the sea salty?", *SHORT, "--no-memory", "--methods", "word_removal", cwd=tmp_path
+    )
     assert p.returncode == 0 and "--- word_removal" in p.stdout, p.stderr
     assert json.loads((tmp_path / "comprehensive_results.json").read_text())["kind"] == "ask"
     p = llmopt("plot", "comprehensive_results.json", "--output", ".", cwd=tmp_path)
@@ -159,7 +161,9 @@ def test_bad_results_files(tmp_path, compared):
 
 
 def test_single_method_plots(tmp_path):
-    assert llmopt("compare", *SHORT, "--no-memory", "--methods", "baseline", cwd=tmp_path).returncode == 0
+    (tmp_path / "q.jsonl").write_text('{"text": "What is rain made of?"}\n')
+    asked = "--queries", "q.jsonl", "--methods", "baseline"
+    assert llmopt("compare", *SHORT, "--no-memory", *asked, cwd=tmp_path).returncode == 0
     assert llmopt("plot", "multi_query_results.json", cwd=tmp_path).returncode == 0
     assert len(list((tmp_path / "plots").glob("*.png"))) == 3
 

@@ -51,7 +51,7 @@ def test_dense_prompts(ablation, model):
 
 def test_several_processes(ablation):
     "Two processes find what one finds."
-    names = ("threshold", "basis learned")
+    names = ("threshold", "one basis")
     for a, b in zip(ablation.run((0.4,), names, processes=2), ablation.run((0.4,), names), strict=True):
         assert (a["arm"], a["p"]) == (b["arm"], b["p"])
         assert [a[k] for k in ("skipped", "net", "kl", "rise")] == pytest.approx(

@@ -16,7 +16,7 @@ def test_sparse_answers():
     rows = read_texts()[:1]
     calibration = windows(default_texts(lm.tokenizer), lm.tokenizer, 64, 16)
     ablation = Ablation(lm.model, calibration, windows([r["text"] for r in rows], lm.tokenizer, 64, 4))
-    dense, none, half, most = sparse_answers(lm, ablation, rows, (0.0, 0.5, 0.9), ("basis learned",), n=8)
+    dense, none, half, most = sparse_answers(lm, ablation, rows, (0.0, 0.5, 0.9), ("one basis",), n=8)
     test_eq(dense["keyword_recall"], none["keyword_recall"])
     test_eq(dense["answers"], len(rows[0]["questions"]))
     assert none["kl"] < 1e-5 < half["kl"] < most["kl"]
