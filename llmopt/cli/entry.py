@@ -183,12 +183,12 @@ def _serve(a):
     settle(a)
     _announce_imports()
     from llmopt.core.progress import announce
-    from llmopt.server import RECIPES, address, create_app, listen, serve
+    from llmopt.server import address, create_app, listen, serve
 
     settings = _settings(a)
     with listen(settings.host, settings.port) as sock:
         announce(f"loading {', '.join(a.model)}")
-        app = create_app(a.model, a.methods or RECIPES, settings, a.device, a.dtype)
+        app = create_app(a.model, a.methods, settings, a.device, a.dtype)
         print("models:", *(s.id for s in app.state.service.registry), sep="\n  ")
         print(f"page: {address(sock)}\nOpenAI's clients: base_url='{address(sock)}/v1'", flush=True)
         if not a.interactive:

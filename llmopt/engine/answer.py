@@ -54,6 +54,7 @@ class Answer:
         self,
         work,  # a function of `put`, which takes pieces, and `stop`, an event; it returns the answer's metrics
     ):
+        self.work = work  # to call it in a thread of your own, as a server does
         self.pieces = Background(work)
 
     def __iter__(self):

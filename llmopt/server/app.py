@@ -21,7 +21,8 @@ from ..errors import LlmoptError
 from . import chat, completions, page, responses
 from .connections import logged
 from .envelope import ApiError, field_error
-from .registry import RECIPES, Registry
+from .protocol import check_json
+from .registry import Registry
 from .registry import find_served as find
 from .service import Service
 from .settings import Settings, is_key, is_own_name
@@ -43,8 +44,13 @@ def _check_head(scope, settings):
         )
     if not settings.api_key and not is_own_name(headers.get("host")):
         raise ApiError(403, "the header Host names another machine; ask for localhost, or start the server with a key")
-    if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if (
+        scope["method"] == "POST"
+        and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
+    ):
         raise ApiError(415, "send JSON, with the header 'Content-Type: application/json'")
+    if headers.get("content-encoding", "identity") != "identity":
+        raise ApiError(415, "send the body as it is, without a Content-Encoding")
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length) > settings.max_body:
         raise _too_large(settings)
@@ -115,6 +121,7 @@ class Guard:
                 raise ApiError(408, "the request did not come in whole; send it again", code="timeout") from None
             if body is None:
                 return
+            check_json(body)
             receive = _again(body, receive)
         await self.app(scope, receive, send)
 
@@ -176,12 +183,12 @@ def _add_small_endpoints(app, service):
 # %% ../../nbs/08_server/15_app.ipynb #e73780ac
 def create_app(
     models=(TINY,),  # names of models, or a `Registry`
-    recipes=RECIPES,
+    recipes=None,  # None: those of `RECIPES` that the models can do
     settings: Settings | None = None,
     device: str = "cpu",
     dtype: str = "auto",
 ) -> FastAPI:
-    "The server as an ASGI application. Loads the models."
+    "The server as an ASGI application. Loads the models and prepares the recipes."
     settings = settings or Settings()
     registry = models if isinstance(models, Registry) else Registry(models, recipes, device, dtype, settings)
     service = Service(registry, settings)

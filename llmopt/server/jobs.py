@@ -87,25 +87,17 @@ class Lane(Turns):
 class Finished:
     "The last item of an answer."
 
-    metrics: object  # `ChatMetrics`; None if the answer was ended early
+    metrics: object  # `ChatMetrics`
     queue_ms: float  # waited for the model
 
 
 _END = object()
 
 
-def _work(start, put, stop, queue_ms):
+def _work(work, put, stop, queue_ms):
     "Run an answer in the thread of the model: `put` its pieces, its metrics or its error, and the end."
     try:
-        answer = start()
-        try:
-            for piece in answer:
-                put(piece)
-                if stop.is_set():
-                    break
-        finally:
-            answer.close()
-        put(Finished(getattr(answer, "metrics", None), queue_ms))
+        put(Finished(work(put, stop), queue_ms))
     except BaseException as e:
         put(e)
     finally:
@@ -124,7 +116,7 @@ def _handover(loop, items):
     return put
 
 # %% ../../nbs/08_server/04_jobs.ipynb #bf53a9a6
-def _start(lane, start, queue_ms):
+def _start(lane, work, queue_ms):
     "Let the thread of the model work; (queue of its items, event that ends it)."
     loop, items, stop, began = asyncio.get_running_loop(), asyncio.Queue(), threading.Event(), time.perf_counter()
     lane.running.add(stop)
@@ -134,7 +126,7 @@ def _start(lane, start, queue_ms):
         lane.seconds = 0.8 * lane.seconds + 0.2 * (time.perf_counter() - began)
         lane.leave()
 
-    future = loop.run_in_executor(lane.thread, _work, start, _handover(loop, items), stop, queue_ms)
+    future = loop.run_in_executor(lane.thread, _work, work, _handover(loop, items), stop, queue_ms)
     future.add_done_callback(done)
     return items, stop
 
@@ -150,7 +142,7 @@ async def _within(deadline, awaitable):
 
 async def generate(
     lane: Lane,
-    start,  # a function that starts the answer, called in the thread of the model
+    work,  # answers in the thread of the model: a function of `put` and `stop`, as `Answer.work`
     timeout: float = 600.0,  # seconds for waiting and answering
     again: bool = False,  # a further answer to a request that was let in already
 ):
@@ -159,14 +151,14 @@ async def generate(
     if not again:
         lane.check_room()
     queue_ms = await _within(deadline, lane.enter())
-    items, stop = _start(lane, start, queue_ms)
+    items, stop = _start(lane, work, queue_ms)
     try:
         while (item := await _within(deadline, items.get())) is not _END:
             if isinstance(item, BaseException):
                 raise item
-            yield item
-            if stop.is_set() and not isinstance(item, Finished):
+            if isinstance(item, Finished) and item.metrics.finish_reason == "stopped":
                 raise ApiError(503, "the server is stopping; try again later", code="stopping", retry_after=5)
+            yield item
     finally:
         stop.set()
 

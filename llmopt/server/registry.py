@@ -12,10 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..core import LM, TINY
+from ..core.progress import announce
 from ..engine import EnhancedFusedLLMEngine, Recipe
 from ..engine.checks import loaded
 from ..engine.recipe import named_recipes
-from ..errors import ConfigError, LlmoptError
+from ..errors import ConfigError, LlmoptError, UnsupportedModelError, warn_once
 from .envelope import ApiError
 from .settings import Settings
 
@@ -30,19 +31,12 @@ class Served:
     model: str  # `smollm2`
     recipe: Recipe
     lm: LM  # shared by all recipes of a model
-    make: object = field(repr=False)  # a function that makes the engine of (lm, recipe)
+    engine: object = field(repr=False)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
-    made: object = field(default=None, repr=False)  # the engine, once it was asked for
-
-    def engine(self):
-        "The engine, made at the first call: call it in the thread of the model only."
-        if self.made is None:
-            self.made = self.make(self.lm, self.recipe)
-        return self.made
 
     def card(self) -> dict:
         "What `/v1/models` says about it."
-        about = dict(model=self.model, recipe=self.recipe.id, ready=self.made is not None)
+        about = dict(model=self.model, recipe=self.recipe.id)
         own = dict(owned_by="llmopt", max_model_len=self.lm.context, llmopt=about)
         return dict(id=self.id, object="model", created=self.created, **own)
 
@@ -70,13 +64,13 @@ class Registry:
     def __init__(
         self,
         models=(TINY,),  # names, or loaded `LM`s
-        recipes=RECIPES,  # such as `words+kv`
+        recipes=None,  # such as `words+kv`; None: those of `RECIPES` that a model can do
         device: str = "cpu",
         dtype: str = "auto",
         settings: Settings | None = None,
         make=None,  # a function of (lm, recipe) that returns an engine
     ):
-        self.recipes, self.served = named_recipes(recipes), {}
+        self.recipes, self.served, self.all = named_recipes(recipes or RECIPES), {}, recipes is not None
         make = make or _make(settings or Settings(), len(models) * len(self.recipes))
         for model in models:
             lm = loaded(model, device, dtype) if isinstance(model, (str, Path)) else model
@@ -90,7 +84,14 @@ class Registry:
             raise ConfigError(f"two models are called '{name}'; rename the folder of one of them")
         for text, recipe in self.recipes.items():
             id = f"{name}:{text}" if recipe.on else name
-            self.served[id] = Served(id, name, recipe, lm, make)
+            if recipe.larosa or recipe.vocab:
+                announce(f"preparing {id}")
+            try:
+                self.served[id] = Served(id, name, recipe, lm, make(lm, recipe))
+            except UnsupportedModelError as e:
+                if self.all or not recipe.on:
+                    raise
+                warn_once(f"{id} is not offered: {e}")
 
     def __iter__(self):
         return iter(self.served.values())

@@ -70,19 +70,22 @@ class Refused(Conversation):
     tool_choice: Literal["none", "auto"] | None = None
     background: Literal[False] | None = None
     n: Literal[1] | None = None
+    max_tokens: None = None
     store: bool | None = None
     truncation: Literal["disabled"] | None = None
     reasoning: dict | None = None
-    include: list | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None  # these models have none to include
 
     @model_validator(mode="before")
     @classmethod
     def not_here(cls, given: Any) -> Any:
         "Say what to do instead."
-        if isinstance(given, dict) and given.get("previous_response_id"):
+        if isinstance(given, dict) and given.get("previous_response_id") is not None:
             raise ValueError("nothing is stored here, so there is no previous response; send the conversation as input")
         if isinstance(given, dict) and given.get("tools"):
             raise ValueError("tools are offered at /v1/chat/completions; leave them out here")
+        if isinstance(given, dict) and given.get("max_tokens") is not None:
+            raise ValueError("max_tokens: this endpoint calls it max_output_tokens")
         return given
 
 # %% ../../nbs/08_server/13_responses.ipynb #b026698d

@@ -71,12 +71,12 @@ def options(
         raise ApiError(400, str(e)) from None
 
 # %% ../../nbs/08_server/06_service.ipynb #3007b387
-def _fitting(served, engine, prompt, options, default):
+def _fitting(served, prompt, options, default):
     "`options` with as many new tokens as fit, where the client gave no number and the default may not fit."
     size = sum(1 if isinstance(m, int) else len(m["content"]) for m in prompt)  # no fewer than there are tokens, mostly
     if "max_new_tokens" in options or size + default < served.lm.context:
         return options
-    room = served.lm.context - len(engine.prompt(prompt).ids)
+    room = served.lm.context - len(served.engine.prompt(prompt).ids)
     return options | dict(max_new_tokens=max(1, min(default, room)))
 
 # %% ../../nbs/08_server/06_service.ipynb #37a6594f
@@ -90,15 +90,15 @@ async def answer(
 ):
     "The pieces of an answer, and `Finished`; raises `ApiError` or `LlmoptError`. Close it to end the answer."
 
-    def start():
-        engine = served.engine()
-        return engine.answer(prompt, **_fitting(served, engine, prompt, options, self.settings.default_new_tokens))
+    def work(put, stop):
+        more = _fitting(served, prompt, options, self.settings.default_new_tokens)
+        return served.engine.answer(prompt, **more).work(put, stop)
 
     whole = False
     try:
-        async with aclosing(generate(self.lanes[served.model], start, self.settings.timeout, again)) as items:
+        async with aclosing(generate(self.lanes[served.model], work, self.settings.timeout, again)) as items:
             async for item in items:
-                if isinstance(item, Finished) and item.metrics is not None:
+                if isinstance(item, Finished):
                     whole = True
                     self.metrics.finished(served.id, item.metrics, item.queue_ms)
                 yield item

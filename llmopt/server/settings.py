@@ -40,7 +40,7 @@ class Settings:
     kept_bytes: int = 2**29  # keys and values of conversations that are kept to go on from, of all engines together
     queue: int = 64  # requests that may wait for a model
     timeout: float = 600.0  # seconds from a request to the end of its answer
-    body_timeout: float = 20.0  # seconds for the body of a request to come in
+    body_timeout: float = 20.0  # seconds for the head of a request to come in, and as many for its body
     drain: float = 30.0  # seconds that running answers get when the server stops
 
     def __post_init__(self):
@@ -51,6 +51,8 @@ class Settings:
                 raise ConfigError(f"{f.name} must be a number of at least {least:g}, not {value!r:.40}")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("the API key is empty; give one of several letters, or none")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError("the API key must be of ASCII letters, digits and signs: a header carries no others")
         if not self.api_key and not is_loopback(self.host):
             raise ConfigError(f"to listen on {self.host}, give --api-key or set LLMOPT_API_KEY: others reach it there")
 
@@ -64,8 +66,6 @@ def is_key(given: str | None, key: str) -> bool:
 # %% ../../nbs/08_server/02_settings.ipynb #6e235085
 def is_own_name(host_header: str | None) -> bool:
     "Does the header Host name this machine?"
-    name = (
-        (host_header or "").rsplit("]", 1)[0].strip("[") if (host_header or "").startswith("[") else host_header or ""
-    )
-    name = name if ":" in name and name.count(":") > 1 else name.partition(":")[0]
-    return is_loopback(name)
+    given = (host_header or "").lower()
+    name = given[1:].partition("]")[0] if given.startswith("[") else given.partition(":")[0]
+    return is_loopback(name.removesuffix("."))

@@ -3,7 +3,6 @@
 It has the interface of `EnhancedFusedLLMEngine` that the server uses, and counts what is asked of it.
 """
 
-import threading
 import time
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -46,11 +45,10 @@ def fake_lm(name="fake", context=1000):
 
 
 class FakeAnswer:
-    "The pieces of an answer, one for each word."
+    "An answer of a piece for each word."
 
     def __init__(self, engine, prompt, options):
         self.engine, self.prompt, self.options = engine, prompt, options
-        self.metrics, self.closed = None, threading.Event()
 
     def words(self):
         "What the answer is made of."
@@ -60,19 +58,21 @@ class FakeAnswer:
             raise KeyError("a bug")
         return ["You", "said:", *text.split()]
 
-    def __iter__(self):
+    def work(self, put, stop):
+        "Make it, in the thread that calls."
         words = self.words()
         most = self.options.get("max_new_tokens", 256)
         for made, word in enumerate(words):
-            if made == most or self.closed.is_set():
-                break
+            if stop.is_set():
+                return self._metrics(made, "stopped")
+            if made == most:
+                return self._metrics(made, "length")
             if word in self.options.get("stop_strings", ()):
-                words = words[:made]
-                break
+                return self._metrics(made, "stop")
             self.engine.tokens += 1
             time.sleep(self.engine.pause)
-            yield self._piece(word, made)
-        self._end(min(len(words), most), "length" if len(words) > most else "stop")
+            put(self._piece(word, made))
+        return self._metrics(len(words), "stop")
 
     def _piece(self, word, made):
         "A piece of one word."
@@ -81,14 +81,14 @@ class FakeAnswer:
         logprobs = None if top is None else [SimpleNamespace(id=id, logprob=-0.1, top=top)]
         return SimpleNamespace(text=" " * bool(made) + word, ids=[id], logprobs=logprobs)
 
-    def _end(self, made, reason):
+    def _metrics(self, made, reason):
         "Metrics, all of them made up."
         read = sum(1 if isinstance(m, int) else len(m["content"].split()) for m in self.prompt)
         times = dict(
             ttft_ms=1.0, preprocess_ms=0.1, prefill_ms=0.9, tpot_ms=1.0, e2el_ms=2.0, itl_ms=[1.0], queue_ms=0.0
         )
         kv = dict(kv_bytes_live=8, kv_bytes_peak=16, kv_bytes_reserved=32, kv_bytes_resident=None)
-        self.metrics = SimpleNamespace(
+        return SimpleNamespace(
             method=self.engine.recipe.id,
             finish_reason=reason,
             prompt_tokens=read,
@@ -103,10 +103,6 @@ class FakeAnswer:
             **times,
             **kv,
         )
-
-    def close(self):
-        "End it; from any thread."
-        self.closed.set()
 
 
 class FakeEngine:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import time
 
+import httpx
 import pytest
 from pydantic import BaseModel
 
@@ -157,3 +159,17 @@ def test_a_turn_reads_only_what_is_new(client):
     usage = chat(client, model="llmopt-tiny:kv", messages=turn).usage
     assert usage.prompt_tokens_details.cached_tokens == usage.llmopt["cached_prompt_tokens"] >= 14
     assert usage.prompt_tokens > usage.prompt_tokens_details.cached_tokens
+
+
+def test_an_answer_without_text_ends_when_its_client_goes():
+    """The padding token again and again: no piece is ever sent, and a server that looks only between pieces does not
+    stop."""
+    app = create_app(Registry([tiny()], ["baseline"]))
+    with running(app) as url:
+        body = dict(model="llmopt-tiny", messages=ASKED, max_tokens=900, logit_bias={"5": 100})
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
+        end = time.monotonic() + 1
+        while app.state.service.lanes["llmopt-tiny"].busy:
+            assert time.monotonic() < end
+            time.sleep(0.002)

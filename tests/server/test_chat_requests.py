@@ -57,7 +57,7 @@ def test_several_choices_have_seeds_of_their_own():
     app = fake_app()
     reply = ask(hello(n=3, seed=5, temperature=0.5), app).json()
     assert [c["index"] for c in reply["choices"]] == [0, 1, 2]
-    asked = app.state.service.find("fake").engine().asked
+    asked = app.state.service.find("fake").engine.asked
     assert [options["seed"] for _, options in asked] == [5, 6, 7]
     assert reply["usage"]["completion_tokens"] == 12 and len(reply["usage"]["llmopt"]["choices"]) == 3
     chunks = events(ask(hello(n=2, stream=True), app))
@@ -78,7 +78,7 @@ def test_options_reach_the_engine_and_others_do_not():
     reply = ask(hello(**options, max_completion_tokens=9, user="me", frequency_penalty=0), app).json()
     assert reply["choices"][0]["message"]["content"] == "You said: Hello"
     expected = dict(temperature=0.5, top_p=0.9, top_k=3, repetition_penalty=1.1, stop_strings=["there"])
-    assert app.state.service.find("fake").engine().asked[0][1] == expected | dict(logit_bias={1: 2.0}, max_new_tokens=9)
+    assert app.state.service.find("fake").engine.asked[0][1] == expected | dict(logit_bias={1: 2.0}, max_new_tokens=9)
 
 
 def test_parts_of_text_and_old_turns_are_read():
@@ -90,7 +90,7 @@ def test_parts_of_text_and_old_turns_are_read():
         dict(role="user", content="Go on", name="me"),
     ]
     assert ask(hello(messages=messages), app).status_code == 200
-    assert app.state.service.find("fake").engine().asked[0][0] == [
+    assert app.state.service.find("fake").engine.asked[0][0] == [
         dict(role="system", content="Be brief."),
         dict(role="user", content="Onetwo"),
         dict(role="assistant", content="Yes."),
@@ -110,8 +110,12 @@ WRONG = {  # what is wrong -> (body, what the message names)
     "deep": (b'{"model":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON"),
     "no number": (
         b'{"model": "fake", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
-        "temperature",
+        "NaN",
     ),
+    "a name twice": (b'{"model": "x", "messages": [], "model": "fake"}', "'model' stands there twice"),
+    "NaN inside": (b'{"model": "fake", "messages": [], "metadata": {"a": NaN}}', "NaN"),
+    "two limits": (hello(max_tokens=1, max_completion_tokens=2), "give one of the two"),
+    "bias of letters": (hello(logit_bias={"1_0": 1}), "token ids"),
     "no model": (dict(messages=[ASKED]), "model"),
     "no messages": (hello(messages=[]), "messages"),
     "unknown field": (hello(max_token=5), "max_tokens"),

@@ -2,8 +2,8 @@
 # ruff: noqa
 
 import asyncio
-import time
 from contextlib import aclosing
+from types import SimpleNamespace
 from fastcore.test import test_eq
 from llmopt.server.envelope import ApiError
 from llmopt.server.jobs import *
@@ -13,27 +13,21 @@ def test_queue():
     """Three things must hold: a full queue refuses, a client that goes away frees its place, and a server that stops
     tells those who wait."""
 
-    class Short:
+    def short(put, stop):
         "An answer of the pieces 1, 2, 3."
+        for piece in (1, 2, 3):
+            put(piece)
+        return SimpleNamespace(finish_reason="stop")
 
-        def __iter__(self):
-            return iter([1, 2, 3])
+    def endless(put, stop):
+        "An answer that is made as long as nobody ends it, of tokens without text."
+        stop.wait(5)
+        return SimpleNamespace(finish_reason="stopped")
 
-        def close(self):
-            "Nothing to do."
-
-    class Slow(Short):
-        "An answer that is made as long as nobody ends it."
-
-        def __iter__(self):
-            while True:
-                time.sleep(0.001)
-                yield 0
-
-    async def read(lane, start=Short, timeout=10):
+    async def read(lane, work=short, timeout=10):
         "All pieces of an answer, or the status of its error."
         try:
-            async with aclosing(generate(lane, start, timeout)) as items:
+            async with aclosing(generate(lane, work, timeout)) as items:
                 return [i async for i in items if isinstance(i, int)]
         except ApiError as e:
             return e.status
@@ -41,14 +35,14 @@ def test_queue():
     async def story():
         "What becomes of six clients."
         lane = Lane(queue=2)
-        first = asyncio.create_task(read(lane, Slow))
+        first = asyncio.create_task(read(lane, endless))
         await asyncio.sleep(0)
         others = [asyncio.create_task(read(lane)) for _ in range(4)]
         await asyncio.sleep(0.01)
         first.cancel()
         others[0].cancel()
         done = await asyncio.gather(first, *others, return_exceptions=True)
-        late = await read(lane, Slow, timeout=0.05)
+        late = await read(lane, endless, timeout=0.05)
         await drain([lane], 0.1)
         return (
             [getattr(type(d), "__name__", d) if isinstance(d, BaseException) else d for d in done],

@@ -37,7 +37,7 @@ def test_32_clients_with_10_requests_each():
     assert len(found) == CLIENTS * REQUESTS and {status for _, status, _ in found} == {200}
     mixed = [mark for mark, _, text in found if f'{mark}"' not in text or text.count("mark-") != 1]
     assert mixed == []
-    asked = sum(len(app.state.service.find(m).engine().asked) for m in ("fake", "fake:words"))
+    asked = sum(len(app.state.service.find(m).engine.asked) for m in ("fake", "fake:words"))
     assert asked == CLIENTS * REQUESTS and not app.state.service.lanes["fake"].busy
 
 

@@ -13,8 +13,8 @@ def test_registry():
     models = Registry(["llmopt-tiny"], ["baseline", "kv"])
     test_eq([s.id for s in models], ["llmopt-tiny", "llmopt-tiny:kv"])
     first, second = models
-    assert first.lm is second.lm and first.made is None and first.engine() is first.engine()
-    test_eq(second.card()["llmopt"], dict(model="llmopt-tiny", recipe="hybrid_kv_cache", ready=False))
+    assert first.lm is second.lm is second.engine.lm
+    test_eq(second.card()["llmopt"], dict(model="llmopt-tiny", recipe="hybrid_kv_cache"))
     for unknown in ("gpt-4", "llmopt-tiny:kv:budget=10", "llmopt-tiny:turbo", ""):
         with expect_fail(ApiError, "is not served"):
             find_served(models, unknown)

@@ -48,8 +48,9 @@ def test_bodies_have_a_type_and_a_size():
     long = dict(json=hello(messages=[dict(role="user", content="x" * 2000)]))
     lied = dict(content=json.dumps(long["json"]), headers={"Content-Type": "application/json", "Content-Length": "10"})
     odd = dict(content="{}", headers={"Content-Type": "application/json", "Content-Length": "many"})
-    found = replies(app, *(("POST", CHAT, options) for options in (form, long, lied, odd)))
-    assert [r.status_code for r in found] == [415, 413, 413, 413]
+    loud = dict(content=json.dumps(hello()), headers={"Content-Type": "Application/JSON; Charset=UTF-8"})
+    *found, read = replies(app, *(("POST", CHAT, options) for options in (form, long, lied, odd, loud)))
+    assert [r.status_code for r in found] == [415, 413, 413, 413] and read.status_code == 200
     assert all(r.json()["error"]["message"] and r.headers["x-request-id"] for r in found)
 
 
@@ -68,12 +69,26 @@ def until(true, seconds=5.0):
         time.sleep(0.002)
 
 
+def connected(url):
+    "A socket to a server."
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=5)
+
+
+def read_all(sock):
+    "What comes until the server closes the connection."
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
 LONG = dict(role="user", content="w " * 400)
 
 
 def engine_of(app):
     "The fake engine of an app."
-    return app.state.service.find("fake").engine()
+    return app.state.service.find("fake").engine
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -81,10 +96,8 @@ def test_the_model_is_free_within_a_token_when_the_client_leaves(stream):
     app = fake_app(pause=0.01)
     with running(app) as url:
         body = json.dumps(hello(messages=[LONG], stream=stream))
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as sock:
-            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        with connected(url) as sock:
+            sock.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
             until(lambda: engine_of(app).tokens > 2)
         left, lane = engine_of(app).tokens, app.state.service.lanes["fake"]
         until(lambda: not lane.busy, 1)
@@ -94,18 +107,46 @@ def test_the_model_is_free_within_a_token_when_the_client_leaves(stream):
 
 
 def test_half_a_request_costs_nobody_else_anything():
-    app = fake_app(body_timeout=0.2)
-    with running(app) as url:
-        host, port = url.removeprefix("http://").split(":")
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
-        )
-        with socket.create_connection((host, int(port))) as half, socket.create_connection((host, int(port))) as gone:
-            half.sendall(head.encode() + b'{"model": ')
-            gone.sendall(head.encode() + b"{")
+    "Half a head, half a body, and nothing at all; one client goes, and one waits."
+    with running(fake_app(body_timeout=0.1)) as url:
+        head = f"{HEAD}Content-Length: 100\r\n\r\n".encode()
+        with connected(url) as half, connected(url) as body, connected(url) as gone, connected(url) as silent:
+            half.sendall(head[:30])
+            body.sendall(head + b'{"model": ')
+            gone.sendall(head + b"{")
             gone.close()
             assert httpx.post(url + CHAT, json=hello()).status_code == 200
-            assert half.recv(100).startswith(b"HTTP/1.1 408")
+            for reply in (read_all(half), read_all(body)):
+                assert reply.startswith(b"HTTP/1.1 408") and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+            assert read_all(silent) == b""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+        HEAD.encode() + b"Content-Length: -5\r\n\r\n",
+        HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_no_http_is_a_400_in_the_envelope(sent):
+    with running(fake_app()) as url, connected(url) as sock:
+        sock.sendall(sent)
+        reply = read_all(sock)
+        assert reply.startswith(b"HTTP/1.1 400 Bad Request")
+        assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_requests_sent_ahead_are_answered_in_order():
+    "A client may send its second request before the first is answered (pipelining)."
+    with running(fake_app()) as url, connected(url) as sock:
+        for mark, close in (("first", ""), ("second", "Connection: close\r\n")):
+            body = json.dumps(hello(messages=[dict(role="user", content=mark)]))
+            sock.sendall(f"{HEAD}{close}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        reply = read_all(sock)
+        assert reply.count(b"HTTP/1.1 200") == 2 and 0 < reply.index(b"said: first") < reply.index(b"said: second")
 
 
 def test_a_full_queue_is_429_with_retry_after():
@@ -170,3 +211,15 @@ def test_what_is_not_ready_when_the_time_is_over_gets_an_error():
     for t in threads:
         t.join()
     assert [r.status_code for r in found] == [503, 503] and {r.json()["error"]["code"] for r in found} == {"stopping"}
+
+
+def test_a_stream_that_is_cut_by_the_end_of_the_server_says_so():
+    app, found = fake_app(pause=0.01, drain=0.05), []
+    with running(app) as url:
+        body = hello(messages=[LONG], stream=True)
+        thread = threading.Thread(target=lambda: found.append(httpx.post(url + CHAT, json=body, timeout=20)))
+        thread.start()
+        until(lambda: engine_of(app).tokens > 2)
+    thread.join()
+    *pieces, error, done = [line.removeprefix("data: ") for line in found[0].text.split("\n\n") if line]
+    assert len(pieces) > 2 and json.loads(error)["error"]["code"] == "stopping" and done == "[DONE]"

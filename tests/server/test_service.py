@@ -9,8 +9,7 @@ from llmopt.server.service import *
 
 
 def test_limits():
-    """The engine is made in the thread of its model, where answers are made, too: preparing a recipe reads the
-    weights that another answer may be using."""
+    "An answer that came to its end is noted in the metrics, and one that did not as well."
     from llmopt.server.protocol import CompletionRequest
 
     small = Service(Registry(["llmopt-tiny"], ["baseline"]), Settings(max_new_tokens=8, max_choices=2, max_prompt=10))

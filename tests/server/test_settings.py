@@ -13,18 +13,15 @@ def test_settings():
         [is_loopback(h) for h in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "example.org")], [True] * 3 + [False] * 2
     )
     test_eq(
-        [is_own_name(h) for h in ("localhost:8000", "127.0.0.1", "[::1]:80", "evil.example:8000", None)],
+        [is_own_name(h) for h in ("LOCALHOST:8000", "127.0.0.1.", "[::1]:80", "evil.example:8000", None)],
         [True] * 3 + [False] * 2,
     )
     assert is_key("Bearer sesame", "sesame") and is_key("bearer sesame", "sesame")
     assert not any(
         is_key(g, "sesame") for g in (None, "", "sesame", "Bearer", "Bearer sesam", "Basic sesame", "Bearer ü")
     )
-    for wrong, says in (
-        (dict(api_key=" "), "empty"),
-        (dict(queue=-1), "queue"),
-        (dict(timeout=float("nan")), "timeout"),
-    ):
+    wrongs = dict(api_key=" "), dict(api_key="schlüssel"), dict(queue=-1), dict(timeout=float("nan"))
+    for wrong, says in zip(wrongs, ("empty", "ASCII", "queue", "timeout"), strict=True):
         with expect_fail(ConfigError, says):
             Settings(**wrong)
     test_eq(Settings(host="0.0.0.0", api_key="k").port, 8000)
