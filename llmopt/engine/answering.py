@@ -8,6 +8,7 @@ __all__ = ['AnsweringModel', 'Settings', 'Request']
 # %% ../../nbs/05_engine/11_answering.ipynb #ccd11ae7
 import threading
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,8 @@ class AnsweringModel(PreparedModel):
         self.max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
         self.kept = PromptCache(whole_number(kept_bytes, "kept_bytes", 0), store=prefix_store)
         super().__init__(lm, recipe, system)
-        self.reuse = reuse_rules(recipe, self.lm.model.config)
+        acts = recipe if self.converted else replace(recipe, larosa=None)  # a method that was not worth its time
+        self.reuse = reuse_rules(acts, self.lm.model.config)
 
 # %% ../../nbs/05_engine/11_answering.ipynb #44114556
 class Settings(NamedTuple):

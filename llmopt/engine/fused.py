@@ -31,7 +31,7 @@ class EnhancedFusedLLMEngine(AnsweringModel):
         self,
         model_name=TINY,  # name, folder or hub id; or a loaded `LM`
         simple_adaptivocab: bool = False,  # phrases as single tokens; or a `SimpleAdaptiVocab`, or a file of phrases
-        larosa_sparsity: float = 0.0,  # share of the weight bytes that a new token skips
+        larosa_sparsity: float = 0.0,  # share of the weight bytes that a new token skips, where that is faster
         vattention_enabled: bool = False,  # hybrid KV cache
         word_removal: int = 0,  # drop every n-th word; 0 is off
         device: str = "cpu",  # where a model given by name goes

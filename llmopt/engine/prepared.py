@@ -21,7 +21,7 @@ from .prompt_cache import weights_seen
 from .queue import queue_of
 from .recipe import Recipe
 from ..errors import ContextError, LlmoptError, UnsupportedModelError, warn_once
-from ..larosa import in_stream_basis
+from ..larosa import in_stream_basis, sparse_shapes
 from ..word_removal import model_surprisal
 
 # %% ../../nbs/05_engine/10_prepared.ipynb #6db0977e
@@ -69,9 +69,12 @@ class PreparedModel:
         check_eval_mode(self.lm.model)
         self.checkpoint_decoding = checkpoint_decoding(self.lm.model)  # what the checkpoint asks for, and does not get
         self.reader = self.recipe.vocab.reader(self.lm) if self.recipe.vocab else None
+        self.notes, plain = [], self.lm.model  # what whoever reads an answer must know
         if self.recipe.larosa:
-            self.lm = _sparse(self.recipe.larosa, self.lm)
-            self.reader = self.reader and _turned(self.reader, self.lm.model)
+            self.lm = _sparse(self.recipe.larosa, self.lm, self.notes)
+        self.converted = self.lm.model is not plain
+        if self.converted and self.reader:
+            self.reader = _turned(self.reader, self.lm.model)
         self.stop_ids = self.lm.stop_ids
 
     @property
@@ -79,11 +82,16 @@ class PreparedModel:
         "The `ModelQueue` in front of the model, which all engines around it share."
         return queue_of(self.lm.model)
 
+    @property
+    def sparse_shapes(self) -> list:  # such as `576x1536`, outputs and inputs
+        "The shapes of linear layers that LaRoSA makes sparse."
+        return sparse_shapes(self.lm.model) if self.converted else []
+
 # %% ../../nbs/05_engine/10_prepared.ipynb #8868adee
-def _sparse(cfg, lm):
+def _sparse(cfg, lm, notes):
     "`lm` with a converted copy of its model. An artifact was named by the user: a bad one is no property of the model."
     try:
-        return cfg.prepare(lm)
+        return cfg.prepare(lm, notes)
     except LlmoptError as e:
         if cfg.artifact:
             raise
@@ -168,7 +176,7 @@ def prompt(
         )
     for note in notes:
         warn_once(note)
-    return Prompt(messages, ids, notes, is_ids(text))
+    return Prompt(messages, ids, [*self.notes, *notes], is_ids(text))
 
 
 @patch

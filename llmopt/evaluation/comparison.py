@@ -9,6 +9,7 @@ __all__ = ['plan', 'Comparison', 'compare', 'side_by_side']
 import hashlib
 import random
 import time
+from contextlib import contextmanager
 
 import pandas as pd
 from fastcore.basics import patch
@@ -70,9 +71,15 @@ class Comparison:
         if self.progress:
             announce(what)
 
-    def tick(self, method: str, query: Query):
-        "Move the progress bar by one measurement."
+    def progress_bar(self, total: int, what: str):
+        "A bar over `total` steps, unless progress is not wanted."
+        return tqdm(total=total, desc=what, **({} if self.progress else dict(disable=True)))
+
+    @contextmanager
+    def step(self, method: str, query: Query):
+        "One measurement: the bar names it while it runs, and moves when it ends."
         self.bar.set_postfix_str(f"{method}, {query.id}")
+        yield
         self.bar.update()
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #co000012
@@ -99,6 +106,8 @@ def _describe(self: Comparison, recipes):
     asked = getattr(self.engines["baseline"], "checkpoint_decoding", {})
     self.config |= described(self.lm, self.live is not None, recipes.values())
     self.config["checkpoint_decoding"] = {k: str(v) for k, v in asked.items()}
+    if any(recipe.larosa for recipe in recipes.values()):  # a choice by time, which decides what is answered
+        self.config["sparse_shapes"] = {m: getattr(e, "sparse_shapes", []) for m, e in self.engines.items()}
     res = self.results
     res.config, res.environment = dict(self.config), environment()
     res.llmopt_version, res.created = llmopt.__version__, now()
@@ -119,29 +128,37 @@ def warm_up(self: Comparison):
     "Run each method at least `warmup` times, at most five times as often, until two times per token agree within 10 %."
     query = next((q for q in self.queries if q.text.strip()), None)
     text, n = query.text[:200] if query else "Hello", min(16, self.config["max_new_tokens"])
-    self.say("warming up")
-    for engine in self.engines.values():
-        last = None
-        for i in range(5 * self.config["warmup"]):
-            answer, error = attempt(engine.run, text, max_new_tokens=n, fixed=True)
-            if error:
-                break
-            settled = last and answer.tpot_ms and abs(answer.tpot_ms / last - 1) < 0.1
-            if i + 1 >= self.config["warmup"] and settled:
-                break
-            last = answer.tpot_ms
+    with self.progress_bar(len(self.engines), "warming up") as bar:
+        for m, engine in self.engines.items():
+            bar.set_postfix_str(m)
+            self._settle(engine, text, n)
+            bar.update()
+
+
+@patch
+def _settle(self: Comparison, engine, text, n):
+    "Let `engine` answer until its time per token settles."
+    last = None
+    for i in range(5 * self.config["warmup"]):
+        answer, error = attempt(engine.run, text, max_new_tokens=n, fixed=True)
+        if error:
+            break
+        settled = last and answer.tpot_ms and abs(answer.tpot_ms / last - 1) < 0.1
+        if i + 1 >= self.config["warmup"] and settled:
+            break
+        last = answer.tpot_ms
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #e1470681
 @patch
 def speed_block(self: Comparison, q: Query, r: int, order: list):
     "All methods once on one query, in the given order."
     for i, m in enumerate(order):
-        if not self.record.has("speed", q.id, m, r):
-            answer, error = attempt(
-                self.engines[m].run, q.prompt, max_new_tokens=self.config["max_new_tokens"], fixed=True
-            )
-            self.record.add(measured_row("speed", q, m, r, i, answer, error))
-        self.tick(m, q)
+        with self.step(m, q):
+            if not self.record.has("speed", q.id, m, r):
+                answer, error = attempt(
+                    self.engines[m].run, q.prompt, max_new_tokens=self.config["max_new_tokens"], fixed=True
+                )
+                self.record.add(measured_row("speed", q, m, r, i, answer, error))
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #dfdaa791
 @patch
@@ -150,16 +167,16 @@ def quality_block(self: Comparison, q: Query):
     if all(self.record.has("quality", q.id, m) for m in self.methods):
         self.bar.update(len(self.methods))
         return
-    n, engines = self.config["quality_tokens"], self.engines
-    base, error = attempt(engines["baseline"].run, q.prompt, max_new_tokens=n)
-    logprobs = None
-    if base:
-        logprobs, error = attempt(engines["baseline"].score, q.prompt, base.output_ids)
+    base, logprobs = None, None
     for i, m in enumerate(self.methods):
-        if not self.record.has("quality", q.id, m):
-            answer, failed = (base, error) if m == "baseline" else attempt(engines[m].run, q.prompt, max_new_tokens=n)
-            self.record.add(self._quality_row(q, m, i, answer, failed, base, logprobs))
-        self.tick(m, q)
+        with self.step(m, q):
+            missing = not self.record.has("quality", q.id, m)
+            if missing or m == "baseline":
+                answer, failed = attempt(self.engines[m].run, q.prompt, max_new_tokens=self.config["quality_tokens"])
+            if m == "baseline" and answer:
+                base, (logprobs, failed) = answer, attempt(self.engines[m].score, q.prompt, answer.output_ids)
+            if missing:
+                self.record.add(self._quality_row(q, m, i, answer, failed, base, logprobs))
 
 
 @patch
@@ -196,10 +213,10 @@ def memory_block(self: Comparison):
     options = c["model_id"], c["device"], c["dtype"], c["max_new_tokens"]
     with MemoryProcess() as process:
         for m in self.methods:
-            if not self.record.has("memory", q.id, m):
-                found, error = attempt(peak_memory, m, q.prompt, *options, process)
-                self.record.add(measured_row("memory", q, m, error=error, **(found or {})))
-            self.tick(m, q)
+            with self.step(m, q):
+                if not self.record.has("memory", q.id, m):
+                    found, error = attempt(peak_memory, m, q.prompt, *options, process)
+                    self.record.add(measured_row("memory", q, m, error=error, **(found or {})))
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #41e6dc65
 @patch
@@ -220,8 +237,7 @@ def _measure(self: Comparison):
     blocks = plan(self.queries, self.methods, self.config["rounds"], self.config["seed"])
     n = len(self.methods)
     total = len(blocks) * (n + 1) + len(self.queries) * n + n * self.config["memory"]
-    hidden = {} if self.progress else dict(disable=True)
-    with tqdm(total=total, desc="measuring", **hidden) as self.bar:
+    with self.progress_bar(total, "measuring") as self.bar:
         try:
             for q in self.queries:
                 self.quality_block(q)

@@ -167,7 +167,7 @@ _MEMORY = [
         label="weights skipped",
         short="skipped",
         unit="byte",
-        formula="weight bytes that a generated token does not read; null where none are skipped",
+        formula="weight bytes that a generated token does not read; null without LaRoSA",
         better="higher",
     ),
     Metric(

@@ -134,7 +134,7 @@ def _failures(res):
 def _skipped(res):
     "One line for each method that skips weights."
     for s in res.summary:
-        if s.metric == "skipped_weight_bytes":
+        if s.metric == "skipped_weight_bytes" and s.median:
             yield f"{s.method} skips {s.median / 2**20:,.1f} MiB of weights for each new token."
 
 # %% ../../nbs/06_evaluation/07_tables.ipynb #ff93be9d

@@ -32,7 +32,7 @@ def check_sparsity(sparsity) -> float:
 
 
 def allocate_by_rule(
-    model,  # what `sparsify` returned
+    model,  # plain, converted or sparsified
     sparsity: float,  # p, in [0, 1)
     rule: str = "neutral",  # one of `RULES`
 ) -> dict:  # name -> sparsity
@@ -40,7 +40,7 @@ def allocate_by_rule(
     if rule not in RULES:
         raise ConfigError(f"rule is one of {', '.join(RULES)}, not '{rule}'")
     p, write = check_sparsity(sparsity), writers(model)
-    size = {n: m.linear.weight.numel() for n, m in projections(model).items()}
+    size = {n: getattr(m, "linear", m).weight.numel() for n, m in projections(model).items()}
     w = sum(size[n] for n in write) / sum(size.values())  # share of the weights that writes
     ratio = dict(uniform=(1, 1), published=(0.8, 1.2), neutral=(1 / (1 + w / 2), 1.5 / (1 + w / 2)))[rule]
     of_writers = min(ratio[1] * p, HIGHEST)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'keep_topk', 'MaskedLinear', 'check_tokens', 'check_first', 'ChannelSelector', 'kept_channels',
-           'SparsifiedLinear', 'sparsify', 'set_sparsity', 'selector_of', 'set_tokens', 'dense', 'Traffic', 'traffic']
+           'SparsifiedLinear', 'sparsify', 'set_sparsity', 'selector_of', 'set_tokens', 'dense', 'Traffic', 'traffic',
+           'sparse_shapes']
 
 # %% ../../nbs/03_larosa/07_sparse_model.ipynb #207eb09c
 from contextlib import contextmanager
@@ -148,23 +149,26 @@ def sparsify(
     tokens: str = "decode",  # which passes are sparse, one of `TOKENS`
     first: int = 0,  # tokens at the beginning of a pass of several that stay dense
     linear=MaskedLinear,  # class of the linear maps, made from weight and bias
+    names=None,  # in `projections`: those that choose; None is all, and the others stay plain
 ):  # `model`
-    """Let every projection of `model` choose its channels; nothing is dropped yet.
+    """Let projections of `model` choose their channels; nothing is dropped yet.
 
     Raises `ConfigError` for bad parameters, `UnsupportedModelError` where a projection is no plain linear map."""
     selector, layers = ChannelSelector(tokens, first), model.get_submodule(FAMILIES[model.config.model_type].layers)
-    for name, old in projections(model).items():
+    maps = projections(model)
+    for name in maps if names is None else names:
+        old = maps[name]
         if type(old) is not nn.Linear:
             raise UnsupportedModelError(f"projection {name} is a {type(old).__name__}: convert the plain model first")
         number, _, path = name.partition(".")
         layers[int(number)].set_submodule(
             path, SparsifiedLinear(linear(old.weight, old.bias), selector, old.in_features)
         )
-    if linear is SparseLinear:
+    if linear is SparseLinear and names is None:
         model.lm_head = SparseLinear(model.lm_head.weight, model.lm_head.bias)  # for its quick dense product
     return model
 
-
+# %% ../../nbs/03_larosa/07_sparse_model.ipynb #d77be376
 def set_sparsity(
     model,  # what `sparsify` returned
     allocation: dict,  # name in `projections` -> share of the channels dropped, 0 to 1
@@ -174,6 +178,8 @@ def set_sparsity(
     for name, sparsity in allocation.items():
         if name not in known:
             raise ConfigError(f"no projection '{name}' in this model")
+        if not hasattr(known[name], "sparsity"):
+            raise ConfigError(f"projection {name} is not sparse in this model: it has no sparsity to set")
         if not 0 <= sparsity <= 1:
             raise ConfigError(f"the sparsity of {name} must lie between 0 and 1, not {sparsity!r}")
     for name, sparsity in allocation.items():
@@ -236,17 +242,24 @@ class Traffic:
         before = self.linears + self.head
         return before / (before + self.adapters - self.skipped)
 
-
+# %% ../../nbs/03_larosa/07_sparse_model.ipynb #9d3201f8
 def traffic(model) -> Traffic:
-    "Weight bytes read and skipped by one token in a sparse pass of a sparsified `model`."
+    "Weight bytes read and skipped by one token in a sparse pass of `model`; a plain projection skips nothing."
 
     def size(t):
         return t.numel() * t.element_size()
 
     maps = projections(model).values()
+    sparse = [m for m in maps if hasattr(m, "sparsity")]
     return Traffic(
-        linears=sum(size(m.linear.weight) for m in maps),
-        skipped=sum(size(m.linear.weight) * (m.width - m.k) // m.width for m in maps),
+        linears=sum(size(getattr(m, "linear", m).weight) for m in maps),
+        skipped=sum(size(m.linear.weight) * (m.width - m.k) // m.width for m in sparse),
         adapters=sum(size(m.matrix) for m in model.modules() if isinstance(m, BasisChange)),
         head=size(model.lm_head.weight),
     )
+
+
+def sparse_shapes(model) -> list:  # such as `576x1536`, outputs and inputs
+    "The shapes of the projections of `model` that drop something; none in a plain model."
+    found = {tuple(m.linear.weight.shape) for m in projections(model).values() if getattr(m, "sparsity", 0)}
+    return [f"{outputs}x{inputs}" for outputs, inputs in sorted(found)]

@@ -121,7 +121,10 @@ def extent(self: View) -> str:
     only = f' ("{textwrap.shorten(text, 90, placeholder=" …")}")' if text else ""
     n = _count(len(self.queries), "query", "queries") + only + " × " + _count(self.rounds() or 1, "round", "rounds")
     n = next((w.partition(";")[0] for w in self.results.warnings if w.startswith("interrupted: ")), n)
-    tokens = f"{c['max_new_tokens']} new tokens" if c.get("max_new_tokens") else ""
+    timed, judged = c.get("max_new_tokens"), c.get("quality_tokens")
+    tokens = f"{timed} new tokens" if timed else ""
+    if timed and judged and judged != timed:
+        tokens += f" timed, up to {judged} judged"
     return ", ".join(filter(None, [n, tokens, c.get("decoding"), self.results.created[:10]]))
 
 # %% ../../nbs/07_visualization/01_view.ipynb #1ca26c8f

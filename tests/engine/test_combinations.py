@@ -41,7 +41,7 @@ def scored(lm, answer, vocab=None, larosa=None):
 
 
 # rotations of random models need no learning, and nothing is dropped
-NEUTRAL = dict(sparsity=0.0, rotation="layer", allocation="uniform")
+NEUTRAL = dict(sparsity=0.0, rotation="layer", allocation="uniform", when="always")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi2"])
@@ -116,7 +116,7 @@ def test_the_order_of_a_recipe_means_nothing():
 
 def test_an_evicted_conversation_is_not_taken_for_a_whole_one():
     "Phrases, sparse weights, shortened words and a budget together: each turn is that of a fresh prefill."
-    recipe = "words:rate=0.8+vocab+larosa:sparsity=0.3+kv:budget=48"
+    recipe = "words:rate=0.8+vocab+larosa:sparsity=0.3,when=always+kv:budget=48"
     e, talk = EnhancedFusedLLMEngine(tiny(), recipe=recipe, max_new_tokens=6), [user(QUESTION)]
     for _ in range(4):
         answer = e.answer(talk)

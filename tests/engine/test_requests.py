@@ -16,7 +16,8 @@ from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.errors import ConfigError, ModelError
 
 QUESTIONS = ["What is rain?", "What is a glacier?", "How do vaccines work?", "What is ice?"]
-RECIPES = ["baseline", "vocab", "kv", "kv:budget=40", "larosa", "words:n=3+vocab+larosa+kv"]
+LAROSA = "larosa:when=always"
+RECIPES = ["baseline", "vocab", "kv", "kv:budget=40", LAROSA, f"words:n=3+vocab+{LAROSA}+kv"]
 
 
 def engine(recipe="baseline", **kw):
@@ -66,7 +67,7 @@ def test_engines_made_at_once():
     "Four threads make the first sparse engines of a model at the same moment: they share one conversion."
     lm = load("llmopt-tiny", "cpu")
     with ThreadPoolExecutor(4) as pool:
-        engines = list(pool.map(lambda _: EnhancedFusedLLMEngine(lm, recipe="larosa"), range(4)))
+        engines = list(pool.map(lambda _: EnhancedFusedLLMEngine(lm, recipe=LAROSA), range(4)))
     assert len({id(e.lm.model) for e in engines}) == 1
 
 
@@ -79,7 +80,7 @@ def test_samples_in_threads_keep_to_their_seeds(unchanged, switching):
         assert list(pool.map(sampled, range(6))) == alone
 
 
-PAIRS = [(r, r) for r in RECIPES] + [(r, "baseline") for r in ("kv:budget=40", "larosa", RECIPES[-1])]
+PAIRS = [(r, r) for r in RECIPES] + [(r, "baseline") for r in ("kv:budget=40", LAROSA, RECIPES[-1])]
 
 
 @pytest.mark.parametrize("recipes", PAIRS, ids=" beside ".join)
@@ -141,9 +142,7 @@ def answer_and_fork(*recipes):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_child_process_can_ask():
     "As in servers and data loaders: the parent has answered, forks, and the child answers the same."
-    parent = CONTEXT.Process(
-        target=answer_and_fork, args=("baseline", "kv", "larosa")
-    )  # a new one, with no threads yet
+    parent = CONTEXT.Process(target=answer_and_fork, args=("baseline", "kv", LAROSA))  # a new one, with no threads yet
     parent.start()
     parent.join(120)
     assert parent.exitcode == 0

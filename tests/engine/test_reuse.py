@@ -21,7 +21,8 @@ QUESTIONS = [
     "Who made the first one of the two, and in which of the years was that?",
     "Thank you.",
 ]
-RECIPES = ["baseline", "words", "vocab", "larosa", "kv", "all_combined"]
+LAROSA = "larosa:when=always"
+RECIPES = ["baseline", "words", "vocab", LAROSA, "kv", f"words+vocab+{LAROSA}+kv"]
 
 
 def engine(recipe="baseline", lm=None, **kw):
@@ -178,7 +179,7 @@ def test_what_judges_by_lost_queries_is_never_gone_on_from():
     assert e.last.cached_prompt_tokens == 0 and "policy 'h2o'" in e.last.notes[0]
 
 
-@pytest.mark.parametrize("recipe", ["larosa:tokens=all", "larosa:tokens=all,first=4"])
+@pytest.mark.parametrize("recipe", [f"{LAROSA},tokens=all", f"{LAROSA},tokens=all,first=4"])
 def test_sparse_passes(recipe):
     "What is sparse everywhere is the same in any pass; what depends on where a pass begins is read again."
     e, talk = engine(recipe), [user(QUESTIONS[0])]
@@ -295,7 +296,7 @@ def test_caches_that_cannot_be_cropped_are_left_alone():
     assert not crop_to(cache, 2) and crop_to(cache, 4)
 
 
-@pytest.mark.parametrize("recipe", ["baseline", "larosa", "kv:budget=400", "vocab"])
+@pytest.mark.parametrize("recipe", ["baseline", LAROSA, "kv:budget=400", "vocab"])
 def test_a_store_pays_for_a_long_system_message_once(recipe, tmp_path):
     "A second engine, as in another process, loads what the first one computed, and answers the same."
     store, kw = PrefixStore(tmp_path, chunk=32), dict(system="You answer questions about rivers, lakes and rain. " * 10)

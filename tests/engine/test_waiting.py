@@ -92,6 +92,8 @@ def test_an_error_leaves_the_model_free():
 
 
 def test_a_converted_model_is_a_model_of_its_own():
-    sparse, plain = engine("larosa"), engine()
-    assert sparse.queue is not plain.queue and sparse.queue is engine("larosa").queue is queue_of(sparse.lm.model)
+    sparse, plain = engine("larosa:when=always"), engine()
+    assert sparse.queue is not plain.queue and sparse.queue is engine("larosa:when=always").queue is queue_of(
+        sparse.lm.model
+    )
     assert plain.lm.model is tiny().model

@@ -136,7 +136,7 @@ def test_inside_inference_mode(loaded_inside):
 def test_other_types_of_the_bundled_model(dtype):
     "The bundled calibration fits the checkpoint in every type, and a model that is converted afterwards still answers."
     lm = load("llmopt-tiny", "cpu", dtype)
-    prepared = LaRoSAConfig().prepare(lm)
+    prepared = LaRoSAConfig(when="always").prepare(lm)
     x = torch.tensor([[5, 6, 7]])
     kwargs = dict(max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=0)
     assert prepared.model.generate(x, **kwargs).shape == (1, 5)

@@ -44,7 +44,7 @@ def steered(m):
 def test_what_was_put_on_a_module_is_not_prepared(change):
     "Also where the model was prepared before the change: the older copy is not taken for it."
     lm = LM(small_model(), tokenizer(), "in memory")
-    cfg = LaRoSAConfig(rotation="none", allocation="uniform")
+    cfg = LaRoSAConfig(rotation="none", allocation="uniform", when="always")
     assert EnhancedFusedLLMEngine(lm, recipe=Recipe(larosa=cfg)).run("What is ice?", max_new_tokens=2).output_ids
     change(lm.model)
     with pytest.raises(UnsupportedModelError, match="of its own"):

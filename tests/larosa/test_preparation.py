@@ -84,8 +84,8 @@ def test_without_rotation_nothing_changes():
     "At sparsity 0 the logits are those of the plain model, bit for bit; the gains are where they were."
     model, ids = small_model(), torch.randint(4096, (4, 32))
     for config in (
-        LaRoSAConfig(0.0, rotation="none", heads=False, tokens="all"),
-        LaRoSAConfig(0.0, "neutral", "none", False),
+        LaRoSAConfig(0.0, rotation="none", heads=False, tokens="all", when="always"),
+        LaRoSAConfig(0.0, "neutral", "none", False, when="always"),
     ):
         new = SimpleLaRoSA(config).apply(model, ids)
         with torch.inference_mode():
@@ -146,7 +146,7 @@ def entries(folder):
 def test_the_kept_calibration_is_the_fresh_one(cache):
     "The second start calibrates nothing, and its model computes the same, bit for bit."
     folder, made = cache
-    config, ids = LaRoSAConfig(0.5, tokens="all"), torch.randint(4096, (2, 16))
+    config, ids = LaRoSAConfig(0.5, tokens="all", when="always"), torch.randint(4096, (2, 16))
     first, second = config.prepare(fresh()), config.prepare(fresh())
     assert made == [1] and len(entries(folder)) == 1 and first.model is not second.model
     with torch.inference_mode():
@@ -158,7 +158,7 @@ def test_the_kept_calibration_is_the_fresh_one(cache):
 def test_a_damaged_entry_is_made_again(cache, damage):
     "Whatever is wrong with it, and it is whole afterwards."
     folder, made = cache
-    config = LaRoSAConfig(0.5, rotation="none")
+    config = LaRoSAConfig(0.5, rotation="none", when="always")
     config.prepare(fresh())
     (entry,) = entries(folder)
     tensors, info = entry / "larosa.safetensors", entry / "larosa.json"
@@ -183,7 +183,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot write in"):
-        assert LaRoSAConfig(0.5, rotation="none").prepare(fresh()).model is not None
+        assert LaRoSAConfig(0.5, rotation="none", when="always").prepare(fresh()).model is not None
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -196,7 +196,7 @@ def test_the_key_knows_everything(monkeypatch):
         return calibrate(lm.model, ids, **{k: about[k] for k in ("rotation", "heads", "measure")})
 
     monkeypatch.setattr(prepared, "kept_calibration", asked)
-    base, ids = LaRoSAConfig(0.5, rotation="none", heads=False), torch.randint(4096, (4, 32))
+    base, ids = LaRoSAConfig(0.5, rotation="none", heads=False, when="always"), torch.randint(4096, (4, 32))
     changes = dict(rotation="model"), dict(heads=True), dict(allocation="neutral")
     for config in (base, *(replace(base, **c) for c in changes), replace(base, sparsity=0.3)):
         lm = fresh()
@@ -242,7 +242,7 @@ def test_two_processes_at_once(tmp_path):
 def test_patched_code_is_another_model(cache, monkeypatch):
     "A `forward` patched in its class, or a function that it reads, is calibrated anew; without it the old is found."
     _, made = cache
-    lm, config = fresh(), LaRoSAConfig(0.5, rotation="none")
+    lm, config = fresh(), LaRoSAConfig(0.5, rotation="none", when="always")
     first = config.prepare(lm).model
     module = sys.modules[type(lm.model).__module__]
     with monkeypatch.context() as m:

@@ -132,7 +132,7 @@ def test_a_converted_model_is_not_saved_as_a_plain_one(sparse, tmp_path):
 def test_prepared_models_follow_the_weights():
     "The same model for the same weights and configuration; another one after a change in place or of an attribute."
     lm = LM(small_model(), tokenizer(), "small")
-    config = LaRoSAConfig(0.5, allocation="neutral", rotation="none", heads=False)
+    config = LaRoSAConfig(0.5, allocation="neutral", rotation="none", heads=False, when="always")
     first = config.prepare(lm).model
     assert config.prepare(lm).model is first
     lm.model.model.layers[0].self_attn.v_proj.weight.data[0] += 0.01
