@@ -273,9 +273,9 @@ class _Canvas(FigureCanvasAgg):
             return super().print_figure(*args, **kw)
 
     def print_png(self, file, **kw):  # matplotlib passes more than the parent takes
-        buf = io.BytesIO()
-        super().print_png(buf)
-        with_palette(PIL.Image.open(buf), self.figure.own).save(file, "PNG", optimize=True)
+        self.draw()
+        drawn = PIL.Image.fromarray(np.asarray(self.buffer_rgba()))
+        with_palette(drawn, self.figure.own).save(file, "PNG", optimize=True)
 
 # %% ../../nbs/07_visualization/00_style.ipynb #77836ddc
 class Chart(Figure):
