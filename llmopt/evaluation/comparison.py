@@ -65,15 +65,12 @@ class Comparison:
             raise ConfigError(f"kind is 'compare' or 'ask', not {kind!r:.40}")
         self.record = Record(Results(kind=kind, queries=queries, config=self.config), output, resume)
         self.results = self.record.results
+        self.judged = {}  # method -> ms a token of its last judged answer
 
     def say(self, what: str):
         "Name what begins now, unless progress is not wanted."
         if self.progress:
             announce(what)
-
-    def progress_bar(self, total: int, what: str):
-        "A bar over `total` steps, unless progress is not wanted."
-        return tqdm(total=total, desc=what, **({} if self.progress else dict(disable=True)))
 
     @contextmanager
     def step(self, method: str, query: Query):
@@ -122,32 +119,6 @@ def _describe(self: Comparison, recipes):
         said = ", ".join(f"{k}={v}" for k, v in asked.items())[:200]
         self.record.warn(f"the checkpoint asks for {said}; decoding is plain greedy all the same")
 
-# %% ../../nbs/06_evaluation/12_comparison.ipynb #8490e95d
-@patch
-def warm_up(self: Comparison):
-    "Run each method at least `warmup` times, at most five times as often, until two times per token agree within 10 %."
-    query = next((q for q in self.queries if q.text.strip()), None)
-    text, n = query.text[:200] if query else "Hello", min(16, self.config["max_new_tokens"])
-    with self.progress_bar(len(self.engines), "warming up") as bar:
-        for m, engine in self.engines.items():
-            bar.set_postfix_str(m)
-            self._settle(engine, text, n)
-            bar.update()
-
-
-@patch
-def _settle(self: Comparison, engine, text, n):
-    "Let `engine` answer until its time per token settles."
-    last = None
-    for i in range(5 * self.config["warmup"]):
-        answer, error = attempt(engine.run, text, max_new_tokens=n, fixed=True)
-        if error:
-            break
-        settled = last and answer.tpot_ms and abs(answer.tpot_ms / last - 1) < 0.1
-        if i + 1 >= self.config["warmup"] and settled:
-            break
-        last = answer.tpot_ms
-
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #e1470681
 @patch
 def speed_block(self: Comparison, q: Query, r: int, order: list):
@@ -173,6 +144,7 @@ def quality_block(self: Comparison, q: Query):
             missing = not self.record.has("quality", q.id, m)
             if missing or m == "baseline":
                 answer, failed = attempt(self.engines[m].run, q.prompt, max_new_tokens=self.config["quality_tokens"])
+                self.judged[m] = answer and answer.tpot_ms
             if m == "baseline" and answer:
                 base, (logprobs, failed) = answer, attempt(self.engines[m].score, q.prompt, answer.output_ids)
             if missing:
@@ -190,6 +162,21 @@ def _quality_row(self: Comparison, q, m, order, answer, failed, base, logprobs):
         return measured_row("quality", q, m, 0, order, answer, **found)
     found, failed = attempt(quality, self.engines[m], base, logprobs, answer, q)
     return measured_row("quality", q, m, 0, order, answer, failed, **(found or {}))
+
+# %% ../../nbs/06_evaluation/12_comparison.ipynb #8490e95d
+@patch
+def warm_up(self: Comparison):
+    "Run each method until its time per token is within 10 % of the one before, at most five times `warmup`."
+    query = next((q for q in self.queries if q.text.strip()), None)
+    text, n = query.text[:200] if query else "Hello", min(16, self.config["max_new_tokens"])
+    for m, engine in self.engines.items():
+        self.bar.set_postfix_str(f"{m}, warming up")
+        last = self.judged.get(m)
+        for _ in range(5 * self.config["warmup"]):
+            answer, error = attempt(engine.run, text, max_new_tokens=n, fixed=True)
+            if error or last and answer.tpot_ms and abs(answer.tpot_ms / last - 1) < 0.1:
+                break
+            last = answer.tpot_ms
 
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #7c1b52aa
 @patch
@@ -226,7 +213,6 @@ def run(self: Comparison) -> Results:
         old = self.record.earlier()
         self.setup()
         self.record.begin(old)
-        self.warm_up()
         self._measure()
     return self.results
 
@@ -237,10 +223,12 @@ def _measure(self: Comparison):
     blocks = plan(self.queries, self.methods, self.config["rounds"], self.config["seed"])
     n = len(self.methods)
     total = len(blocks) * (n + 1) + len(self.queries) * n + n * self.config["memory"]
-    with self.progress_bar(total, "measuring") as self.bar:
+    hidden = {} if self.progress else dict(disable=True)
+    with tqdm(total=total, desc="measuring", **hidden) as self.bar:
         try:
             for q in self.queries:
                 self.quality_block(q)
+            self.warm_up()
             for q, r, order in blocks:
                 self.speed_block(q, r, order)
             if self.config["memory"]:

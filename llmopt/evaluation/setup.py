@@ -36,7 +36,7 @@ def settings(
     rounds: int = 5,  # in which times are taken
     max_new_tokens: int = 64,  # of each answer that is timed
     quality_tokens: int | None = None,  # at most, of each answer that is judged; twice as many by default
-    warmup: int = 2,  # answers of each method before anything counts
+    warmup: int = 2,  # answers of each method before times count, one of them perhaps a judged one
     seed: int = 0,  # of the order of the methods
     memory: bool = True,  # measure peak memory, in a process for each method
 ) -> dict:
