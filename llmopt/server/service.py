@@ -63,7 +63,7 @@ def options(
     _at_most(most or request.max_tokens, s.max_new_tokens, "max_tokens")
     _at_most(answers, s.max_choices, "n")
     if characters > s.max_prompt:
-        said = f"the prompt has {characters:,} characters, but at most {s.max_prompt:,} are read here; shorten it"
+        said = f"the prompt is too long: of its {characters:,} characters at most {s.max_prompt:,} are read; shorten it"
         raise ApiError(400, said, "messages", "context_length_exceeded")
     try:
         return engine_options(request)

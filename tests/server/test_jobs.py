@@ -9,28 +9,31 @@ from llmopt.server.envelope import ApiError
 from llmopt.server.jobs import *
 
 
+def short(put, stop):
+    "An answer of the pieces 1, 2, 3."
+    for piece in (1, 2, 3):
+        put(piece)
+    return SimpleNamespace(finish_reason="stop")
+
+
+def endless(put, stop):
+    "An answer that is made as long as nobody ends it, of tokens without text."
+    stop.wait(5)
+    return SimpleNamespace(finish_reason="stopped")
+
+
+async def read(lane, work=short, timeout=10):
+    "All pieces of an answer, or the status of its error."
+    try:
+        async with aclosing(generate(lane, work, timeout)) as items:
+            return [i async for i in items if isinstance(i, int)]
+    except ApiError as e:
+        return e.status
+
+
 def test_queue():
     """Three things must hold: a full queue refuses, a client that goes away frees its place, and a server that stops
     tells those who wait."""
-
-    def short(put, stop):
-        "An answer of the pieces 1, 2, 3."
-        for piece in (1, 2, 3):
-            put(piece)
-        return SimpleNamespace(finish_reason="stop")
-
-    def endless(put, stop):
-        "An answer that is made as long as nobody ends it, of tokens without text."
-        stop.wait(5)
-        return SimpleNamespace(finish_reason="stopped")
-
-    async def read(lane, work=short, timeout=10):
-        "All pieces of an answer, or the status of its error."
-        try:
-            async with aclosing(generate(lane, work, timeout)) as items:
-                return [i async for i in items if isinstance(i, int)]
-        except ApiError as e:
-            return e.status
 
     async def story():
         "What becomes of six clients."
