@@ -217,16 +217,15 @@ def _plot(a):
     if unknown := [k for k in a.kind or () if k not in charts]:
         raise ConfigError(f"unknown chart '{unknown[0][:60]}'; known: {', '.join(charts)}")
     if "\0" in a.results or not os.path.exists(a.results):
-        from llmopt.evaluation.results import load
+        from llmopt.evaluation.files import read_json
 
-        load(a.results)  # says what is wrong, before the libraries for drawing are loaded
+        read_json(a.results)  # says what is wrong, before the libraries for drawing are loaded
     _announce_imports("the libraries for drawing", "seaborn")
     from llmopt.core.progress import announce
     from llmopt.visualization import plot_file
 
     announce(f"drawing the charts of {a.results:.200}")
-    for path in plot_file(a.results, a.output, a.kind):
-        print(path)
+    plot_file(a.results, a.output, a.kind, print)
     return 0
 
 # %% ../../nbs/09_cli/06_entry.ipynb #29632006

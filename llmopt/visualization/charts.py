@@ -209,6 +209,7 @@ def plot_file(
     path,  # of a results file
     output="plots",  # folder for the pictures, made if need be
     kinds=None,  # names in `KINDS`; those that suit the file if None
+    written=None,  # a function that is called with each path, as soon as the file is there
 ) -> list:  # paths of the PNG files
     "Draw the charts of a results file; `ResultsError` if it cannot be read, drawn or written."
     for what, place in (("a results file", path), ("a folder", output)):
@@ -224,7 +225,12 @@ def plot_file(
     with said_of(output):
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
-    return [_save(plot(results, k), folder / f"{k}.png") for k in dict.fromkeys(names)]
+    paths = []
+    for k in dict.fromkeys(names):
+        paths.append(_save(plot(results, k), folder / f"{k}.png"))
+        if written is not None:
+            written(paths[-1])
+    return paths
 
 # %% ../../nbs/07_visualization/08_charts.ipynb #9926d355
 def _save(fig, path) -> Path:

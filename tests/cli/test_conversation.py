@@ -13,7 +13,9 @@ from prompt_toolkit.output import DummyOutput
 
 from llmopt.cli import main
 from llmopt.cli.chat import COMMANDS, Chat, cost_line, engines
+from llmopt.cli.entry import settle
 from llmopt.cli.lines import Pipe, Terminal, history_file, screen
+from llmopt.cli.parser import parser
 from llmopt.errors import LlmoptError
 
 
@@ -140,3 +142,23 @@ def test_wrong_recipe_files(tmp_path, monkeypatch, content, args, says):
     file.write_text(content)
     code, _, line = run(monkeypatch, "", "chat", "--recipe", file, *args)
     assert code == 2 and says in line, line
+
+
+@pytest.mark.parametrize(
+    "line, model, methods",
+    [
+        ("compare --recipe {}", "./mine", ["baseline", "words:n=2"]),
+        ("compare --methods kv --model smollm2 --recipe {}", "smollm2", ["kv", "words:n=2"]),
+        ("serve --recipe {}", ["./mine"], ["baseline", "words:n=2"]),
+        ("serve", ["llmopt-tiny"], None),
+        ("compare", "llmopt-tiny", None),
+    ],
+)
+def test_what_a_recipe_file_fills_in(tmp_path, monkeypatch, line, model, methods):
+    "What is typed wins over its model, and its recipe stands beside the methods that are typed."
+    monkeypatch.setattr("llmopt.cli.entry.check_model", lambda name: None)
+    file = tmp_path / "recipe.json"
+    file.write_text('{"recipe": "words:n=2", "model": "./mine"}')
+    options = parser().parse_args(line.format(file).split())
+    settle(options)
+    assert (options.model, options.methods) == (model, methods)
