@@ -85,7 +85,7 @@ def change_time(weight: torch.Tensor) -> float:  # `weight`: (N, D)
     return least_times([[change]], _token(weight))[0]
 
 # %% ../../nbs/03_larosa/12_choice.ipynb #ece27fa4
-CLEARLY = 0.95  # of the dense time: what takes longer is no gain
+CLEARLY = 0.9  # of the dense time: what takes longer is no gain
 _BRACKETS = " (in brackets the sparse time as a share of the dense one)"
 _ALL_THE_SAME = "larosa:when=always is sparse all the same"
 

@@ -17,9 +17,9 @@ def test_two_equal_ways():
 
 
 def test_the_choice():
-    """A shape runs sparse if that takes clearly less time; a tie would risk quality for nothing. And all of them
-    together must save more than the rotation adds: some [rotations](06_rotation.ipynb) change the basis between
-    layers, with a dense product each."""
+    """A shape runs sparse if that takes clearly less time: a gain of a few percent in some products is none in a
+    token, and costs quality. And all of them together must save more than the rotation adds: some
+    [rotations](06_rotation.ipynb) change the basis between layers, with a dense product each."""
     wins, loses = Product(10, 100.0, 70.0), Product(10, 100.0, 97.0)
     test_eq(Choice({(8, 4): wins, (4, 4): loses}).sparse, {(8, 4)})
     test_eq(Choice({(8, 4): wins, (4, 4): loses}, changes=301.0).sparse, set())

@@ -137,19 +137,20 @@ def test_a_second_start_measures_nothing(faster, monkeypatch):
     assert choose(model, allocation) == first and len(asked) == 4 * n
 
 
-def test_real_times_of_a_small_model(cache):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_real_times_of_a_small_model(family, cache):
     "Without anything replaced: a model this small gains nothing, and torch's random numbers are left alone."
-    model, before = small_model(), torch.get_rng_state()
+    model, before = small_model(family), torch.get_rng_state()
     choice = choose(model, dict.fromkeys(projections(model), 0.4))
     assert choice.products and not choice.sparse and torch.equal(torch.get_rng_state(), before)
     assert all(p.dense > 0 and p.sparse > 0 for p in choice.products.values())
-    assert not any(p.requires_grad != q.requires_grad for p, q in zip(model.parameters(), small_model().parameters()))
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_tie_is_no_gain():
     "Only what is clearly faster runs sparse."
-    assert Choice({(4, 4): Product(3, 100.0, 96.0)}).sparse == set()
-    assert Choice({(4, 4): Product(3, 100.0, 90.0)}).sparse == {(4, 4)}
+    assert Choice({(4, 4): Product(3, 100.0, 91.0)}).sparse == set()
+    assert Choice({(4, 4): Product(3, 100.0, 89.0)}).sparse == {(4, 4)}
 
 
 def test_the_choice_is_part_of_what_a_comparison_depends_on(faster):
