@@ -137,8 +137,8 @@ def _check(self: SimpleVAttention, t, rows):
     "Refuse what would be broadcast or cast silently."
     if rows.closed:
         raise LlmoptError("this KV memory is closed; make a new cache")
-    want = (self.batch, self.num_heads, rows.width)
-    if (*t.shape[:2], t.shape[-1]) != want or t.dtype != rows.dtype:
+    if t.dtype != rows.dtype or t.shape != (self.batch, self.num_heads, *t.shape[2:3], rows.width):
+        want = (self.batch, self.num_heads, rows.width)
         slab = f"slab of (batch, heads, width) {want} and {rows.dtype}"
         why = "" if t.dtype == rows.dtype else "; go on as it was begun, inside or outside of torch.autocast"
         raise ConfigError(f"{slab} cannot take {tuple(t.shape)} of {t.dtype}{why}")

@@ -39,6 +39,18 @@ def test_owned_keys_tell_their_shape_and_nothing_else():
             use()
 
 
+def test_keys_of_grouped_heads_are_read_where_they_are():
+    """Many queries under a mask are the next turn of a conversation: its new tokens look at all that is in the
+    cache. There transformers copies the keys for each query head that shares them. On a CPU torch need not be
+    given copies, under a mask neither, and the numbers are the same."""
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    q, k, v = torch.randn(1, 6, 20, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
+    mask = (torch.arange(50) <= torch.arange(30, 50)[:, None])[None, None]
+    copied = F.scaled_dot_product_attention(q, repeat_kv(k, 3), repeat_kv(v, 3), attn_mask=mask)
+    assert torch.equal(grouped_attention(q, k, v, mask), copied)
+
+
 def test_blocks_may_overlap_in_any_way():
     """Here two requests share a model: one with a [slab cache](06_cache.ipynb), which marks its keys, and one with a
     stock cache. The first is packed, the second gets the logits that it always gets."""
