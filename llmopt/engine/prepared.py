@@ -118,10 +118,14 @@ def shorten(
     surprisal = model_surprisal(self.lm.model, tok)  # asked by one scorer only
     more = conversation, tok, weights_seen(self.lm.model) if words.has_budget else None
 
+    def shorten(text):
+        result = apply(text, tokenizer=tok, model_score=surprisal)
+        return result.text, result.warnings
+
     def short(text):
-        result = self.shortened.get((text, *more), lambda: apply(text, tokenizer=tok, model_score=surprisal))
-        notes.extend(f"word removal: {w}" for w in result.warnings)
-        return result.text
+        found, warnings = self.shortened.get((text, *more), lambda: shorten(text))
+        notes.extend(f"word removal: {w}" for w in warnings)
+        return found
 
     return [dict(m, content=short(m["content"])) if m["role"] == "user" else m for m in messages], notes
 

@@ -11,6 +11,7 @@ __all__ = ['SHAPE_ONLY', 'PACKED', 'FEW', 'CANNOT', 'NAMES', 'reference_attentio
 import os
 import sys
 import threading
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -174,17 +175,19 @@ def check_packable(model):
         raise UnsupportedModelError(f"packed attention replaces 'sdpa' or 'eager', not '{own}' of {name}; {instead}")
 
 # %% ../../nbs/04_kv_cache/05_attention.ipynb #6fe4b9ac
+_holders = weakref.WeakKeyDictionary()  # model -> the modules in it that have a configuration: they are found once
+
+
+def _config(module):
+    "The configuration of `module`, if it has one."
+    return getattr(module, "config", None) if hasattr(type(module), "config") else module.__dict__.get("config")
+
+
 def _configs(model):
     "Every configuration in `model` that names an attention which we can replace."
-    configs, rest, seen = {}, [model], set()
-    while rest:  # `model.modules()` takes three times as long, at every request
-        m = rest.pop()
-        seen.add(m)
-        c = getattr(m, "config", None) if hasattr(type(m), "config") else m.__dict__.get("config")
-        if c is not None:
-            configs[id(c)] = c
-        if m._modules:
-            rest += [child for child in m._modules.values() if child is not None and child not in seen]
+    if model not in _holders:
+        _holders[model] = [m for m in model.modules() if m is not model and _config(m) is not None]
+    configs = {id(c): c for c in map(_config, (model, *_holders[model])) if c is not None}
     ours = (*NAMES, *NAMES.values())
     return {i: c for i, c in configs.items() if getattr(c, "_attn_implementation_internal", None) in ours}
 

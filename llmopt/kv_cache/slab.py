@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import ConfigError, LlmoptError
-from .backends import CopyingRows, make_rows
+from .backends import ShortRows, make_rows
 from .memory import check_count
 from .residency import anonymous_bytes, residency_unknown, tensor_resident
 
@@ -46,7 +46,7 @@ class SimpleVAttention:
         rows = self.batch * self.num_heads
         widths = check_count("head_size", head_size), check_count("value_size", value_size or head_size)
         self.page_after, self.page_tokens = check_count("page_after", page_after, 0), page_tokens
-        kind, pages = (CopyingRows, 0) if self.page_after else (make_rows, page_tokens)
+        kind, pages = (ShortRows, 0) if self.page_after else (make_rows, page_tokens)
         self.key_rows, self.value_rows = (kind(rows, max_seq_len, w, dtype, pages, prefault, device) for w in widths)
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #1919cb68
@@ -102,19 +102,21 @@ def append(
     k: torch.Tensor,  # (batch, heads, new tokens, width)
     v: torch.Tensor,  # the same of values
 ) -> tuple:  # all keys and all values, as views
-    """Write `k` and `v`, each (batch, heads, new tokens, width), at the end, in place.
-
-    Raises `ConfigError` where shape, type or room do not fit."""
+    "Write `k` and `v` at the end. Raises `ConfigError` where shape, type or room do not fit."
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         raise LlmoptError("the slab cache is for inference: call the model under torch.no_grad()")
     end = self.seq_len + k.shape[2]
     self._check(k, self.key_rows)
     self._check(v, self.value_rows)
-    self._leave_ordinary_memory(end)
-    for rows, new in (self.key_rows, k), (self.value_rows, v):
-        self._write(rows, new, end)
+    short = end <= self.page_after and not self.reserved_slots
+    if short:
+        views = self.key_rows.extend(k), self.value_rows.extend(v)
+    else:
+        self._leave_ordinary_memory(end)
+        self._write(self.key_rows, k, end)
+        self._write(self.value_rows, v, end)
     self.seq_len, self.peak_len = end, max(self.peak_len, end)
-    return self.keys, self.values
+    return views if short else (self.keys, self.values)
 
 # %% ../../nbs/04_kv_cache/04_slab.ipynb #0683be5a
 @patch
@@ -138,8 +140,7 @@ def _check(self: SimpleVAttention, t, rows):
     if rows.closed:
         raise LlmoptError("this KV memory is closed; make a new cache")
     if t.dtype != rows.dtype or t.shape != (self.batch, self.num_heads, *t.shape[2:3], rows.width):
-        want = (self.batch, self.num_heads, rows.width)
-        slab = f"slab of (batch, heads, width) {want} and {rows.dtype}"
+        slab = f"slab of (batch, heads, width) {(self.batch, self.num_heads, rows.width)} and {rows.dtype}"
         why = "" if t.dtype == rows.dtype else "; go on as it was begun, inside or outside of torch.autocast"
         raise ConfigError(f"{slab} cannot take {tuple(t.shape)} of {t.dtype}{why}")
 
@@ -200,8 +201,7 @@ def place(
     "Write tokens into reserved slots behind the end. Raises `ConfigError` where shape, type or slots do not fit."
     end = at + k.shape[2]
     if not self.seq_len <= at <= end <= self.reserved_slots:
-        reserved = f"{self.seq_len} to {self.reserved_slots}"
-        raise ConfigError(f"slots {at} to {end} are not among the reserved ones, {reserved}")
+        raise ConfigError(f"slots {at} to {end} are not among the reserved, {self.seq_len} to {self.reserved_slots}")
     for rows, new in (self.key_rows, k), (self.value_rows, v):
         self._check(new, rows)
         self._table(rows)[:, :, at:end] = new

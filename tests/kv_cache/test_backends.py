@@ -8,6 +8,20 @@ from llmopt.kv_cache.memory import PagedRows
 from llmopt.kv_cache.backends import *
 
 
+def test_short_rows():
+    """A short sequence is another matter: what counts is the time of one token, and nothing is quicker than the one
+    call with which the stock cache puts it behind the others. So short rows hold their tokens joined, as keys are
+    read, until somebody asks for them as rows."""
+    rows, k = ShortRows(6, 100, 4), torch.randn(2, 3, 9, 4)
+    with torch.inference_mode():
+        for a, b in (0, 4), (4, 5):
+            test_eq(rows.extend(k[:, :, a:b]), k[:, :, :b])
+    rows.data[:, 4] = 0
+    rows.resize(4)
+    test_eq(rows.extend(k[:, :, 4:]), k)
+    test_eq((rows.length, rows.data.flatten(0, 1), rows.reserved), (9, k.flatten(0, 2), 6 * 9 * 4 * 4))
+
+
 def test_both_backends_keep_the_same_content():
     "Both kinds keep what was written, whatever the lengths."
     a, b = PagedRows(3, 5000, 8), CopyingRows(3, 5000, 8)

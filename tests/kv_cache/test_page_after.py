@@ -1,5 +1,7 @@
 "Short sequences lie in ordinary memory: the border to pages, and what can go wrong there."
 
+import copy
+
 import pytest
 import torch
 
@@ -23,12 +25,25 @@ def test_across_the_border(steps):
 
 
 def test_pages_of_many_tokens_are_not_taken_in_ordinary_memory():
-    "`page_tokens` is about pages: in front of the border a buffer has room for what is there."
+    "`page_tokens` is about pages: in front of the border there is room for what is there, and for nothing else."
     s = SimpleVAttention(2, 8, 1, 10_000, page_tokens=4096, page_after=128)
     for k in tokens(20).split(1, 2):
         s.append(k, k)
-    places = {s.key_rows.data.data_ptr() for k in tokens(10).split(1, 2) if s.append(k, k)}
-    assert len(places) == 1 and s.reserved < 100 * s.token_bytes
+    assert s.reserved == 20 * s.token_bytes and torch.equal(s.keys, tokens(20))
+
+
+def test_what_was_filled_in_inference_mode_can_be_changed_outside():
+    "Reordered in place, cut, and grown; and a copy goes its own way."
+    s, k = SimpleVAttention(2, 8, 2, 100, page_after=16), tokens(8, heads=4).view(2, 2, 8, 8)
+    with torch.inference_mode():
+        s.append(k[:, :, :5], k[:, :, :5])
+        s.append(k[:, :, 5:6], k[:, :, 5:6])
+    other = copy.deepcopy(s)
+    s.select(torch.tensor([1, 1]))
+    s.truncate(3)
+    s.append(k[:, :, 6:], k[:, :, 6:])
+    want = torch.cat([k[[1, 1], :, :3], k[:, :, 6:]], 2)
+    assert torch.equal(s.keys, want) and torch.equal(other.values, k[:, :, :6])
 
 
 def test_addresses_that_cannot_be_had_are_refused_again():
