@@ -1,24 +1,22 @@
 "A GGUF file that is no model, or not whole, or meets a full disk, is answered in one line and leaves nothing behind."
 
 import os
-import subprocess
-import sys
+import signal
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from notebook_process import CONTEXT
 
 from helpers import logits, random_ids
-from llmopt.core import load
+from llmopt.core import gguf, load
 from llmopt.core.cache import cache_dir
 from llmopt.core.gguf import convert
 from llmopt.core.inventory import conversions
 from llmopt.errors import ModelError
 
 from .gguf_files import TOKENS, random_model, write_gguf
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -160,30 +158,37 @@ def test_a_conversion_that_is_damaged_later(tmp_path):
     assert load(str(tmp_path / "m.gguf"), "cpu").stored_hash == digest
 
 
+def convert_there(path, cache, dies=False):
+    "Convert in a process of its own, perhaps one that is killed before all is written."
+    os.environ["LLMOPT_CACHE"] = cache
+    if dies:
+        gguf.write_manifest = lambda *a, **kw: os.kill(os.getpid(), signal.SIGKILL)
+    gguf.convert(path)
+
+
+def begin(path, **how):
+    "Start `convert_there`."
+    process = CONTEXT.Process(target=convert_there, args=(path, os.environ["LLMOPT_CACHE"]), kwargs=how)
+    process.start()
+    return process
+
+
 def test_two_processes_at_once(tmp_path):
     "Both get the model, and one conversion is kept."
     write_gguf(tmp_path / "m.gguf")
-    code = "import sys; from llmopt.core.gguf import convert; print(convert(sys.argv[1]))"
-    env = os.environ | dict(PYTHONPATH=str(ROOT))
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code, tmp_path / "m.gguf"], env=env, text=True, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    made = {r.communicate()[0].strip() for r in runs}
-    assert [r.returncode for r in runs] == [0, 0] and len(made) == 1
-    assert [str(p) for p in conversions()] == [*made] == [str(convert(tmp_path / "m.gguf"))]
+    processes = [begin(tmp_path / "m.gguf") for _ in range(2)]
+    for p in processes:
+        p.join()
+    assert [p.exitcode for p in processes] == [0, 0]
+    (made,) = conversions()
+    assert made == convert(tmp_path / "m.gguf") and conversions() == [made]
 
 
 def test_what_a_killed_process_left_is_not_taken_for_whole(tmp_path):
     write_gguf(tmp_path / "m.gguf")
-    code = (
-        "import os, sys, signal, llmopt.core.gguf as g\n"
-        "g.write_manifest = lambda *a, **kw: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "g.convert(sys.argv[1])"
-    )
-    env = os.environ | dict(PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "m.gguf"], env=env, capture_output=True, check=False)
-    assert done.returncode == -9 and [p for p in (cache_dir() / "gguf").glob(".*") if p.is_dir()]
+    process = begin(tmp_path / "m.gguf", dies=True)
+    process.join()
+    assert process.exitcode == -9 and [p for p in (cache_dir() / "gguf").glob(".*") if p.is_dir()]
     assert conversions() == []
     folder = convert(tmp_path / "m.gguf")
     assert conversions() == [folder] and not [p for p in folder.parent.glob(".*") if p.is_dir()]
