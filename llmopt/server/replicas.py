@@ -126,7 +126,9 @@ def _nodes():
     "How many machines the cluster has."
     import ray
 
-    return max(1, sum(n["Alive"] for n in ray.nodes()))
+    if not ray.is_initialized():  # `serve run` asks for the application first, and then takes this connection
+        ray.init(namespace="serve")
+    return sum(n["Alive"] for n in ray.nodes())
 
 
 def _deployed(serve, make, replicas, queue, busy, **actor):
