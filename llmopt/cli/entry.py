@@ -176,7 +176,7 @@ def _settings(a):
     limits = dict(max_new_tokens=a.max_new_tokens, queue=a.queue, timeout=float(a.timeout))
     return Settings(host=a.host, port=a.port, api_key=key, cors=tuple(a.cors), **limits)
 
-
+# %% ../../nbs/09_cli/06_entry.ipynb #a6267c7f
 def _serve(a):
     "`llmopt serve`"
     _check_extra()

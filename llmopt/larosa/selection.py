@@ -77,7 +77,7 @@ if numba:
         def save_overload(self, sig, data):
             self._try("save_overload", sig, data)
 
-
+# %% ../../nbs/03_larosa/00_selection.ipynb #84bccdf2
 def compiled(f):
     "`f` compiled by numba where that is installed, without Python's lock; sums are not reordered, and NaN stays NaN."
     if numba is None:

@@ -50,13 +50,14 @@ class Turns:
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .envelope import ApiError
 
 
 class Lane(Turns):
-    "The way to one model: one answer at a time, in order of arrival. Belongs to one event loop."
+    "The way to one model: one answer at a time, in order of arrival. Belongs to one event loop at a time."
 
     def __init__(
         self,
@@ -121,13 +122,18 @@ def _start(lane, work, queue_ms):
     loop, items, stop, began = asyncio.get_running_loop(), asyncio.Queue(), threading.Event(), time.perf_counter()
     lane.running.add(stop)
 
-    def done(_):
+    def done():
         lane.running.discard(stop)
         lane.seconds = 0.8 * lane.seconds + 0.2 * (time.perf_counter() - began)
         lane.leave()
 
-    future = loop.run_in_executor(lane.thread, _work, work, _handover(loop, items), stop, queue_ms)
-    future.add_done_callback(done)
+    def ended(_):
+        for owner in (loop, *(turn.get_loop() for turn in [*lane.waiting])):
+            with suppress(RuntimeError):  # that loop has ended, and those who wait belong to another one
+                return owner.call_soon_threadsafe(done)
+        return done()
+
+    lane.thread.submit(_work, work, _handover(loop, items), stop, queue_ms).add_done_callback(ended)
     return items, stop
 
 # %% ../../nbs/08_server/04_jobs.ipynb #c74fe2a0

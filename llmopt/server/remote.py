@@ -74,7 +74,7 @@ def _stream(self: RemoteEngine, body):
             raise LlmoptError(json.loads(reply.read())["error"]["message"])
         yield from _chunks(reply.iter_lines())
 
-
+# %% ../../nbs/08_server/17_remote.ipynb #0efc71d2
 @patch
 def stream(self: RemoteEngine, text: str, **options):  # `options`: fields of a chat request, such as temperature
     "Answer `text` within the conversation, yielding pieces of text as they are made. Closing it ends the answer."
