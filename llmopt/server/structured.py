@@ -59,7 +59,7 @@ class Grammars:
     "Makes constraints for one model."
 
     def __init__(self, lm):  # `LM`
-        self.guidance = _llguidance()
+        self.guidance, self.rows, self.ends = _llguidance(), lm.rows, {*lm.stop_ids}
         try:
             self.tokens = self.guidance.hf.from_tokenizer(lm.tokenizer, n_vocab=lm.rows, eos_token=[*lm.stop_ids])
         except Exception as e:
@@ -70,10 +70,16 @@ class Grammars:
         "A constraint for a grammar of llguidance; raises a 400 for one that cannot be."
         limits = self.guidance.LLParserLimits(max_grammar_size=50_000, verbose_errors=False)
         matcher = self.guidance.LLMatcher(self.tokens, grammar, log_level=0, limits=limits)
-        if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())
-            raise ApiError(400, f"{param}: this schema cannot be enforced ({reason[:200]}); simplify it", param)
+        if reason := self._fault(matcher):
+            raise ApiError(400, f"{param}: this schema cannot be enforced ({reason}); simplify it", param)
         return Constraint(matcher)
+
+    def _fault(self, matcher):
+        "Why there is no text for a grammar; empty if there may be one."
+        if matcher.is_error():
+            return " ".join(matcher.get_error().split())[:200]
+        first = Constraint(matcher)([], torch.zeros(1, self.rows))[0].isfinite().nonzero().flatten()
+        return "" if {*first.tolist()} - self.ends else "no text fits it"
 
     def of_schema(self, schema: dict, param: str = "response_format") -> Constraint:
         "A constraint for a JSON schema; raises a 400 for one that cannot be."

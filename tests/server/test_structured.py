@@ -24,5 +24,9 @@ def test_constraints():
     for bad in (dict(type="wizard"), {"$ref": "http://example.org/s"}, dict(type="string", pattern="(?=x)")):
         with expect_fail(ApiError, "cannot be enforced"):
             made.of_schema(bad)
+    loop = {"$ref": "#/$defs/a"}
+    for circle in ({"$ref": "#"}, loop | {"$defs": dict(a=loop)}):
+        with expect_fail(ApiError, "no text fits it"):
+            made.of_schema(circle)
     with expect_fail(ModelError, "left its grammar"):
         made.of_schema(dict(enum=["yes"]))(no, scores)
