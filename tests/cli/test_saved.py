@@ -10,7 +10,8 @@ from llmopt.cli.saved import *
 
 
 def test_there_and_back():
-    "What is read goes to a model, so it is checked: a system message or none, then questions and answers in turn."
+    """What is read goes to a model, so it is checked: a system message or none, then questions and answers in turn.
+    Measurements are added up by `/stats`, and names are printed, so both are checked as well."""
     engine = EnhancedFusedLLMEngine(max_new_tokens=2, system="Be brief.")
     engine.chat("Why?")
     with TemporaryDirectory() as folder:
@@ -36,6 +37,12 @@ def test_files_that_are_no_conversations():
         (text.replace("[],", '[{"role": "user", "content": "Hi"}],', 1), "in turn"),
         (text.replace("[],", '[{"role": 3}],', 1), "in turn"),
         (text.replace('"measurements": []', '"measurements": 1'), "damaged"),
+        (text.replace('"measurements": []', '"measurements": [1]'), "from 0"),
+    )
+    numbers_too_wild = "1" + 400 * "0", "NaN", "Infinity", "1e999", "-1", "true"
+    wrong += tuple(
+        (text.replace('"measurements": []', f'"measurements": [{{"e2el_ms": {n}}}]'), "from 0")
+        for n in numbers_too_wild
     )
     with TemporaryDirectory() as folder:
         path = Path(folder) / "talk.json"
@@ -43,6 +50,8 @@ def test_files_that_are_no_conversations():
             path.write_text(content)
             with expect_fail(ResultsError, says):
                 load(path)
+        path.write_text(text.replace('"baseline"', r'"a\u001b[2J\nb"'))
+        test_eq(load(path).recipe, "a\ufffd[2J b")
         for name, says in ((folder, "no such file"), (f"{folder}/none", "no such file"), ("\0", "cannot read")):
             with expect_fail(ResultsError, says):
                 load(name)
