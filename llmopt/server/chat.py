@@ -34,7 +34,7 @@ class Job:
 
     def answer(self, i: int):
         "The pieces of answer number `i`, and `Finished`."
-        return self.service.answer(self.served, *self.asked[i], i > 0)
+        return self.service.answer(self.served, *self.asked[i], i > 0, i % self.n > 0)
 
 # %% ../../nbs/08_server/11_chat.ipynb #d2fa4591
 @patch
@@ -42,7 +42,8 @@ async def completion(self: Job) -> dict:
     "The reply."
     choices, answers = [], []
     for i, (prompt, options) in enumerate(self.asked):
-        pieces, finished = await self.service.whole_answer(self.served, prompt, options, i > 0)
+        repeated = i > 0, i % self.n > 0
+        pieces, finished = await self.service.whole_answer(self.served, prompt, options, *repeated)
         choices.append(self.choice(i, pieces, finished))
         answers.append(finished)
     same = head(self.prefix, self.object, self.served.id)
@@ -128,8 +129,8 @@ async def _parts(self: ChatJob, i, answers):
             if out > sent or item.logprobs:
                 yield dict(content=text[sent:out]), self.logprobs([item])
             sent = max(sent, out)
-    calls = find_calls(text, self.tools)[1]
-    for delta in call_deltas(calls) if calls else [dict(content=text[sent:])] if text[sent:] else []:
+    text, calls = find_calls(text, self.tools)
+    for delta in [dict(content=text[sent:])] * bool(text[sent:]) + [*call_deltas(calls)]:
         yield delta, None
 
 

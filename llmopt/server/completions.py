@@ -49,8 +49,7 @@ class TextJob(Job):
 @patch
 def choice(self: TextJob, i: int, pieces: list, finished: Finished | None, offset: int = 0) -> dict:
     "The choice number `i`, with the text of `pieces`, which begins at the character `offset`."
-    entries = [e for p in pieces for e in p.logprobs or ()]
-    logprobs = text_logprobs(self.served, entries, offset) if entries else None
+    logprobs = text_logprobs(self.served, pieces, offset) if any(p.logprobs for p in pieces) else None
     reason = finish_reason(finished) if finished else None
     return dict(index=i, text="".join(p.text for p in pieces), logprobs=logprobs, finish_reason=reason)
 

@@ -67,22 +67,30 @@ def _times(m, queue_ms):
         yield "vllm:inter_token_latency_seconds", gap
 
 
-def _counts(m):
+def _counts(m, same_prompt):
     "(name, number) of what an answer adds to the counters."
-    yield "vllm:prompt_tokens", m.prompt_tokens
     yield "vllm:generation_tokens", m.completion_tokens
+    if same_prompt:
+        return
+    yield "vllm:prompt_tokens", m.prompt_tokens
     yield "vllm:prefix_cache_queries", m.prompt_tokens
     yield "vllm:prefix_cache_hits", m.cached_prompt_tokens
     yield "llmopt:prompt_tokens_saved", max(0, m.prompt_tokens_base - m.prompt_tokens)
 
 
 @patch
-def finished(self: Metrics, model: str, m, queue_ms: float) -> None:  # `m`: `ChatMetrics`
+def finished(
+    self: Metrics,
+    model: str,
+    m,  # `ChatMetrics`
+    queue_ms: float,
+    same_prompt: bool = False,  # as the answer before, of the same request
+) -> None:
     "Note an answer that came to its end."
     for name, ms in _times(m, queue_ms):
         if ms is not None:
             self.values[name].labels(model).observe(ms / 1000)
-    for name, count in _counts(m):
+    for name, count in _counts(m, same_prompt):
         self.values[name].labels(model).inc(count)
     self.success.labels(model, m.finish_reason).inc()
     self.kv.labels(model).set(m.kv_bytes_peak)

@@ -9,6 +9,7 @@ __all__ = ['measurements', 'usage', 'finish_reason', 'head', 'seeds', 'chat_logp
 import time
 import uuid
 
+from ..engine.streaming import UNKNOWN
 from .jobs import Finished
 
 _COPIED = (
@@ -66,7 +67,7 @@ def seeds(options: dict, n: int) -> list:  # of options
 def _token(served, token_logprob, id):
     "One token with its logprob, as the chat protocol has it."
     text = served.lm.tokenizer.decode([id])
-    return dict(token=text, logprob=token_logprob, bytes=None if "\ufffd" in text else [*text.encode()])
+    return dict(token=text, logprob=token_logprob, bytes=None if UNKNOWN in text else [*text.encode()])
 
 
 def chat_logprobs(served, entries) -> list:  # `entries`: of `TokenLogprob`
@@ -78,9 +79,19 @@ def chat_logprobs(served, entries) -> list:  # `entries`: of `TokenLogprob`
     return found
 
 
-def text_logprobs(served, entries, offset: int = 0) -> dict:  # `offset`: characters of the text before
-    "The dict `logprobs` of a completion."
+def _offsets(served, piece, start):
+    "Where each token of a piece begins, in characters; the piece begins at `start`."
+    ids = [e.id for e in piece.logprobs or ()]
+    before = [served.lm.tokenizer.decode(ids[:i]).rstrip(UNKNOWN) for i in range(len(ids))]
+    return [start + min(len(b), len(piece.text)) for b in before]
+
+
+def text_logprobs(served, pieces, offset: int = 0) -> dict:  # `offset`: characters of the text before
+    "The dict `logprobs` of a completion, or of a part of it."
+    entries, offsets = [e for p in pieces for e in p.logprobs or ()], []
+    for p in pieces:
+        offsets += _offsets(served, p, offset)
+        offset += len(p.text)
     tokens = [served.lm.tokenizer.decode([e.id]) for e in entries]
-    offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
     top = [{served.lm.tokenizer.decode([i]): p for i, p in e.top} for e in entries]
     return dict(tokens=tokens, token_logprobs=[e.logprob for e in entries], top_logprobs=top, text_offset=offsets)

@@ -6,20 +6,22 @@ from llmopt.server.metrics import *
 
 
 def test_metrics():
-    """A counter ends in `_total`, a time in `_seconds`. Buckets are vLLM's order of magnitude: from a millisecond to
-    minutes."""
+    """With `n` a request has several answers to one prompt. Each adds its times, its tokens and one to
+    `vllm:request_success_total`; the tokens of the prompt are counted with the first, as in `usage`."""
     answer = dict(
         prompt_tokens=30, prompt_tokens_base=42, completion_tokens=8, cached_prompt_tokens=10, kv_bytes_peak=4096
     )
     times = dict(ttft_ms=20.0, prefill_ms=15.0, tpot_ms=None, e2el_ms=55.0, itl_ms=[5.0] * 7)
     m = Metrics()
     m.finished("tiny:words", SimpleNamespace(finish_reason="stop", **answer, **times), queue_ms=3.0)
+    m.finished("tiny:words", SimpleNamespace(finish_reason="stop", **answer, **times), queue_ms=3.0, same_prompt=True)
     m.aborted("tiny")
     text = m.text().decode()
     for line in (
         'vllm:prompt_tokens_total{model_name="tiny:words"} 30.0',
-        'vllm:inter_token_latency_seconds_count{model_name="tiny:words"} 7.0',
-        'vllm:request_queue_time_seconds_sum{model_name="tiny:words"} 0.003',
+        'vllm:generation_tokens_total{model_name="tiny:words"} 16.0',
+        'vllm:inter_token_latency_seconds_count{model_name="tiny:words"} 14.0',
+        'vllm:request_queue_time_seconds_sum{model_name="tiny:words"} 0.006',
         'llmopt:requests_aborted_total{model_name="tiny"} 1.0',
     ):
         assert line in text, line

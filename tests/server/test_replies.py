@@ -8,7 +8,8 @@ from llmopt.server.replies import *
 
 
 def test_replies():
-    "A token may be a part of a character; then it has no text of its own, and its bytes are null."
+    """A token may be a part of a character; then it has no text of its own, and its bytes are null. It begins where
+    its character does."""
     metrics = dict(method="words", prompt_tokens=10, prompt_tokens_base=14, completion_tokens=3, cached_prompt_tokens=4)
     one = Finished(SimpleNamespace(**metrics, finish_reason="stopped", queue_ms=1.0), 2.0)
     both = usage([one, one])
@@ -20,7 +21,12 @@ def test_replies():
     test_eq(usage([one, one], n=1)["prompt_tokens"], 20)
     test_eq(finish_reason(one), "stop")
     test_eq([o["seed"] for o in seeds(dict(seed=2**63 - 1), 2)], [2**63 - 1, 0])
-    letters = SimpleNamespace(lm=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "ab\ufffd"[ids[0]])))
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join("ab\ufffd"[i] for i in ids))
+    letters = SimpleNamespace(lm=SimpleNamespace(tokenizer=tokenizer))
     entry = SimpleNamespace(id=0, logprob=-0.5, top=[(0, -0.5), (2, -1.0)])
     test_eq(chat_logprobs(letters, [entry])[0]["top_logprobs"][1], dict(token="\ufffd", logprob=-1.0, bytes=None))
-    test_eq(text_logprobs(letters, [entry, entry], 5)["text_offset"], [5, 6])
+    part = SimpleNamespace(id=2, logprob=-0.5, top=[])
+    pieces = [
+        SimpleNamespace(text=t, logprobs=of) for t, of in (("a", [entry]), ("🙂a", [part, part, entry]), ("a", [entry]))
+    ]
+    test_eq(text_logprobs(letters, pieces, 5)["text_offset"], [5, 6, 6, 6, 8])

@@ -6,7 +6,8 @@ from llmopt.server.tools import *
 
 
 def test_calls():
-    "In a stream, text goes out as it comes, as long as no call can begin there."
+    """In a stream, text goes out as it comes, as long as no call can begin there. The rest follows at the end, so a
+    stream has the text that a reply at once has."""
     said = 'Well.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     text, calls = find_calls(said, ["add"])
     test_eq((text, calls[0]["function"]), ("Well.", dict(name="add", arguments='{"a": 1}')))
@@ -15,9 +16,29 @@ def test_calls():
     )
     for none in ("Hello", said.replace("add", "delete"), '{"name": "add"', "[1]"):
         test_eq(find_calls(none, ["add"])[1], [])
-    test_eq([settled(t) for t in (" {", "Well, <tool", "Well", " ")], ["", "Well, ", "Well", ""])
+    test_eq([settled(t) for t in (" {", "Well, <tool", "a < b", " ")], ["", "Well,", "a < b", ""])
     first, second = call_deltas(calls)
     test_eq(
         (first["tool_calls"][0]["function"]["name"], second["tool_calls"][0]["function"]),
         ("add", dict(arguments='{"a": 1}')),
     )
+
+
+def test_settled_text_begins_the_text_of_the_reply():
+    """In a stream, text goes out as it comes, as long as no call can begin there. The rest follows at the end, so a
+    stream has the text that a reply at once has."""
+    call = '<tool_call>{"name": "add"}</tool_call>'
+    for said, text in (
+        (f"if a < b then {call}", "if a < b then"),
+        (f"  ok <b>bold</b>\n{call}", "  ok <b>bold</b>"),
+        (f"hi {call} bye", "hi  bye"),
+        (f" <{call} {call}", " <"),
+        (f"{{not a call}} {call}", "{not a call}"),
+        (f'{call}\n{{"x": 1}}', '{"x": 1}'),
+        (f"  {call}", ""),
+        ("1 < 2 ", "1 < 2 "),
+        ("a <tool_call> b", "a <tool_call> b"),
+    ):
+        test_eq(find_calls(said, ["add"])[0], text)
+        for n in range(len(said) + 1):
+            assert text.startswith(settled(said[:n])), said[:n]
