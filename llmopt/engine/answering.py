@@ -181,6 +181,8 @@ def _cache(self: AnsweringModel, inputs, notes) -> tuple:
     most = len(inputs.ids) - self.reuse.unread
     cache, held = self.kept.take(inputs.ids, most, weights_seen(self.lm.model), self.make_cache)
     if held:
+        if hasattr(cache, "reset_peak"):  # an earlier answer may have held more
+            cache.reset_peak()
         return cache, held
     return self._stored(inputs, notes) if self.kept.store else (self.make_cache(), 0)
 
@@ -283,7 +285,7 @@ def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end, held=0):
         completion_tokens=n,
         completion_tokens_base=n_base,
         kv_bytes_live=kv.live,
-        kv_bytes_peak=max(meter.peak, kv.live, 0 if held else getattr(meter.cache, "peak", 0)),
+        kv_bytes_peak=max(meter.peak, kv.live, getattr(meter.cache, "peak", 0)),
         kv_bytes_reserved=kv.reserved,
         kv_bytes_resident=getattr(kv, "resident", None),
         weight_bytes=self.lm.weight_bytes,

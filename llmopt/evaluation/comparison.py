@@ -166,13 +166,13 @@ def _quality_row(self: Comparison, q, m, order, answer, failed, base, logprobs):
 # %% ../../nbs/06_evaluation/12_comparison.ipynb #8490e95d
 @patch
 def warm_up(self: Comparison):
-    "Run each method until its time per token is within 10 % of the one before, at most five times `warmup`."
+    "Run each method until its time per token is within 10 % of the one before, at most twice `warmup` times."
     query = next((q for q in self.queries if q.text.strip()), None)
     text, n = query.text[:200] if query else "Hello", min(16, self.config["max_new_tokens"])
     for m, engine in self.engines.items():
         self.bar.set_postfix_str(f"{m}, warming up")
         last = self.judged.get(m)
-        for _ in range(5 * self.config["warmup"]):
+        for _ in range(2 * self.config["warmup"]):
             answer, error = attempt(engine.run, text, max_new_tokens=n, fixed=True)
             if error or last and answer.tpot_ms and abs(answer.tpot_ms / last - 1) < 0.1:
                 break

@@ -254,6 +254,13 @@ def peak(self: SlabCache) -> int:
     "Most live bytes so far."
     return sum(layer.peak for layer in self.slab_layers)  # slabs only grow together
 
+
+@patch
+def reset_peak(self: SlabCache):
+    "Let `peak` say what is held at most from now on."
+    for layer in self.slab_layers:
+        layer.peak = layer.slab.live if layer.slab else 0
+
 # %% ../../nbs/04_kv_cache/06_cache.ipynb #5c0c17c0
 _before_close = weakref.WeakKeyDictionary()  # cache -> what to call
 

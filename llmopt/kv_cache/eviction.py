@@ -212,6 +212,12 @@ def peak(self: EvictingCache) -> int:
 
 
 @patch
+def reset_peak(self: EvictingCache):
+    "Let `peak` say what is held at most from now on."
+    self.evictor.peak = self.evictor.live
+
+
+@patch
 @contextmanager
 def paused(self: EvictingCache):
     "Context manager: nothing is evicted inside it."
