@@ -7,6 +7,7 @@ __all__ = ['SHAPE', 'MOST', 'RecipeFile', 'read_recipe', 'recipe_text']
 
 # %% ../../nbs/00_core/17_recipe_file.ipynb #483fbc67
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +42,19 @@ def _object(path):
     return found
 
 
+def _check_keys(found, path):
+    "Raise `ConfigError` for a key that is nearly one of ours: it is a slip of the keyboard."
+    known = RecipeFile._fields
+    for key in found:
+        near = key not in known and get_close_matches(key[:40].lower(), known, 1, 0.75)
+        if near:
+            raise ConfigError(f"'{path!s:.200}' has an unknown key {key!r:.40}; did you mean {near[0]}?")
+
+
 def read_recipe(path) -> RecipeFile:
     "What the recipe file at `path` says; raises `ConfigError` for what is none."
     found = _object(path)
+    _check_keys(found, path)
     recipe, model = found.get("recipe"), found.get("model")
     if not isinstance(recipe, str) or not recipe.strip() or not isinstance(model, str | None):
         raise ConfigError(f"'{path!s:.200}' names no recipe in one line; {SHAPE}")

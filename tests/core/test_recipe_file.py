@@ -20,6 +20,10 @@ def test_recipe_files():
             path.write_text(text)
             with expect_fail(ConfigError):
                 read_recipe(path)
+        for key, meant in (("modle", "model"), ("Model", "model"), ("recipes", "recipe")):
+            path.write_text(f'{{"recipe": "kv", "{key}": "smollm2"}}')
+            with expect_fail(ConfigError, f"unknown key '{key}'; did you mean {meant}?"):
+                read_recipe(path)
         path.write_bytes(b'{"recipe": "\xff"}')
         for bad, says in (
             (path, "damaged"),
