@@ -17,7 +17,8 @@ from fastcore.basics import patch
 
 from ..core import assistant, user
 from ..engine.metrics import ChatMetrics
-from ..errors import LlmoptError
+from ..engine.recipe import Recipe
+from ..errors import ConfigError, LlmoptError
 
 
 class RemoteEngine:
@@ -92,13 +93,31 @@ def stream(self: RemoteEngine, text: str, **options):  # `options`: fields of a 
 
 # %% ../../nbs/08_server/17_remote.ipynb #6ef8a88a
 @patch
+def served(self: RemoteEngine) -> list:  # of ids, such as `llmopt-tiny:kv`
+    "What the server serves, each a model with a recipe."
+    with self._errors():
+        return [card["id"] for card in self.http.get("/v1/models").json()["data"]]
+
+
+@patch
 def _card(self: RemoteEngine, id):
-    "What the server says about the model `id`; raises `LlmoptError` if it does not serve it."
+    "What the server says about the model `id`; None if it does not serve it."
     with self._errors():
         reply = self.http.get(f"/v1/models/{quote(id, safe='/:')}").json()
-        if "error" in reply:
+        if "error" in reply and reply["error"].get("code") != "model_not_found":
             raise LlmoptError(reply["error"]["message"])
-        return reply
+        return None if "error" in reply else reply
+
+
+def _not_served(name, served):
+    "The error for a model or recipe that is not among those `served`; raises what `Recipe.parse` does for no recipe."
+    models = {id.partition(":")[0] for id in served}
+    recipe = name.partition(":")[2] if name.partition(":")[0] in models else name
+    Recipe.parse(recipe)
+    there = ", ".join(served[:40])
+    return ConfigError(
+        f"{name:.100} was not named when the server started (--methods ... {recipe:.100}); it serves {there}"
+    )
 
 
 @patch
@@ -107,9 +126,10 @@ def with_recipe(
     recipe: str,  # such as `words+kv`, for the same model; or a model that the server offers: `smollm2:kv`
 ) -> RemoteEngine:
     "An engine in the same conversation, with another recipe or model of the server."
-    with self._errors():
-        served = [card["id"] for card in self.http.get("/v1/models").json()["data"]]
+    served = self.served()
     card = self._card(recipe if recipe in served else f"{self.lm.name}:{recipe}")
+    if card is None:
+        raise _not_served(recipe, served)
     other, about = copy.copy(self), card.get("llmopt") or {}
     other.model, other.history = card["id"], [*self.history]
     other.lm = SimpleNamespace(name=about.get("model") or card["id"])

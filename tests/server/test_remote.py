@@ -26,8 +26,17 @@ def test_remote_conversations():
         other = engine.with_recipe("word_removal")
         test_eq((other.model, other.recipe.id, other.history), ("llmopt-tiny:words", "word_removal", engine.history))
         test_eq(other.with_recipe("llmopt-tiny").recipe.id, "baseline")
-        with expect_fail(LlmoptError, "'llmopt-tiny:kv' is not served"):
-            engine.with_recipe("kv")
+        test_eq(engine.served(), ["llmopt-tiny", "llmopt-tiny:words"])
+        for name, says in (
+            (
+                "kv",
+                "kv was not named when the server started (--methods ... kv); it serves llmopt-tiny, llmopt-tiny:words",
+            ),
+            ("llmopt-tiny:kv", "(--methods ... kv)"),
+            ("wrds", "unknown method 'wrds'"),
+        ):
+            with expect_fail(LlmoptError, says):
+                engine.with_recipe(name)
     for ask in (engine.stream, engine.with_recipe):
         with expect_fail(LlmoptError, "is it running"):
             [*ask("Why?")]
