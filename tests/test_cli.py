@@ -51,4 +51,4 @@ def test_benchmark_names():
     from llmopt.benchmark.suites import SUITES
     from llmopt.cli.parser import BENCHMARKS
 
-    test_eq(BENCHMARKS, tuple(SUITES))
+    test_eq([*BENCHMARKS], [*SUITES])

@@ -6,12 +6,13 @@
 __all__ = ['COMMANDS', 'size', 'cost_line', 'stats_text', 'engines', 'Chat', 'help_lines', 'in_terminal']
 
 # %% ../../nbs/09_cli/05_chat.ipynb #1d849f63
+import textwrap
 from numbers import Real
 
 from fastcore.basics import patch
 
 from .lines import Pipe, screen
-from .saved import load, numbers, save
+from .saved import is_there, load, numbers, save
 from .streams import printable
 from ..core import plain_text
 from ..core.progress import announce
@@ -20,6 +21,7 @@ from ..engine import EnhancedFusedLLMEngine, Recipe
 from ..engine.checks import loaded
 from ..engine.comprehensive import RefusedEngine, make_engine
 from ..errors import ConfigError, ContextError, LlmoptError, one_line
+from ..word_removal.config import FLOOR
 
 # %% ../../nbs/09_cli/05_chat.ipynb #c51fbf50
 def size(n: int) -> str:
@@ -55,14 +57,25 @@ def stats_text(metrics, measurements: list) -> str:
     return "\n".join([*last, f"{count} | {total('completion_tokens'):,} out | {seconds:,.1f} s"])
 
 # %% ../../nbs/09_cli/05_chat.ipynb #b32fff39
+def _check_room(lm, n):
+    "Raise `ConfigError` if answers of up to `n` tokens leave no room for a question; None is the engine's own limit."
+    if n is not None and n >= lm.context:
+        raise ConfigError(
+            f"--max-new-tokens {n} leaves no room for a question: {lm.name} has a context of {lm.context:,} tokens, "
+            "which question and answer share; give fewer"
+        )
+
+
 def engines(
     model,  # name, folder, hub id, or a loaded `LM`
     device: str = "cpu",
     dtype: str = "auto",
     **options,  # of `EnhancedFusedLLMEngine`
 ):
-    "A function that makes the engine for a recipe, around one copy of the model, which is loaded now."
+    """A function that makes the engine for a recipe, around one copy of the model, which is loaded now; raises
+    `ConfigError` for `max_new_tokens` that fill the context."""
     lm = loaded(model, device, dtype)
+    _check_room(lm, options.get("max_new_tokens"))
 
     def make(recipe: str) -> EnhancedFusedLLMEngine:
         wanted = Recipe.parse(recipe)
@@ -122,6 +135,8 @@ def _method(chat, text):
     new.system, new.history, new.last = old.system, old.history, old.last
     chat.engine = new
     print(f"now {new.recipe.id} on {new.lm.name}")
+    if any(m["role"] != "system" for m in new.history):
+        print("the next answer reads the conversation again: each recipe has a cache of its own")
 
 
 def _system(chat, text):
@@ -153,25 +168,45 @@ def _file(text):
     return text
 
 
+def _counted(messages):
+    "How many questions and answers there are, and whether a system prompt stands before them."
+    turns = [m for m in messages if m["role"] != "system"]
+    return f"{len(turns)} messages" + (" and the system prompt" if len(turns) < len(messages) else "")
+
+
 def _save(chat, text):
     "write the conversation as JSON"
-    print(f"{len(chat.engine.history)} messages are in {save(_file(text), chat.engine, chat.measurements)}")
+    replaced = "; they replaced the conversation that was there" if is_there(_file(text)) else ""
+    path = save(text, chat.engine, chat.measurements)
+    print(f"{_counted(chat.engine.history)} are in {path}{replaced}")
+
+
+def _begun_with(found, engine, path):
+    "With what a conversation was begun, what goes on with it, and how to take what it was begun with."
+    same = found.model == str(engine.lm.name)
+    take = f"/method {found.recipe}" if same else f"llmopt chat --recipe {path}, and there /load {path}"
+    goes_on = f"{engine.recipe.id} on {engine.lm.name} goes on"
+    return f"they were said by {found.recipe} on {found.model}; {goes_on}; for theirs: {take}"
 
 
 def _load(chat, text):
     "go on with a conversation that was saved"
-    found, engine = load(_file(text)), chat.engine
+    found, engine, before = load(_file(text)), chat.engine, chat.engine.system
     system = [m["content"] for m in found.messages[:1] if m["role"] == "system"]
     engine.history, engine.system, engine.last = found.messages, (system or [None])[0], None
     chat.measurements = found.measurements
-    print(f"{len(found.messages)} messages")
+    print(_counted(found.messages))
+    if before and before != engine.system:
+        instead = "the saved one stands in its place" if engine.system else "none was saved; /system TEXT sets one"
+        print(f"your system prompt is gone: {instead}")
     if (found.model, found.recipe) != (str(engine.lm.name), engine.recipe.id):
-        print(f"they were said by {found.recipe} on {found.model}; {engine.recipe.id} on {engine.lm.name} goes on")
+        print(printable(_begun_with(found, engine, text)))
 
 
 def _help(chat, text):
     "this list"
-    print(*help_lines(), chat.terminal.about, sep="\n", end="\n" if chat.terminal.about else "")
+    served = chat.engine.served() if hasattr(chat.engine, "served") else ()
+    print(*help_lines(served), chat.terminal.about, sep="\n", end="\n" if chat.terminal.about else "")
 
 # %% ../../nbs/09_cli/05_chat.ipynb #ecad936a
 COMMANDS = {
@@ -185,11 +220,16 @@ COMMANDS = {
 }
 
 
-def help_lines() -> list:  # of texts
+def help_lines(served=()) -> list:  # of texts; `served`: the models of a server, if there is one
     "What can be typed, a line each."
-    lines = [f"{f'{name} {what}':<15} {do.__doc__}" for name, (what, do) in COMMANDS.items()]
+    method, *lines = [f"{f'{name} {what}':<15} {do.__doc__}" for name, (what, do) in COMMANDS.items()]
+    about = [f"{'':<15} words shortens only passages of at least {FLOOR} tokens"]
+    if served:
+        method = f"{'/method RECIPE':<15} another one that is served; the conversation goes on:"
+        indent = dict(initial_indent=" " * 16, subsequent_indent=" " * 16)
+        about = textwrap.wrap(", ".join(served), 80, break_on_hyphens=False, **indent) + about
     quit, slash = f"{'/quit':<15} end the chat", f"{'//...':<15} a message that begins with a slash: write it twice"
-    return [*lines, quit, slash]
+    return [method, *about, *lines, quit, slash]
 
 # %% ../../nbs/09_cli/05_chat.ipynb #763f0e42
 @patch

@@ -8,6 +8,7 @@ __all__ = ['OWNERLESS', 'COMMANDS', 'check_methods', 'check_model', 'settle', 'm
 # %% ../../nbs/09_cli/06_entry.ipynb #702299cd
 import os
 import sys
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 
@@ -15,7 +16,7 @@ from .help_text import stored_help
 from .parser import BENCHMARKS, parser
 from .streams import any_encoding, failed, nobody_reads, noted, quiet
 from ..core.recipe_text import check_parameters, read_methods
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, ResultsError
 
 # %% ../../nbs/09_cli/06_entry.ipynb #81ab5302
 def _check_name(name, known, short):
@@ -143,6 +144,15 @@ def _message(a):
     return message
 
 # %% ../../nbs/09_cli/06_entry.ipynb #7b4d819d
+def _about_messages(path):
+    "Say how to get the messages, if the recipe file at `path` is a saved conversation."
+    from llmopt.cli.saved import load
+
+    with suppress(ResultsError):
+        load(path)
+        print(f"{path} is a saved conversation; /load {path} brings its messages")
+
+
 def _chat(a):
     "`llmopt chat`"
     settle(a)
@@ -157,6 +167,8 @@ def _chat(a):
         check_methods([recipe])
         return make(recipe)
 
+    if a.recipe:
+        _about_messages(a.recipe)
     in_terminal(checked, a.method, a.temperature)
     return 0
 

@@ -70,6 +70,7 @@ def _names():
 def methods_help() -> str:
     "The methods with their parameters and defaults."
     from llmopt.engine import SLOTS
+    from llmopt.word_removal.config import FLOOR
 
     lines = ["methods:", "  baseline                the model as it is"]
     for s in SLOTS:
@@ -79,6 +80,7 @@ def methods_help() -> str:
     lines += [
         "  Combine short names with '+', and give parameters after ':', as in words:n=2+kv.",
         "  null is no value; switches are true or false.",
+        f"  In a conversation (chat, serve) words shortens passages of at least {FLOOR} tokens, and no short question.",
         "",
     ]
     return "\n".join(lines)

@@ -5,8 +5,9 @@ import contextlib
 import io
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from fastcore.test import test_eq
+from fastcore.test import expect_fail, test_eq
 from llmopt.cli import chat
+from llmopt.errors import ConfigError
 from llmopt.cli.chat import *
 
 
@@ -35,6 +36,10 @@ def test_chat_commands():
         said(chat, "/system", "/system -", "/system"), ["system prompt: Be brief.", *["there is no system prompt"] * 2]
     )
     test_eq([chat.turn(line) for line in ("/quit", "/QUIT now", "")], [False, False, True])
+    with expect_fail(
+        ConfigError, "--max-new-tokens 5000 leaves no room for a question: llmopt-tiny has a context of 1,024"
+    ):
+        engines(chat.engine.lm, max_new_tokens=5000)
 
 
 def test_change_of_recipe():
@@ -45,7 +50,9 @@ def test_change_of_recipe():
     before = chat.engine
     lines = said(chat, "/method words:n=1", "/method turbo", "/method none.json")
     assert [line[:8] for line in lines] == ["llmopt: "] * 3 and chat.engine is before
-    test_eq(said(chat, "/method kv", "/method")[0], "now hybrid_kv_cache on llmopt-tiny")
+    now, again, *_ = said(chat, "/method kv", "/method")
+    test_eq(now, "now hybrid_kv_cache on llmopt-tiny")
+    assert "reads the conversation again" in again
     test_eq((chat.engine.history, chat.engine.system), (before.history, "Be brief."))
     assert chat.engine.lm is before.lm
 
@@ -55,10 +62,21 @@ def test_save_and_load():
     chat, other = (Chat(engines("llmopt-tiny", max_new_tokens=2), recipe) for recipe in ("baseline", "kv"))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "talk.json"
-        said(chat, "/system Be brief.", "What is ice?", "Why?", f"/save {path}")
-        lines = said(other, f"/load {path}")
+        said(chat, "/system Be brief.", "What is ice?", "Why?")
+        there = f"4 messages and the system prompt are in {path}"
+        test_eq(said(chat, *[f"/save {path}"] * 2), [there, f"{there}; they replaced the conversation that was there"])
+        lines = said(other, "/system Be long.", f"/load {path}")[1:]
+        test_eq(
+            lines[:2],
+            ["4 messages and the system prompt", "your system prompt is gone: the saved one stands in its place"],
+        )
         test_eq((other.engine.history, other.engine.system), (chat.engine.history, "Be brief."))
-        assert "said by baseline" in lines[1] and "conversation: 2 answers" in stats_text(None, other.measurements)
+        assert "said by baseline" in lines[2] and lines[2].endswith("for theirs: /method baseline")
+        assert "conversation: 2 answers" in stats_text(None, other.measurements)
+        path.write_text(path.read_text().replace('"model": "llmopt-tiny"', '"model": "smollm2"'))
+        assert said(other, f"/load {path}")[-1].endswith(
+            f"for theirs: llmopt chat --recipe {path}, and there /load {path}"
+        )
         path.write_text(path.read_text()[:50])
         lines = said(other, f"/load {path}", f"/load {folder}/none", "/load", "/save")
         assert [line[:8] for line in lines] == ["llmopt: "] * 4

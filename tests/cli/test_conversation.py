@@ -12,7 +12,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from llmopt.cli import main
-from llmopt.cli.chat import COMMANDS, Chat, cost_line, engines
+from llmopt.cli.chat import COMMANDS, Chat, cost_line, engines, help_lines
 from llmopt.cli.entry import settle
 from llmopt.cli.lines import Pipe, Terminal, history_file, screen
 from llmopt.cli.parser import parser
@@ -101,6 +101,25 @@ def test_cost_of_a_server_that_tells_little():
     assert cost_line(SimpleNamespace(**known, ttft_ms=None, tpot_ms=None, kv_bytes_peak=None)) == "1,234 in | 5 out"
 
 
+def test_a_loaded_conversation_without_a_system_prompt(make, tmp_path):
+    "The prompt that was set goes, and a line says so."
+    chat, talk, out = Chat(make), tmp_path / "talk.json", io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for line in (f"/save {talk}", "/system Be brief.", f"/load {talk}"):
+            chat.turn(line)
+    assert "your system prompt is gone: none was saved; /system TEXT sets one" in out.getvalue()
+    assert chat.engine.system is None
+
+
+def test_help_on_a_server_lists_what_is_served():
+    "It promises no other recipe; lines are as short as ever."
+    served = [f"llmopt-tiny:words:n={n}+kv" for n in range(1, 9)]
+    lines = help_lines(served)
+    assert "such as words" not in "".join(lines) and max(map(len, lines)) <= 80
+    assert all(any(id in line for line in lines[1:]) for id in served)
+    assert "such as words:n=2+kv" in help_lines()[0] and "at least 40 tokens" in help_lines()[1]
+
+
 def test_where_no_terminal_is():
     "In tests, pipes and notebooks lines are read plainly."
     assert isinstance(screen(), Pipe)
@@ -122,9 +141,11 @@ def test_a_recipe_file(tmp_path, monkeypatch):
     args = "chat", "--max-new-tokens", 2, "--recipe"
     code, out, _ = run(monkeypatch, f"Why?\n/save {saved}\n", *args, file)
     assert code == 0 and "llmopt-tiny, word_removal:n=2" in out and "> Why?\n" in out
+    assert "saved conversation" not in out
     assert json.loads(saved.read_text())["measurements"][0]["completion_tokens"] == 2
     code, out, _ = run(monkeypatch, f"/load {saved}\n", *args, saved)
     assert code == 0 and "word_removal:n=2" in out and "\n2 messages\n" in out
+    assert f"{saved} is a saved conversation; /load {saved} brings its messages" in out
 
 
 @pytest.mark.parametrize(
@@ -134,6 +155,7 @@ def test_a_recipe_file(tmp_path, monkeypatch):
         ('{"recipe": "kv", "model": "smolm2"}', [], "did you mean smollm2?"),
         ('{"recipe": "kv"}', ["--method", "kv"], "two recipes"),
         ('{"recipe": ', [], "damaged or no recipe file"),
+        ('{"recipe": "words", "modle": "smollm2"}', [], "unknown key 'modle'; did you mean model?"),
     ],
 )
 def test_wrong_recipe_files(tmp_path, monkeypatch, content, args, says):

@@ -12,8 +12,10 @@ import httpx
 import pytest
 
 from llmopt.cli import entry, main
+from llmopt.cli.parser import SERVED
 
 pytest.importorskip("fastapi", reason="needs the extra server: pip install 'llmopt[server]'")
+from llmopt.server.registry import RECIPES  # noqa: E402
 
 
 def refused(capsys, *args):
@@ -51,7 +53,7 @@ def test_a_port_that_is_taken(capsys):
 
 
 def test_interactive_chat_goes_over_the_server(monkeypatch, capsys):
-    lines = iter(["What is rain?", "/method words", "/quit"])
+    lines = iter(["What is rain?", "/method words", "/method kv", "/help", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     assert main(["serve", "--port", "0", "--methods", "baseline", "words", "--interactive"]) == 0
     said = capsys.readouterr().out
@@ -59,8 +61,15 @@ def test_interactive_chat_goes_over_the_server(monkeypatch, capsys):
         "models:\n  llmopt-tiny\n" in said
         and "llmopt-tiny, baseline" in said
         and "now word_removal" in said
+        and "kv was not named when the server started (--methods ... kv)" in said
+        and " another one that is served; the conversation goes on:\n" in said
         and said.count("\n") > 5
     )
+
+
+def test_help_names_what_is_served_without_methods():
+    "The names are written down twice, so that help needs no torch."
+    assert SERVED.split() == [*RECIPES]
 
 
 def test_a_process_serves_until_it_is_told_to_stop():
