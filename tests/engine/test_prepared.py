@@ -2,7 +2,7 @@
 # ruff: noqa
 
 from fastcore.test import expect_fail, test_eq
-from llmopt.core import load
+from llmopt.core import load, user
 from llmopt.engine.recipe import Recipe
 from llmopt.errors import ContextError
 from llmopt.engine.prepared import *
@@ -27,5 +27,8 @@ def test_what_the_model_is_fed():
     test_eq(plain.inputs([1, 2, 3]).inputs["input_ids"].tolist(), [[1, 2, 3]])
     test_eq((short.prompt([5, 6, 7]).ids, short.count_base(short.prompt([5, 6, 7]))), ([5, 6, 7], 3))
     assert plain.queue is short.queue
+    turn, passage = [user("What is my name?")], [user(f"{q} " * 5)]
+    test_eq([p.prompt(turn).notes for p in (plain, short)], [[], [UNTOUCHED]])
+    test_eq([short.prompt(text).notes for text in (passage, "What is my name?", [5, 6, 7])], [[], [], []])
     with expect_fail(ContextError, "context of 1,024"):
         plain.prompt("why " * 2000)
