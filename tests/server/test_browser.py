@@ -85,7 +85,10 @@ def test_two_recipes_answer_one_prompt(visit, look):
             sum(page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")) < 200
         ) == (look == "dark")
         ask(page, "Again")
-        assert page.locator(".turn.user").count() == 2  # a second turn shows its question
+        assert (
+            page.locator(".turn.user").count() == 4 and page.input_value("#prompt") == ""
+        )  # each turn has its question
+        assert page.get_attribute("#tokens", "max") == "1000"  # the context of the model
         page.click("#new")
         assert page.locator(".turn").count() == 0
 
@@ -103,7 +106,11 @@ def test_an_answer_is_stopped_and_an_error_is_shown(visit):
         page.click("#stop")
         page.wait_for_selector("#go:not([disabled])")
         assert [t.endswith("[stopped]") for t in page.locator(".turn.assistant").all_inner_texts()] == [True, True]
+        assert page.input_value("#prompt") == ("w " * 400).strip()  # nobody answered it: it may be asked again
+        ask(page, "Hello")
+        assert page.locator(".cost:visible, #both:visible").count() == 3
         ask(page, "fail")
+        assert page.locator(".cost:visible, #both:visible").count() == 0  # they were of the answer before
         assert "an error of the server" in page.locator("#a .turn.assistant").last.inner_text()
         ask(page, "Hello")
         assert page.locator("#a .turn.assistant").last.inner_text() == "You said: Hello"

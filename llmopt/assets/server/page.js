@@ -3,6 +3,8 @@
 
 const byId = (id) => document.getElementById(id);
 const sides = ["a", "b"].map((id) => ({ box: byId(id), messages: [], usage: null }));
+const MOST = Number(byId("tokens").max); // of the answer
+const contexts = new Map(); // id of a model: tokens of its context
 let running = null; // AbortController of the answers that are being made
 
 const headers = () => {
@@ -20,17 +22,24 @@ const errorOf = async (reply) => {
   return new Error(found?.error?.message ?? `the server answered ${reply.status}`);
 };
 
+const limitTokens = () => {
+  const found = sides.map((side) => contexts.get(side.box.querySelector("select").value) ?? MOST);
+  byId("tokens").max = Math.min(MOST, ...found);
+};
+
 async function loadModels() {
   const reply = await fetch("v1/models", { headers: headers() });
   byId("key-field").hidden = reply.status !== 401 && !byId("key").value;
   if (reply.status === 401) return notice("This server asks for its API key.");
   if (!reply.ok) throw await errorOf(reply);
-  const ids = (await reply.json()).data.map((model) => model.id);
+  const models = (await reply.json()).data, ids = models.map((model) => model.id);
+  models.forEach((model) => contexts.set(model.id, model.max_model_len));
   sides.forEach((side, i) => {
     const select = side.box.querySelector("select");
     select.replaceChildren(...ids.map((id) => new Option(id, id)));
     select.selectedIndex = Math.min(i, ids.length - 1);
   });
+  limitTokens();
   notice("");
 }
 
@@ -59,6 +68,7 @@ async function* events(reply) {
   }
 }
 
+// returns whether the model answered
 async function answer(side, signal) {
   const body = {
     model: side.box.querySelector("select").value,
@@ -86,12 +96,15 @@ async function answer(side, signal) {
     if (cut) p.insertAdjacentHTML("beforeend", ' <span class="cut">[cut here]</span>');
     side.messages.push({ role: "assistant", content: text || " " });
     cost(side);
+    return true;
   } catch (error) {
     p.classList.remove("waiting");
     const what = error.name === "AbortError" ? "stopped" : error.message;
     p.insertAdjacentHTML("beforeend", `${text ? " " : ""}<span class="failed"></span>`);
     p.lastChild.textContent = `[${what}]`;
+    side.usage = null;
     side.messages.pop(); // the question was not answered
+    return false;
   }
 }
 
@@ -146,6 +159,11 @@ const busy = (on) => {
   byId("stop").hidden = !on;
 };
 
+const hideCosts = () => {
+  for (const side of sides) side.box.querySelector(".cost").hidden = true;
+  byId("both").hidden = true;
+};
+
 async function ask(event) {
   event.preventDefault();
   const prompt = byId("prompt").value.trim();
@@ -155,9 +173,12 @@ async function ask(event) {
   for (const side of sides) {
     side.usage = null;
     side.messages.push({ role: "user", content: prompt });
-    if (side.messages.length > 1) turn(side, "user", prompt);
+    turn(side, "user", prompt);
   }
-  await Promise.all(sides.map((side) => answer(side, running.signal)));
+  hideCosts(); // they are of the answer before
+  byId("prompt").value = "";
+  const answered = await Promise.all(sides.map((side) => answer(side, running.signal)));
+  if (!answered.includes(true)) byId("prompt").value ||= prompt; // to be asked again
   running = null;
   busy(false);
   compare();
@@ -167,13 +188,13 @@ function reset() {
   for (const side of sides) {
     Object.assign(side, { messages: [], usage: null });
     side.box.querySelector(".turns").replaceChildren();
-    side.box.querySelector(".cost").hidden = true;
   }
-  byId("both").hidden = true;
+  hideCosts();
 }
 
 byId("ask").addEventListener("submit", ask);
 byId("new").addEventListener("click", reset);
+sides.forEach((side) => side.box.querySelector("select").addEventListener("change", limitTokens));
 byId("stop").addEventListener("click", () => running?.abort());
 byId("key").addEventListener("change", () => loadModels().catch((error) => notice(error.message)));
 byId("prompt").addEventListener("keydown", (event) => {
