@@ -126,9 +126,18 @@ class Guard:
         await self.app(scope, receive, send)
 
 # %% ../../nbs/08_server/15_app.ipynb #6235baa2
-def _http_error(e):
+def _no_url(path):
+    "What is said of a URL that there is not."
+    if path.startswith("/v1/responses/"):
+        return "responses are not stored here; send the whole conversation as the input of a new one"
+    if path.startswith("/v1/"):
+        return "there is no such URL here; /openapi.json lists those that there are"
+    return "there is no such URL here; the API begins with /v1"
+
+
+def _http_error(e, path):
     "An `ApiError` for what the framework raised."
-    said = {404: "there is no such URL here; the API begins with /v1", 405: "this URL does not take that method"}
+    said = {404: _no_url(path), 405: "this URL does not take that method"}
     if e.status_code == 400:
         return ApiError(400, "the body is no JSON in UTF-8")
     return ApiError(e.status_code, said.get(e.status_code, str(e.detail)))
@@ -143,7 +152,7 @@ def _add_error_handlers(app):
 
     @app.exception_handler(HTTPException)
     async def http(request, e):
-        return refuse(_http_error(e))
+        return refuse(_http_error(e, request.url.path))
 
     @app.exception_handler(ApiError)
     @app.exception_handler(LlmoptError)

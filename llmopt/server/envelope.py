@@ -80,6 +80,8 @@ def field_error(faults: list) -> ApiError:  # `faults`: `errors()` of a pydantic
         said = "this field is missing"
     elif first["type"] == "extra_forbidden":
         said = "there is no such field; leave it out"
+    elif first["type"] == "literal_error" and first.get("ctx", {}).get("expected") == "False":
+        said = "this is not implemented here; leave it out"
     elif first["type"] == "none_required":
         said = "this cannot be done here; leave it out"
     return ApiError(400, f"{where}: {said}" if where else said, where or None)

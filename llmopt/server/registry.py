@@ -97,24 +97,38 @@ class Registry:
         return iter(self.served.values())
 
 # %% ../../nbs/08_server/03_registry.ipynb #cb96cddf
-def _same_recipe(registry, id):
-    "The served model that `id` means in another spelling, or None."
-    name, colon, text = id.partition(":")
-    if colon and not text:
-        return None
+def _recipe_in(id):
+    "The recipe that `id` names, or None if it is none."
+    _, colon, text = id.partition(":")
     try:
-        recipe = Recipe.parse(text or "baseline")
+        return None if colon and not text else Recipe.parse(text or "baseline")
     except LlmoptError:
         return None
+
+
+def _same_recipe(registry, id):
+    "The served model that `id` means in another spelling, or None."
+    name, recipe = id.partition(":")[0], _recipe_in(id)
     return next((s for s in registry if s.model == name and s.recipe == recipe), None)
+
+
+def _advice(registry, id):
+    "What may help whoever asked for `id`: how to have its recipe served, or a name that is nearly the same."
+    name, _, text = id.partition(":")
+    own = [s.id.partition(":")[2] for s in registry if s.model == name]
+    if own and _recipe_in(id) is not None:
+        return f"the server was started without its recipe (--methods ... {text or 'baseline'}); "
+    if own:
+        near = [f"{name}:{other}".rstrip(":") for other in get_close_matches(text, own, 1)]
+    else:
+        near = get_close_matches(id, [i for i in registry.served if (":" in i) == bool(text)], 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def find_served(registry: Registry, id: str) -> Served:
     "The model that clients call `id`; raises a 404 that says what there is."
     if found := registry.served.get(id) or _same_recipe(registry, id[:500]):
         return found
-    ids = [*registry.served]
-    near = get_close_matches(id[:100], ids, 1)
-    meant = f"did you mean {near[0]}? " if near else ""
-    said = f"the model '{id[:100]}' is not served; {meant}there is {', '.join(ids[:40])}"
+    ids = ", ".join([*registry.served][:40])
+    said = f"the model '{id[:100]}' is not served; {_advice(registry, id[:100])}there is {ids}"
     raise ApiError(404, said, "model", "model_not_found")

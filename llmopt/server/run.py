@@ -32,7 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as e:
-        reason = getattr(e, "strerror", None) or e
+        reason = str(getattr(e, "strerror", None) or e).partition(" (while")[0]  # Python adds its own words
         raise ConfigError(f"cannot listen on {host}:{port} ({reason}); give another --port, or 0 for any") from None
 
 

@@ -40,3 +40,5 @@ def test_fields_that_are_wrong():
     )
     no_json = dict(loc=("body", 1), type="json_invalid", msg="", ctx=dict(error="Expecting value"))
     test_eq(field_error([no_json]).message, "the body is no JSON: Expecting value")
+    echo = dict(loc=("body", "echo"), type="literal_error", msg="Input should be False", ctx=dict(expected="False"))
+    test_eq(field_error([echo]).message, "echo: this is not implemented here; leave it out")

@@ -54,7 +54,7 @@ def test_a_completion_as_a_stream():
         (dict(prompt=[10_000]), "no token"),
         (dict(prompt=["x"] * 9), "at most"),
         (dict(logprobs=6), "logprobs"),
-        (dict(echo=True), "echo"),
+        (dict(echo=True), "echo: this is not implemented"),
         (dict(best_of=3), "best_of"),
         (dict(suffix="end"), "suffix"),
         (dict(messages=[]), "messages"),
@@ -115,6 +115,21 @@ def test_wrong_responses_are_400(change, says):
     for stream in (False, True):
         reply = ask("POST", "/v1/responses", response(**change, stream=stream))
         assert reply.status_code == 400 and says in reply.json()["error"]["message"], reply.text
+
+
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        ("/v1/responses/resp_1", "not stored here"),
+        ("/v1/responses/resp_1/input_items", "not stored here"),
+        ("/v1/files", "/openapi.json lists"),
+        ("/chat/completions", "begins with /v1"),
+    ],
+)
+def test_a_url_that_there_is_not(path, says):
+    "Each is told what fits it."
+    reply = ask("GET", path)
+    assert reply.status_code == 404 and says in reply.json()["error"]["message"]
 
 
 def test_metrics_count_what_was_answered():

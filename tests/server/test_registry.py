@@ -9,7 +9,8 @@ from llmopt.server.registry import *
 
 def test_registry():
     """A recipe may be spelled in any way: `smollm2:kv` is `smollm2:hybrid_kv_cache`. The text is only read; nothing
-    is made of it that is not in the list."""
+    is made of it that is not in the list. Whoever asks for another recipe is told how to have it served; the
+    baseline is never proposed in its place."""
     models = Registry(["llmopt-tiny"], ["baseline", "kv"])
     test_eq([s.id for s in models], ["llmopt-tiny", "llmopt-tiny:kv"])
     first, second = models
@@ -18,6 +19,16 @@ def test_registry():
     for unknown in ("gpt-4", "llmopt-tiny:kv:budget=10", "llmopt-tiny:turbo", ""):
         with expect_fail(ApiError, "is not served"):
             find_served(models, unknown)
+    for id, advice in (
+        ("llmopt-tiny:words", "served; the server was started without its recipe (--methods ... words); there is"),
+        ("llmopt-tiny:kvv", "did you mean llmopt-tiny:kv?"),
+        ("llmopt-tiny:", "did you mean llmopt-tiny?"),
+        ("llmopt-tyni:kv", "did you mean llmopt-tiny:kv?"),
+        ("llmopt-tyni", "did you mean llmopt-tiny?"),
+        ("llmopt-tiny:turbo", "'llmopt-tiny:turbo' is not served; there is llmopt-tiny, llmopt-tiny:kv"),
+    ):
+        with expect_fail(ApiError, advice):
+            find_served(models, id)
     with expect_fail(ConfigError, "two models are called"):
         Registry([first.lm, first.lm])
     with expect_fail(LlmoptError, "unknown method"):

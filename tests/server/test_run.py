@@ -14,5 +14,9 @@ def test_twice_and_taken():
     for _ in range(2):
         with running(app) as url:
             test_eq(httpx.get(f"{url}/health").json(), dict(status="ok"))
-    with listen("127.0.0.1", 0) as taken, expect_fail(ConfigError, "cannot listen"):
-        listen("127.0.0.1", taken.getsockname()[1])
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with expect_fail(
+            ConfigError, f"cannot listen on 127.0.0.1:{port} (Address already in use); give another --port"
+        ):
+            listen("127.0.0.1", port)
