@@ -101,10 +101,12 @@ def verdict(
     low: float | None,  # the interval of the ratio; None: unknown
     high: float | None,
     floor: Floor | None,
-) -> str:
-    "better, worse, or within noise."
+) -> str | None:
+    "better, worse, or within noise; None where the interval is unknown."
+    if low is None:
+        return None
     noise_low, noise_high = (floor.low, floor.high) if floor else (1.0, 1.0)
-    if low is None or not (high < min(1, noise_low) or low > max(1, noise_high)):
+    if not (high < min(1, noise_low) or low > max(1, noise_high)):
         return "within noise"
     return "better" if (high < 1) == (DEFINITIONS[metric].better == "lower") else "worse"
 

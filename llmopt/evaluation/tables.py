@@ -151,14 +151,24 @@ _LEGEND = {  # column -> what it says
 NOISY = 1.5  # where a baseline is this many times as slow as an equal one, times say nothing
 
 
-def _legend(columns, one_round, width):
+def _verdicts(found, one_round):
+    "What the words of `found`, the cells of the total time, mean: those that are there, and `~`."
+    told = found - {"-", "failed", "one reading"}
+    yield "total time: against the baseline of the same block, a query in a round."
+    more = "; what differs no more than that is within noise" if told else ""
+    yield f"{SECOND_BASELINE} is the baseline a second time{more}."
+    if one_round:
+        yield f"~: one round, so one reading of each query{'; the noise is that between queries' if told else ''}."
+    if "one reading" in found:
+        yield "one reading: measured in one block only, so nothing is known of the noise."
+
+
+def _legend(columns, verdicts, one_round, width):
     "What the words of the table mean, in lines of at most `width` characters."
     said = "; ".join(_LEGEND[c] for c in columns if c in _LEGEND)
     lines = textwrap.wrap(f"{said}. Medians over queries and rounds.", width)
     if "total time" in columns:
-        total = f"total time: against the baseline of the same block. {SECOND_BASELINE} is the baseline a second time"
-        more = "; ~ and one reading: one round, so nothing is known of the noise" if one_round else ""
-        lines += textwrap.wrap(f"{total}{more or '; what differs no more than that is within noise'}.", width)
+        lines += textwrap.wrap(" ".join(_verdicts(verdicts, one_round)), width)
     return lines
 
 
@@ -188,7 +198,8 @@ def summary_text(
     measured = [c for c in columns if (frame[c] != "-").any()] if len(frame) else []
     lines = [fixed_width(frame[measured], width), ""] if measured else []
     shown = [c for c in _TERMINAL if (c if c in frame else _heading(c)) in measured]
-    lines += _legend(shown, any("~" in cell for c in measured for cell in frame[c]), width) if measured else []
+    once = any("~" in cell for c in measured for cell in frame[c])
+    lines += _legend(shown, set(frame["total time"]), once, width) if measured else []
     intervals = any(s.ratio_low is not None for s in res.summary)
     notes = [w for w in res.warnings if w not in leave_out and (intervals or "the intervals speak" not in w)]
     lines += [*_noisy(res.summary), *_skipped(res), *(f"note: {w}" for w in notes), *_failures(res)]

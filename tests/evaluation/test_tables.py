@@ -22,11 +22,17 @@ def test_the_table_fits_and_failures_are_said_once():
 
 
 def test_one_round():
-    """With one round a time is one reading of each query, and says so. No interval is there, so no remark speaks of
-    one."""
+    """With one round a time is one reading of each query, and says so. One query then has no interval, so no remark
+    speaks of one; two have, and with it a verdict."""
     once = [
         Run(arm="speed", query="q0", method=m, e2el_ms=t, ttft_ms=t) for m, t in (("baseline", 10), ("baseline*", 30))
     ]
     said = summary_text(summarize(Results(runs=once, queries=[Query(id="q0", text="?")])))
     assert "~10.0" in said and "one reading" in said and "Times are noise here" in said and "factor of 3.0" in said
-    assert "the intervals speak" not in said and "within noise" not in said
+    assert "the intervals speak" not in said and "within noise" not in said and "one block only" in said
+    once += [Run(arm="speed", query="q1", method=m, e2el_ms=20, ttft_ms=20) for m in ("baseline", "baseline*")]
+    said = " ".join(
+        summary_text(summarize(Results(runs=once, queries=[Query(id=q, text="?") for q in ("q0", "q1")]))).split()
+    )
+    assert "~15.0" in said and "that is within noise" in said and "noise is that between queries" in said
+    assert "one block only" not in said and "nothing is known" not in said
