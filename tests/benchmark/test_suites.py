@@ -4,6 +4,7 @@
 import tempfile
 import json
 from fastcore.test import expect_fail, test_eq
+from llmopt.benchmark.targets import Targets
 from llmopt.errors import ConfigError
 from llmopt.benchmark.suites import *
 
@@ -12,7 +13,9 @@ def test_run():
     "A suite of your own is a function with a name in `SUITES`."
 
     def demo(quick):
-        return dict(numbers=[dict(n=1, quick=quick, odd=float("nan"))])
+        rows = Targets()
+        rows.add("time", 1.0, at_most=1.03, unsure="only 3 rounds")
+        return dict(targets=rows, numbers=[dict(n=1, quick=quick, odd=float("nan"))])
 
     with tempfile.TemporaryDirectory() as d:
         with expect_fail(ConfigError, "known: words"):
@@ -24,5 +27,8 @@ def test_run():
             del SUITES["demo"]
         r = json.loads(p.read_text())
         test_eq((r["benchmark"], p.name), ("demo", "benchmark_demo.json"))
-        test_eq(r["tables"], dict(numbers=[dict(n=1, quick=True, odd=None)]))
-        assert r["environment"]["cpu_model"] and r["seconds"] >= 0 and "numbers" in show(p)
+        test_eq(r["tables"]["numbers"], [dict(n=1, quick=True, odd=None)])
+        assert r["environment"]["cpu_model"] and r["seconds"] >= 0
+        words = show(p).split()
+        assert "numbers" in words and "at_least" not in show(p).splitlines()[1] and "None" not in words and "-" in words
+        assert "unsure says why" in " ".join(words) and max(map(len, show(p).splitlines())) <= 100

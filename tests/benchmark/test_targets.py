@@ -6,9 +6,11 @@ from llmopt.benchmark.targets import *
 
 
 def test_targets():
-    "A target is met, missed, or unknown where nothing was measured."
+    "A target is met, missed, or open: nothing was measured, or the measurement cannot decide."
     targets = Targets()
     for value in (1.0, 2.0, None, float("nan")):
         targets.add("a value", value, at_most=1.5)
     targets.add("a value", 1.5, at_least=1.5)
-    test_eq([t["met"] for t in targets], [True, False, None, None, True])
+    targets.add("a value", 1.4, at_most=1.5, unsure="within its spread")
+    test_eq([t["met"] for t in targets], [True, False, None, None, True, None])
+    test_eq([t.get("unsure") for t in targets], [None] * 5 + ["within its spread"])
