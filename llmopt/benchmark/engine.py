@@ -7,6 +7,7 @@ __all__ = ['MOST', 'FEWEST', 'METHODS', 'ENGINE_LEGEND', 'QUESTION', 'Reading', 
            'time_rows', 'engine_targets', 'benchmark_engine']
 
 # %% ../../nbs/10_benchmark/18_engine.ipynb #dec88b78
+import math
 import statistics
 import sys
 import time
@@ -137,19 +138,25 @@ MOST = 1.03  # times as long
 FEWEST = 5  # rounds that can decide a target
 
 
+def _interval(row, kind):
+    "The 95 % interval of a median ratio, from its quartiles and the number of rounds."
+    half = 1.57 * (row[f"{kind}_q3"] - row[f"{kind}_q1"]) / math.sqrt(row["rounds"])
+    return row[f"{kind}_ratio"] - half, row[f"{kind}_ratio"] + half
+
+
 def _unsure(
     row,  # of `time_rows`, with its `rounds`
     again,  # the row of `generate again`, or None
     kind,  # ttft or tpot
 ):
     "Why a ratio does not decide its target; None where it does."
-    low, ratio, high = (row[f"{kind}_{k}"] for k in ("q1", "ratio", "q3"))
+    ratio, (low, high) = row[f"{kind}_ratio"], _interval(row, kind)
     if row["rounds"] < FEWEST:
         return f"only {row['rounds']} rounds"
     if low <= MOST <= high:
         return "within its spread"
-    noise_low, noise_high = (min(again[f"{kind}_q1"], 1), max(again[f"{kind}_q3"], 1)) if again else (1, 1)
-    return "within noise" if noise_low <= min(ratio, MOST) and max(ratio, MOST) <= noise_high else None
+    noise_low, noise_high = _interval(again, kind) if again else (1, 1)
+    return "within noise" if min(noise_low, 1) <= ratio and max(ratio, MOST) <= max(noise_high, 1) else None
 
 # %% ../../nbs/10_benchmark/18_engine.ipynb #50ce9229
 METHODS = "hybrid_kv_cache", "simple_adaptivocab", "larosa"
@@ -173,7 +180,7 @@ def engine_targets(
 # %% ../../nbs/10_benchmark/18_engine.ipynb #f9d450f5
 ENGINE_LEGEND = dict(  # table -> what its words mean
     targets=f"measured: a ratio of times, see below. only n rounds: a target needs {FEWEST}; within its spread: the "
-    "target lies between q1 and q3 of the ratio; within noise: generate again differs by as much.",
+    "target lies in the 95 % interval of the ratio; within noise: generate again differs by as much.",
     times="ttft: time to the first token; tpot: time of each further one; ms: median over rounds. beside: the variant "
     "that it is compared with. ratio: paired, the median of the ratios within each round, which need not be the "
     "ratio of the two medians; q1, q3: quartiles of these ratios. generate again: the same function a second time, so "

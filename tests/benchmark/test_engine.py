@@ -53,7 +53,7 @@ def test_targets_of_the_engine():
         test_eq([t["unsure"] for t in targets[2:]], ["not measured"] * 6)
         return targets[0]["met"], targets[0].get("unsure")
 
-    test_eq([judged(1.01, 1.0, 1.02), judged(1.1, 1.08, 1.2)], [(True, None), (False, None)])
+    test_eq([judged(1.01, 1.0, 1.02), judged(1.1, 1.08, 1.14)], [(True, None), (False, None)])
     test_eq(judged(1.01, 1.0, 1.04), (None, "within its spread"))
-    test_eq(judged(1.1, 1.08, 1.2, noise=1.11), (None, "within noise"))
+    test_eq(judged(1.1, 1.08, 1.14, noise=1.2), (None, "within noise"))
     test_eq(judged(1.1, 1.08, 1.2, rounds=4), (None, "only 4 rounds"))
