@@ -51,14 +51,17 @@ class Connection(H11Protocol):
         self.seconds, self.timer = seconds, None
 
     def connection_made(self, transport):
+        "Begin, and watch the first head."
         super().connection_made(transport)
         self._watch(True)
 
     def data_received(self, data):
+        "Read what came in, and watch a head that is not whole."
         super().data_received(data)
         self._watch(self.conn.their_state is h11.IDLE)
 
     def connection_lost(self, exc):
+        "End, and stop the clock."
         super().connection_lost(exc)
         self._watch(False)
 
@@ -76,6 +79,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def send_400_response(self, msg):
+        "Refuse what is no request."
         self._refuse(ApiError(400, "this is no request of HTTP/1.1 that can be read, or its headers are too long"))
         self.transport.close()
 
