@@ -52,11 +52,13 @@ def test_a_port_that_is_taken(capsys):
         assert "another --port" in refused(capsys, "--port", str(taken.getsockname()[1]))
 
 
-def test_interactive_chat_goes_over_the_server(monkeypatch, capsys):
-    lines = iter(["What is rain?", "/method words", "/method kv", "/help", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    assert main(["serve", "--port", "0", "--methods", "baseline", "words", "--interactive"]) == 0
-    said = capsys.readouterr().out
+def test_interactive_chat_goes_over_the_server():
+    "In a process of its own: its threads write to the terminal of the process, which pytest takes away meanwhile."
+    command = [sys.executable, "-m", "llmopt.cli", "serve", "--port", "0", "--methods", "baseline", "words"]
+    lines = "What is rain?\n/method words\n/method kv\n/help\n/quit\n"
+    p = subprocess.run([*command, "--interactive"], input=lines, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    said = p.stdout
     assert (
         "models:\n  llmopt-tiny\n" in said
         and "llmopt-tiny, baseline" in said
