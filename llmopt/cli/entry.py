@@ -117,6 +117,7 @@ def _compare(a, queries=None, kind="compare"):
         memory=not a.no_memory,
         kind=kind,
         seed=a.seed,
+        design=getattr(a, "design", None),
     )
     if kind == "ask":
         print(answers(results))

@@ -112,6 +112,7 @@ def _add_compare(sub):
         "  llmopt compare --quick\n"
         "  llmopt compare --methods words:n=2 kv words:n=2+kv --queries mine.jsonl\n"
         "  llmopt compare --model ./my-model --queries long --rounds 10 --output mine.json\n"
+        "  llmopt compare --design full --methods words:rate=0.5 kv:budget=50%\n"
         "  llmopt compare --recipe recipe.json",
         more=stored_text("methods"),
     )
@@ -122,6 +123,12 @@ def _add_compare(sub):
         help="default (five short ones), long (questions about documents), chat (turns of conversations), or your "
         'own file, a JSON object a line: {"text": ...}, {"document": ..., "question": ...} or {"messages": [...]}, '
         'each with "keywords" if you like (default: %(default)s)',
+    )
+    p.add_argument(
+        "--design",
+        choices=("ten", "full"),
+        help="ten: the baseline, each method alone, all but one, all; full: every combination; of --methods, if you "
+        "name some (default: ten without --methods and --quick)",
     )
     _recipe(p, "compare the recipe in this file with the baseline, or --methods")
     _measured(p, "multi_query_results.json")

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Comparison', 'DEFINITIONS', 'Method', 'Metric', 'PeakRSS', 'Query', 'Results', 'Run', 'answers', 'as_queries',
-           'bootstrap_interval', 'compare', 'default_queries', 'environment', 'json_schema', 'keyword_recall', 'load',
-           'peak_memory', 'read_queries', 'rouge_l', 'save', 'side_by_side', 'split_words', 'summarize', 'summary_text',
-           'table']
+           'bootstrap_interval', 'compare', 'default_queries', 'design_methods', 'environment', 'json_schema',
+           'keyword_recall', 'load', 'peak_memory', 'read_queries', 'rouge_l', 'save', 'side_by_side', 'split_words',
+           'summarize', 'summary_text', 'table']
 
 # %% ../../nbs/06_evaluation/index.ipynb #ix000005
 _MODULES = {
     "comparison": ["Comparison", "compare", "side_by_side"],
+    "designs": ["design_methods"],
     "machine": ["PeakRSS", "environment"],
     "memory": ["peak_memory"],
     "queries": ["as_queries", "default_queries", "read_queries"],
@@ -50,6 +51,7 @@ _all_ = [
     "bootstrap_interval",
     "compare",
     "default_queries",
+    "design_methods",
     "environment",
     "json_schema",
     "keyword_recall",

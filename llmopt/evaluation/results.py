@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Real', 'Positive', 'SECOND_BASELINE', 'Run', 'SCHEMA_VERSION', 'Message', 'Query', 'Method', 'Summary',
-           'Effect', 'Floor', 'Environment', 'Config', 'Results', 'json_schema', 'save', 'load', 'now']
+           'Effect', 'Probe', 'Ceiling', 'Floor', 'Environment', 'Config', 'Results', 'json_schema', 'save', 'load',
+           'now']
 
 # %% ../../nbs/06_evaluation/02_results.ipynb #78a21ad9
 import datetime
@@ -140,13 +141,38 @@ class Summary(BaseModel):
 
 # %% ../../nbs/06_evaluation/02_results.ipynb #355db5f6
 class Effect(BaseModel):
-    "A main effect (one factor) or an interaction (two) on one metric."
+    "A main effect (one factor) or an interaction (several, measured alone and together) on one metric."
 
-    factors: list[str]
+    factors: list[str]  # methods that were measured alone
     metric: str
-    log_ratio: Real
+    log_ratio: Real  # of one factor: method/baseline; of several: how far together is from the product of the parts
     low: Real | None = None
     high: Real | None = None
+    method: str | None = None  # of several: the method that has all factors
+    expected: Positive | None = None  # product of the ratios of the factors
+    measured: Positive | None = None  # ratio of the method, in the same blocks
+    measured_low: Positive | None = None
+    measured_high: Positive | None = None
+    verdict: Literal["more", "less", "as expected"] | None = None  # what together gives, beside the product
+    words: str | None = None  # the same for a reader
+
+# %% ../../nbs/06_evaluation/02_results.ipynb #6f3dc049
+class Probe(BaseModel):
+    "One decode step of the plain model: least times of some rounds, in milliseconds."
+
+    context: Count  # tokens in the cache
+    step_ms: Positive  # with so many
+    empty_ms: Positive  # with one token in the cache
+    linear_ms: Positive | None = None  # of that in the linear layers that LaRoSA can make sparse
+
+
+class Ceiling(BaseModel):
+    "The least that a method can leave of a time of the baseline."
+
+    method: str
+    metric: str
+    ratio: Positive  # method/baseline, median over blocks
+    phases: dict[str, Real] = {}  # phase -> share of the baseline's time that the method may take away
 
 # %% ../../nbs/06_evaluation/02_results.ipynb #e5d785c0
 class Floor(BaseModel):
@@ -220,6 +246,8 @@ class Results(BaseModel):
     summary: list[Summary] = []
     effects: list[Effect] = []
     noise_floor: dict[str, Floor] = {}
+    probe: Probe | None = None
+    ceilings: list[Ceiling] = []
     warnings: list[str] = []
 
     @property

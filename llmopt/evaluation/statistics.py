@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'block_ratios', 'bootstrap_interval', 'ratio_interval', 'noise_floor', 'verdict', 'prompt_tokens_saved',
-           'effects', 'summarize']
+           'verdict_of_effect', 'effect_in_words', 'interaction', 'effects', 'summarize']
 
 # %% ../../nbs/06_evaluation/06_statistics.ipynb #st000004
 import math
@@ -119,42 +119,74 @@ def prompt_tokens_saved(df: pd.DataFrame, method: str) -> float | None:  # share
     return float(1 - once.prompt_tokens.sum() / whole) if whole else None
 
 # %% ../../nbs/06_evaluation/06_statistics.ipynb #2a65e8a5
-def _effect(df, factors, metric, combine):
-    "An `Effect` from the log ratios of several methods, joined block by block: the first minus the others."
-    ratios = [block_ratios(df, m, metric) for m in combine]
-    if any(x is None for x in ratios):
-        return None
-    joined = (ratios[0] - sum(ratios[1:])).dropna()
-    if not len(joined):
-        return None
-    ratio, low, high = ratio_interval(joined)
-    return Effect(
-        factors=factors,
-        metric=metric,
-        log_ratio=math.log(ratio),
-        low=low and math.log(low),
-        high=high and math.log(high),
-    )
+def verdict_of_effect(
+    low: float | None,  # the interval of what `Effect.log_ratio` says of a time
+    high: float | None,
+    floor: Floor | None,
+) -> str | None:
+    "Do methods together give more or less than the product of their parts? None where the interval is unknown."
+    known = low is not None
+    seen = verdict("e2el_ms", math.exp(low) if known else None, math.exp(high) if known else None, floor)
+    return {"better": "more", "worse": "less", "within noise": "as expected", None: None}[seen]
 
 
+def effect_in_words(e: Effect) -> str:
+    "`expected x1.32, measured x1.18 [1.10 to 1.25]`: times as fast as the baseline."
+    said = f"expected x{1 / e.expected:.2f}, measured x{1 / e.measured:.2f}"
+    return said if e.measured_low is None else f"{said} [{1 / e.measured_high:.2f} to {1 / e.measured_low:.2f}]"
+
+# %% ../../nbs/06_evaluation/06_statistics.ipynb #26f1e8ec
+def _in_log(ratio, low, high):
+    "An interval of a ratio as one of its logarithm."
+    return dict(log_ratio=math.log(ratio), low=low and math.log(low), high=high and math.log(high))
+
+
+def _main_effect(method, metric, ratios):
+    "The `Effect` of a method that was measured alone; None if it was not."
+    return None if ratios is None else Effect(factors=[method], metric=metric, **_in_log(*ratio_interval(ratios)))
+
+
+def interaction(
+    method: str,  # that has all factors
+    factors: list,  # methods
+    metric: str,
+    ratios: dict,  # method -> `block_ratios`
+    floor: Floor | None = None,
+) -> Effect | None:  # None if there is no block in which all were measured
+    "How far a method is from the product of its factors, block by block."
+    if any(ratios.get(m) is None for m in (method, *factors)):
+        return None
+    blocks = pd.concat([ratios[m] for m in (method, *factors)], axis=1, join="inner")
+    if not len(blocks):
+        return None
+    whole, parts = blocks.iloc[:, 0], blocks.iloc[:, 1:].sum(axis=1)
+    e = Effect(factors=factors, metric=metric, method=method, **_in_log(*ratio_interval(whole - parts)))
+    e.expected, (e.measured, e.measured_low, e.measured_high) = math.exp(parts.median()), ratio_interval(whole)
+    e.verdict, e.words = verdict_of_effect(e.low, e.high, floor), effect_in_words(e)
+    return e
+
+# %% ../../nbs/06_evaluation/06_statistics.ipynb #0d2cd7e3
 def _alone(methods):
     "The methods that switch on one factor, by that factor and its parameters."
     return {repr(next(iter(m.params.items()))): m.id for m in methods if len(m.params) == 1}
 
-# %% ../../nbs/06_evaluation/06_statistics.ipynb #0d2cd7e3
+
 def effects(
     df: pd.DataFrame,
     methods: list,  # of `Method`
     metrics: tuple = ("ttft_ms", "tpot_ms", "e2el_ms"),
+    floors: dict | None = None,  # metric -> `Floor`
 ) -> list:  # of `Effect`
-    "Main effect of every single method, interaction of every pair that was measured alone and together."
+    "Main effect of every single method, interaction of every combination whose parts were measured alone."
     alone, found = _alone(methods), []
+    ratios = {metric: {m.id: block_ratios(df, m.id, metric) for m in methods if m.params} for metric in metrics}
     for m in methods:
         parts = [alone.get(repr(part)) for part in m.params.items()]
         if len(parts) == 1:
-            found += [_effect(df, [m.id], metric, [m.id]) for metric in metrics]
-        elif len(parts) == 2 and all(parts):
-            found += [_effect(df, sorted(parts), metric, [m.id, *parts]) for metric in metrics]
+            found += [_main_effect(m.id, metric, ratios[metric][m.id]) for metric in metrics]
+        elif parts and all(parts):
+            floor = (floors or {}).get
+            found += [interaction(m.id, sorted(parts), metric, ratios[metric], floor(metric)) for metric in metrics]
     return [e for e in found if e]
 
 # %% ../../nbs/06_evaluation/06_statistics.ipynb #9f7e51f9
@@ -192,13 +224,20 @@ def _warnings(res, df):
         found.append(f"{queries}: {_FEW} of these prompts, not of prompts in general")
     if failed:
         found.append(f"{failed} {_FAILED}; their rows say why")
-    notes = Counter((r.method, line) for r in res.runs if r.note for line in r.note.splitlines())
-    for (method, line), times in notes.items():
+    return found + [*_notes(res.runs)]
+
+
+def _notes(runs):
+    "What the notes of rows say, one line for each note; methods with the same one share it."
+    rows, methods = Counter(), {}
+    for r in runs:
+        for line in dict.fromkeys((r.note or "").splitlines()):
+            rows[line] += 1
+            methods.setdefault(line, {})[r.method] = 0
+    for line, n in rows.items():
         metric, _, why = line.partition(" is ")
-        rows = f"{times} row{'s' * (times > 1)}"
-        null = metric in DEFINITIONS
-        found.append(f"{metric} {_NULL} {rows} of {method}: it is {why}" if null else f"{method}, {rows}: {line}")
-    return found
+        of, n = ", ".join(methods[line]), f"{n} row{'s' * (n > 1)}"
+        yield f"{metric} {_NULL} {n} of {of}: it is {why}" if metric in DEFINITIONS else f"{of}, {n}: {line}"
 
 # %% ../../nbs/06_evaluation/06_statistics.ipynb #85415c5c
 def summarize(res: Results) -> Results:
@@ -211,7 +250,7 @@ def summarize(res: Results) -> Results:
         for metric in DEFINITIONS:
             if metric != "itl_ms" and (row := _summary(rows, method, metric, res.noise_floor)):
                 res.summary.append(row)
-    res.effects = effects(df, res.methods)
+    res.effects = effects(df, res.methods, floors=res.noise_floor)
     kept = [w for w in res.warnings if not any(ours in w for ours in (_FEW, _FAILED, _NULL))]
     res.warnings = list(dict.fromkeys(kept + _warnings(res, df)))
     return res

@@ -29,7 +29,7 @@ def test_comparison_runs(name, folder):
     res = compare(
         ["What is a river and where does it go?"],
         model=folder(name),
-        rounds=1,
+        quick=True,
         max_new_tokens=4,
         memory=False,
         progress=False,

@@ -61,3 +61,4 @@ def test_effects():
     test_eq([e.factors for e in found], [["A"], ["B"], ["A", "B"]])
     test_close(found[2].log_ratio, math.log(1.25), 1e-9)
     assert found[2].low <= found[2].log_ratio <= found[2].high
+    test_eq((found[2].words, found[2].verdict), ("expected x2.50, measured x2.00 [2.00 to 2.00]", "less"))
