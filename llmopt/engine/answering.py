@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from ..core import LM, PromptInputs, kv_bytes, teacher_forced_logprobs
 from .answer import PieceMaker
@@ -84,12 +84,18 @@ def settings(
         raise ConfigError(f"logit_bias names token {unknown[0]}, but {self.lm.name} has {self.lm.rows:,}; leave it out")
     return s
 
+# %% ../../nbs/05_engine/11_answering.ipynb #59dcd190
+@patch
+def decoding(self: AnsweringModel, settings: Settings) -> GenerationConfig:
+    "How an answer is decoded: plain and greedy."
+    return greedy_config(self.lm, self.stop_ids, settings.max_new_tokens, settings.fixed)
+
 # %% ../../nbs/05_engine/11_answering.ipynb #fb2473db
 @patch
 @torch.inference_mode()
 def _generate(self: AnsweringModel, inputs, meter, settings, text, stop):
     "Generate after the prompt; `meter` collects tokens, clock and cache, and `text`, if there is one, the text."
-    config = greedy_config(self.lm, self.stop_ids, settings.max_new_tokens, settings.fixed)
+    config = self.decoding(settings)
     ends = [StopAtText(text)] if text else []
     with self.attention():
         with_config(self.lm.model, config).generate(
