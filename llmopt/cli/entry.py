@@ -273,6 +273,37 @@ def _models(a):
         print((models_json if a.json else models_text)(list_models()))
     return 0
 
+# %% ../../nbs/09_cli/06_entry.ipynb #aad0fe8b
+def _advise(a):
+    "`llmopt advise`"
+    from llmopt.evaluation.files import check_writable
+    from llmopt.evaluation.goals import read_goal, read_limits
+
+    settle(a)
+    read_goal(a.goal)
+    read_limits(a.floor)
+    for path in (a.output, a.save_recipe):
+        check_writable(path)
+    _announce_imports()
+    from llmopt.evaluation.advice import advice_text, advise
+
+    files = dict(output=a.output, recipe=a.save_recipe)
+    found = advise(
+        a.model,
+        a.queries,
+        a.floor,
+        a.goal,
+        a.minutes,
+        a.methods,
+        max_new_tokens=a.max_new_tokens,
+        seed=a.seed,
+        device=a.device,
+        dtype=a.dtype,
+        **files,
+    )
+    print(advice_text(found), f"all that was tried: {a.output}", sep="\n")
+    return 0
+
 # %% ../../nbs/09_cli/06_entry.ipynb #db1fb9d2
 def _interrupted(a):
     "Say what is left after Ctrl-C; the exit code."
@@ -282,7 +313,16 @@ def _interrupted(a):
     return 130
 
 # %% ../../nbs/09_cli/06_entry.ipynb #858b4df2
-COMMANDS = dict(compare=_compare, ask=_ask, chat=_chat, serve=_serve, plot=_plot, benchmark=_benchmark, models=_models)
+COMMANDS = dict(
+    compare=_compare,
+    ask=_ask,
+    chat=_chat,
+    serve=_serve,
+    plot=_plot,
+    benchmark=_benchmark,
+    models=_models,
+    advise=_advise,
+)
 
 
 def main(argv=None) -> int:  # exit code

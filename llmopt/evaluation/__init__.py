@@ -10,6 +10,7 @@ __all__ = ['ALTERNATIVES', 'Alternative', 'Comparison', 'DEFINITIONS', 'Method',
 
 # %% ../../nbs/06_evaluation/index.ipynb #ix000005
 _MODULES = {
+    "advice": ["Advice", "advise", "advice_text"],
     "alternatives": ["ALTERNATIVES", "Alternative", "make_alternative", "named_alternatives"],
     "comparison": ["Comparison", "compare", "side_by_side"],
     "designs": ["design_methods"],
