@@ -1,5 +1,6 @@
 "Runs one notebook in a process of its own, which begins as a copy of one that has loaded the libraries already."
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -56,6 +57,7 @@ def as_if_new(root):
 
 def run_here(path, root, flags, log):
     "Run the notebook `path` in this process, what it prints goes to the file `log`; exit code 1 if a cell fails."
+    gc.freeze()  # what the libraries hold is never searched for garbage: that copies the pages it lies on
     os.chdir(root)
     sys.path.insert(0, root)
     from nbdev.test import test_nb

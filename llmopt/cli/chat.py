@@ -180,7 +180,7 @@ def _save(chat, text):
     path = save(text, chat.engine, chat.measurements)
     print(f"{_counted(chat.engine.history)} are in {path}{replaced}")
 
-
+# %% ../../nbs/09_cli/05_chat.ipynb #8f7c8d8f
 def _begun_with(found, engine, path):
     "With what a conversation was begun, what goes on with it, and how to take what it was begun with."
     same = found.model == str(engine.lm.name)

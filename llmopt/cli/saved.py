@@ -81,7 +81,7 @@ def _is_conversation(messages):
     turns = roles[1:] if roles[:1] == ["system"] else roles
     return turns == ["user", "assistant"] * (len(turns) // 2)
 
-
+# %% ../../nbs/09_cli/03_saved.ipynb #e20daeb8
 MOST = 2**63  # of anything that is measured
 
 
@@ -90,7 +90,7 @@ def _is_measurement(m):
     found = [v for v in m.values() if isinstance(v, (int, float))] if isinstance(m, dict) else [-1]
     return all(not isinstance(v, bool) and 0 <= v < MOST for v in found)
 
-
+# %% ../../nbs/09_cli/03_saved.ipynb #b59c4a38
 def load(path: str) -> Saved:
     "The conversation in a file; raises `ResultsError` for a file that is damaged or something else."
     path = _path(path)

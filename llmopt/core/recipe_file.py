@@ -41,7 +41,7 @@ def _object(path):
         raise ConfigError(f"'{path!s:.200}' is no recipe file; {SHAPE}")
     return found
 
-
+# %% ../../nbs/00_core/17_recipe_file.ipynb #650f8c76
 def _check_keys(found, path):
     "Raise `ConfigError` for a key that is nearly one of ours: it is a slip of the keyboard."
     known = RecipeFile._fields

@@ -77,7 +77,7 @@ def _counts(m, same_prompt):
     yield "vllm:prefix_cache_hits", m.cached_prompt_tokens
     yield "llmopt:prompt_tokens_saved", max(0, m.prompt_tokens_base - m.prompt_tokens)
 
-
+# %% ../../nbs/08_server/05_metrics.ipynb #fa6499b9
 @patch
 def finished(
     self: Metrics,

@@ -108,7 +108,7 @@ def _card(self: RemoteEngine, id):
             raise LlmoptError(reply["error"]["message"])
         return None if "error" in reply else reply
 
-
+# %% ../../nbs/08_server/17_remote.ipynb #a5328ad5
 def _not_served(name, served):
     "The error for a model or recipe that is not among those `served`; raises what `Recipe.parse` does for no recipe."
     models = {id.partition(":")[0] for id in served}

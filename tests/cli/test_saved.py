@@ -10,8 +10,7 @@ from llmopt.cli.saved import *
 
 
 def test_there_and_back():
-    """What is read goes to a model, so it is checked: a system message or none, then questions and answers in turn.
-    Measurements are added up by `/stats`, and names are printed, so both are checked as well."""
+    "The file is read whole and checked before anything of it is used."
     engine = EnhancedFusedLLMEngine(max_new_tokens=2, system="Be brief.")
     engine.chat("Why?")
     with TemporaryDirectory() as folder:

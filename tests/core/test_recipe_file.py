@@ -9,8 +9,8 @@ from llmopt.core.recipe_file import *
 
 
 def test_recipe_files():
-    """What is wrong with a file is said in one line, before anything is loaded: it is read without torch. Whether
-    the methods exist is checked where recipes are made."""
+    """A key that is nearly one of ours is a slip of the keyboard, and is refused: otherwise the model would be
+    another than the one that was meant."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.json"
         path.write_text('{"recipe": " words:rate=0.5+kv ", "goal": "ttft"}')

@@ -6,8 +6,7 @@ from llmopt.server.metrics import *
 
 
 def test_metrics():
-    """With `n` a request has several answers to one prompt. Each adds its times, its tokens and one to
-    `vllm:request_success_total`; the tokens of the prompt are counted with the first, as in `usage`."""
+    "The registry takes them in under the name of the model that answered."
     answer = dict(
         prompt_tokens=30, prompt_tokens_base=42, completion_tokens=8, cached_prompt_tokens=10, kv_bytes_peak=4096
     )
