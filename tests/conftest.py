@@ -26,6 +26,7 @@ def pytest_configure(config):
     for mark, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
     os.environ["MPLBACKEND"] = "Agg"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes load the same modules: compiled once
     workers = int(
         os.environ.get("PYTEST_XDIST_WORKER_COUNT") or config.getoption("numprocesses", None) or 1
     )  # workers inherit what is set before them

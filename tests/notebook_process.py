@@ -1,39 +1,12 @@
-"Runs one notebook in a process of its own, which begins as a copy of one that has loaded the libraries already."
+"Runs one notebook in a process of its own."
 
-import gc
-import multiprocessing
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-LIBRARIES = [  # what most notebooks import sooner or later, this one last; none of it starts a thread
-    "torch",
-    "transformers.generation.utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-    "numba",
-    "scipy.stats",
-    "pydantic.json_schema",
-    "gguf",
-    "platformdirs",
-    "rouge_score.rouge_scorer",
-    "pandas",
-    "matplotlib.pyplot",
-    "seaborn",
-    "ipywidgets",
-    "nbdev.test",
-    "llmopt.cli",
-    "llmopt.benchmark.suites",
-    "llmopt.evaluation.comparison",
-    "llmopt.visualization.charts",
-]
-METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-CONTEXT = multiprocessing.get_context(METHOD)
-if METHOD == "forkserver":
-    CONTEXT.set_forkserver_preload(LIBRARIES)
+from forked import CONTEXT, begin
 
 
 def plainly():
@@ -45,25 +18,14 @@ def plainly():
     nbdev.test.CaptureShell = partial(execnb.shell.CaptureShell, mpl_format="png")  # not "retina", four times the dots
 
 
-def as_if_new(root):
-    "Leave nothing of the fork server to be seen: the package is that of `root`, and may use its threads."
-    package = sys.modules.get("llmopt")
-    if package and not Path(package.__file__).is_relative_to(root):
-        for name in [n for n in sys.modules if n.partition(".")[0] == "llmopt"]:
-            del sys.modules[name]
-    if axpy := sys.modules.get("llmopt.larosa.axpy"):
-        axpy._omp = axpy._openmp()  # private: given up in every fork, but the fork server has never had threads
-
-
 def run_here(path, root, flags, log):
     "Run the notebook `path` in this process, what it prints goes to the file `log`; exit code 1 if a cell fails."
-    gc.freeze()  # what the libraries hold is never searched for garbage: that copies the pages it lies on
     os.chdir(root)
     sys.path.insert(0, root)
     from nbdev.test import test_nb
 
     plainly()
-    as_if_new(root)
+    begin(root)
     with open(log, "w", encoding="utf-8") as f, redirect_stdout(f), redirect_stderr(f):
         passed, _ = test_nb(Path(path), skip_flags=flags, basepath=root)
     os._exit(not passed)

@@ -6,23 +6,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import warnings
 
 import pytest
-import torch
+from forked import run_command, start_command
 
 from llmopt.cli import main
 
-ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-CMD = [sys.executable, "-m", "llmopt.cli"]
 SHORT = "--quick", "--max-new-tokens", "6"
 
 
 def fresh(*args, cwd, **kw):
     "Run the command in a process of its own; a traceback is always a failure."
-    p = subprocess.run([*CMD, *map(str, args)], cwd=cwd, env=ENV, capture_output=True, text=True, **kw)
+    p = run_command(*args, cwd=cwd, **kw)
     assert "Traceback" not in p.stderr, p.stderr
     return p
 
@@ -191,18 +188,9 @@ def test_interrupt_and_resume(tmp_path):
         "r.json",
     ]
 
-    def listen():
-        return signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell would inherit a deaf ear
-
-    p = subprocess.Popen(
-        [*CMD, *args],
-        cwd=tmp_path,
-        env={**ENV, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # another number would not be resumed here
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=listen,
-    )
+    streams = tmp_path / "streams"
+    streams.mkdir()
+    p = start_command(*args, cwd=tmp_path, streams=streams)
     f, journal, t = tmp_path / "r.json", tmp_path / "r.json.journal", time.time()
 
     def speed():
@@ -210,9 +198,10 @@ def test_interrupt_and_resume(tmp_path):
 
     while not speed() and time.time() - t < 120:
         time.sleep(0.02)
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and "--resume" in err and "Traceback" not in err, err
+    os.kill(p.pid, signal.SIGINT)
+    p.join(60)
+    err = (streams / "err").read_text(encoding="utf-8")
+    assert p.exitcode == 130 and "--resume" in err and "Traceback" not in err, err
     half = json.loads(f.read_text())
     assert any("interrupted" in w for w in half["warnings"]) and len(half["runs"]) >= 6
     refused(*(a.replace(str(ROUNDS), "31") for a in args), "--resume", cwd=tmp_path, says=["other rounds"])

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 
 import torch
 from fastcore.basics import patch
@@ -326,7 +326,8 @@ def each(
     if processes == 1:
         return [f(self, *j) for j in jobs]
     self.share(j[0] for j in jobs)
-    with ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), _start, (pickle.dumps(self),)) as pool:
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    with ProcessPoolExecutor(min(processes, len(jobs)), context, _start, (pickle.dumps(self),)) as pool:
         return [*pool.map(partial(_do, f), jobs)]
 
 # %% ../../nbs/10_benchmark/13_larosa_ablation.ipynb #23fa77be

@@ -4,12 +4,10 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from functools import partial
 
 import httpx
 import pytest
+from forked import run_command, start_command
 
 from llmopt.cli import entry, main
 from llmopt.cli.parser import SERVED
@@ -52,11 +50,11 @@ def test_a_port_that_is_taken(capsys):
         assert "another --port" in refused(capsys, "--port", str(taken.getsockname()[1]))
 
 
-def test_interactive_chat_goes_over_the_server():
+def test_interactive_chat_goes_over_the_server(tmp_path):
     "In a process of its own: its threads write to the terminal of the process, which pytest takes away meanwhile."
-    command = [sys.executable, "-m", "llmopt.cli", "serve", "--port", "0", "--methods", "baseline", "words"]
     lines = "What is rain?\n/method words\n/method kv\n/help\n/quit\n"
-    p = subprocess.run([*command, "--interactive"], input=lines, capture_output=True, text=True)
+    words = "serve", "--port", "0", "--methods", "baseline", "words", "--interactive"
+    p = run_command(*words, cwd=tmp_path, input=lines)
     assert p.returncode == 0, p.stderr
     said = p.stdout
     assert (
@@ -74,23 +72,28 @@ def test_help_names_what_is_served_without_methods():
     assert SERVED.split() == [*RECIPES]
 
 
-def test_a_process_serves_until_it_is_told_to_stop():
+def url_in(path, process):
+    "The address that a server which begins has written to the file at `path`."
+    while process.is_alive():
+        if found := path.exists() and re.search(r"^page: (http://127.0.0.1:\d+)", path.read_text(), re.M):
+            return found[1]
+        process.join(0.05)
+    raise AssertionError("it ended before it served")
+
+
+def test_a_process_serves_until_it_is_told_to_stop(tmp_path):
     "Its first lines say where; SIGINT ends it as Ctrl-C does, without a traceback."
-    command = [sys.executable, "-m", "llmopt.cli", "serve", "--port", "0", "--methods", "baseline"]
-    env = dict(os.environ, LLMOPT_API_KEY="sesame", PYTHONUNBUFFERED="1")
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if os.name == "posix":  # a shell's background jobs, and so this test there, are told to ignore SIGINT
-        pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, env=env, **pipes) as process:
-        try:
-            url = next(m[1] for line in process.stdout if (m := re.match(r"page: (http://127.0.0.1:\d+)", line)))
-            body = dict(model="llmopt-tiny", messages=[dict(role="user", content="Hello")], max_tokens=2)
-            with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-                assert client.post("/v1/chat/completions", json=body).status_code == 401
-                key = dict(authorization="Bearer sesame")
-                assert client.post("/v1/chat/completions", json=body, headers=key).status_code == 200
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 130
-            assert "Traceback" not in process.stderr.read()
-        finally:
-            process.kill()
+    words = "serve", "--port", "0", "--methods", "baseline"
+    process = start_command(*words, cwd=tmp_path, streams=tmp_path, env=dict(LLMOPT_API_KEY="sesame"))
+    try:
+        body = dict(model="llmopt-tiny", messages=[dict(role="user", content="Hello")], max_tokens=2)
+        with httpx.Client(base_url=url_in(tmp_path / "out", process), timeout=60, trust_env=False) as client:
+            assert client.post("/v1/chat/completions", json=body).status_code == 401
+            key = dict(authorization="Bearer sesame")
+            assert client.post("/v1/chat/completions", json=body, headers=key).status_code == 200
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+        assert process.exitcode == 130
+        assert "Traceback" not in (tmp_path / "err").read_text()
+    finally:
+        process.kill()

@@ -88,6 +88,7 @@ def test_installed_where_nobody_may_write(tmp_path):
     )
     nowhere = os.path.join(os.devnull, "cache")
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "NUMBA_CACHE_DIR": nowhere, "XDG_CACHE_HOME": nowhere}
+    env["NUMBA_OPT"] = "0"  # compiled quickly, since it is used once
     run = [sys.executable, "-B", "-c", script]
     r = subprocess.run(run, env=env | {"HOME": os.devnull}, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     for folder, _, _ in os.walk(package):
