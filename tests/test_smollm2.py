@@ -28,7 +28,7 @@ def test_comparison_of_all_methods(tmp_path, capsys):
     "The command that README names: no method fails, the baseline knows the answer, and LaRoSA says what it chose."
     queries, output = tmp_path / "queries.jsonl", tmp_path / "results.json"
     queries.write_text(json.dumps(dict(text=QUESTION, keywords=["Paris"])) + "\n")
-    short = ["--quick", "--no-memory", "--max-new-tokens", "5"]
+    short = ["--quick", "--no-memory", "--max-new-tokens", "3"]
     main(["compare", "--model", "smollm2", *short, "--queries", str(queries), "--output", str(output)])
     runs = json.loads(output.read_text())["runs"]
     assert {r["method"] for r in runs} == {*known_methods(), "baseline*"} and not any(r["error"] for r in runs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as T
-from notebook_process import CONTEXT
+from forked import CONTEXT
 
 from helpers import small_model
 from llmopt.kv_cache.cache import SlabCache
