@@ -239,7 +239,7 @@ def _add_plot(sub):
     p.add_argument("--kind", nargs="+", metavar="K", help="only these charts, see below (default: all that suit)")
     _debug(p)
 
-
+# %% ../../nbs/09_cli/01_parser.ipynb #65f57ce6
 def _add_benchmark(sub):
     "`llmopt benchmark`"
     p = sub.add_parser(

@@ -6,6 +6,7 @@
 __all__ = ['SERVER', 'measure', 'serve', 'MemoryProcess', 'peak_memory']
 
 # %% ../../nbs/06_evaluation/11_memory.ipynb #me000004
+import gc
 import json
 import os
 import subprocess
@@ -44,6 +45,7 @@ def _report(asked, pipe):
 # %% ../../nbs/06_evaluation/11_memory.ipynb #me000014
 def serve() -> None:
     "Answer each line of the input, JSON for `measure`, with a line of JSON; every measurement in a process of its own."
+    gc.freeze()  # a search for garbage among what the libraries hold would copy the pages it lies on
     for line in sys.stdin:
         asked = json.loads(line)
         context = get_context("fork" if sys.platform == "linux" and asked["device"] == "cpu" else "spawn")

@@ -171,7 +171,7 @@ def _legend(columns, verdicts, one_round, width):
         lines += textwrap.wrap(" ".join(_verdicts(verdicts, one_round)), width)
     return lines
 
-
+# %% ../../nbs/06_evaluation/10_tables.ipynb #04bb4fa9
 def _noisy(summaries):
     "A line where the two baselines differ by more than `NOISY` in a time."
     medians = {(s.method, s.metric): s.median for s in summaries}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from notebook_process import CONTEXT
+from forked import CONTEXT
 
 from helpers import logits, random_ids
 from llmopt.core import gguf, load

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from notebook_process import CONTEXT
+from forked import CONTEXT
 
 from helpers import tiny
 from llmopt.core import load, weights_hash
