@@ -20,6 +20,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
+from collections import Counter
 from contextlib import chdir
 from functools import cache
 from itertools import chain, count
@@ -38,7 +39,8 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pages import Pages, definitions
+from glossary import GLOSSARY, faults, link_terms
+from pages import HEADING, Pages, definitions, heading_anchor
 
 MARKS = "slow", "gpu", "hub"
 SETTINGS = Path(__file__).resolve().parent.parent / "ruff.toml"
@@ -402,28 +404,33 @@ def without_docstring(path):
 def prose(page):
     "The prose of a page, without code"
     md = "\n".join(c.source for c in read_nb(page).cells if c.cell_type == "markdown")
-    return re.sub(r"^```.*?^```|`[^`\n]*`(?!\])|\$[^$\n]+\$", "code", md, flags=re.MULTILINE | re.DOTALL)
-
-
-def heading_anchor(text):
-    "The anchor that pandoc gives a heading"
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", text)
-    text = re.sub(r"[^\w\s.-]", "", text.lower())
-    return re.sub(r"^[^a-z]+", "", "-".join(text.split()))
+    math = r"\$(?=\S)[^$\n]+?(?<=\S)\$(?!\d)"
+    return re.sub(rf"^```.*?^```|`[^`\n]*`(?!\])|{math}", "code", md, flags=re.MULTILINE | re.DOTALL)
 
 
 @cache
 def anchors(page):
-    "All places of a page that a link can lead to"
+    "All places of a page that a link can lead to, and how many places of the page have that name"
     md = "\n".join(c.source for c in read_nb(page).cells if c.cell_type == "markdown")
     md = re.sub(r"^```.*?^```", "", md, flags=re.MULTILINE | re.DOTALL)
-    explicit = set(re.findall(r"\{#([\w.-]+)", md))
-    return explicit | {heading_anchor(h) for h in re.findall(r"^#+ (.*?)(?:\s*\{#.*)?$", md, flags=re.MULTILINE)}
+    found = Counter(re.findall(r"\{#([\w.-]+)", md) + re.findall(r"<[^>]*\bid=[\"']([^\"']+)", md))
+    explicit = {*found}
+    for text, own in HEADING.findall(md):
+        name = base = heading_anchor(text)
+        for i in count(
+            1
+        ):  # a second heading of one name is told apart, as pandoc does, unless the first has it by hand
+            if own or found[name] == 0 or name in explicit:
+                break
+            name = f"{base}-{i}"
+        found[name] += not own
+    return found
 
 
 def dead_links(path, page):
-    "Relative links, images and anchors in the prose of `page` that lead nowhere"
-    for target in re.findall(r"\]\(([^)\s]+)", prose(page)):
+    "Relative links, images and anchors in the prose of `page` that lead nowhere, and anchors that lead to two places"
+    text = prose(page)
+    for target in re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"\b(?:href|src)=[\"']([^\"']+)", text):
         if re.match(r"\w+:", target):
             continue
         file, _, at = target.partition("#")
@@ -432,6 +439,7 @@ def dead_links(path, page):
             yield f"{path.as_posix()}: links to {target}, which is not there"
         elif at and to.suffix == ".ipynb" and at not in anchors(to.resolve()):
             yield f"{path.as_posix()}: links to {target}, but that page has no such place"
+    yield from (f"{path.as_posix()}: two places are called #{name}" for name, n in anchors(page).items() if n > 1)
 
 
 def sidebar_entries(contents):
@@ -463,6 +471,7 @@ def make_pages(nbs, cache):
         if p.suffix == ".ipynb":
             nb = read_nb(p)
             Pages()(nb)
+            link_terms(nb, p.relative_to(nbs), nbs)
             write_nb(nb, to)
         elif p.suffix != ".pyc":
             shutil.copy(p, to)
@@ -475,7 +484,7 @@ def docs(args):
     cache = make_pages(nbs, Path("_proc").resolve())
     pages = {p: cache / p.relative_to(nbs) for p in notebooks()}
     found = [f for path, page in pages.items() for f in [*without_docstring(path), *dead_links(path, page)]]
-    found += sidebar_faults(nbs)
+    found += [*sidebar_faults(nbs), *faults(nbs / GLOSSARY)]
     if found:
         raise Problem("\n".join(found))
 

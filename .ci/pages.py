@@ -20,6 +20,7 @@ from nbdev.showdoc import showdoc_nm
 
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 SHOWN = "export", "exports"
+HEADING = re.compile(r"^#+ (.*?)[ \t]*(\{#[^}]*\})?[ \t]*$", re.MULTILINE)  # its text, and its own anchor if it has one
 
 
 def definitions(cell):
@@ -91,10 +92,10 @@ def shown(node, source):
     return f"{node.name}: {ast.unparse(node.returns)}" if node.returns else None
 
 
-def described(name, node, source, link, home):
-    "The entry of `name` on its page, in markdown; `home` is where its code lies"
+def described(name, node, source, link, home, place):
+    "The entry of `name` on its page, in markdown; `home` is where its code lies, `place` its anchor"
     level, code = "####" if "." in name else "###", shown(node, source)
-    heading = f"{level} `{name}` {{#{anchor(name)}}}"
+    heading = f"{level} `{name}` {{#{place}}}"
     doc = link(" ".join((ast.get_docstring(node) or "").split()))
     return "\n\n".join([heading, *([f"```python\n{code}\n```"] if code else []), f"{doc} {home}".strip()]) + "\n"
 
@@ -123,9 +124,28 @@ def source_link(module, name):
     return f"[source]({cfg.git_url}/blob/{cfg.branch}/{file}#L{lines_of(module)[name]})"
 
 
-def anchor(name):
-    "The anchor of a symbol on its page"
-    return name.lower()
+def anchor(name, names=()):
+    "The anchor of a symbol on a page with `names`: a function called as a class is, but for capitals, is told apart"
+    twice = name == name.lower() and any(n != name and n.lower() == name for n in names)
+    return f"{name}-function" if twice else name.lower()
+
+
+def heading_anchor(text):
+    "The anchor that pandoc gives a heading"
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", text)
+    text = re.sub(r"[^\w\s.-]", "", text.lower())
+    return re.sub(r"^[^a-z]+", "", "-".join(text.split()))
+
+
+def set_apart(text, taken):
+    "Headings that are called as a symbol of the page get an anchor of their own, so that links lead to the symbol"
+
+    def replace(match):
+        name = heading_anchor(match[1])
+        return match[0] if match[2] or name not in taken else f"{match[0].rstrip()} {{#about-{name}}}"
+
+    parts = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(p if i % 2 else HEADING.sub(replace, p) for i, p in enumerate(parts))
 
 
 def module_of(nb):
@@ -150,18 +170,23 @@ def index(nbs: Path):
     return found
 
 
+@cache
+def names_on(page: Path, nbs: Path):
+    "The public symbols that are described on `page`"
+    return {name for name, pages in index(nbs).items() if page in pages}
+
+
 def linker(page: Path, nbs: Path):
     "A function that turns names in backticks into links: to this page first, else to the only page that has the name"
     known = index(nbs)
 
     def target(name):
         pages = [*dict.fromkeys(known.get(name, []))]
-        if page in pages:
-            return f"#{anchor(name)}"
-        if len(pages) != 1:
+        if page not in pages and len(pages) != 1:
             return None
-        up = "../" * (len(page.parts) - 1)
-        return f"{up}{pages[0].as_posix()}#{anchor(name)}"
+        at = page if page in pages else pages[0]
+        up = "" if at == page else "../" * (len(page.parts) - 1) + at.as_posix()
+        return f"{up}#{anchor(name, names_on(at, nbs))}"
 
     def replace(match):
         to = target(match[1])
@@ -185,12 +210,16 @@ class document(Processor):
         cells, nbs = [], Path(get_config().nbs_path).resolve()
         page = Path(self.nb.path_).resolve().relative_to(nbs)
         link, module = linker(page, nbs), module_of(self.nb)
+        names = names_on(page, nbs)
+        own = {anchor(name, names) for name in names}
         for cell in self.nb.cells:
             cells.append(cell)
             if cell.cell_type == "markdown":
-                cell.source = link(cell.source)
+                cell.source = set_apart(link(cell.source), own)
             found = definitions(cell)
-            entries = [described(n, node, cell.source, link, source_link(module, n)) for n, node in found]
+            entries = [
+                described(n, node, cell.source, link, source_link(module, n), anchor(n, names)) for n, node in found
+            ]
             if entries:
                 cells.append(mk_cell("\n".join(entries), "markdown"))
         self.nb.cells = cells

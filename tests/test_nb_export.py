@@ -43,26 +43,32 @@ CELLS = [
 ]
 
 
-def write(cells=CELLS):
-    "Write the notebook"
+def write(cells=CELLS, to=NOTEBOOK):
+    "Write a notebook"
     made = [nbio.mk_cell(source, kind, id=f"cell{i}") for i, (kind, source) in enumerate(cells)]
     for c in made:
         if c.cell_type == "code":
             c.execution_count = None
-    nbio.write_nb(nbio.new_nb(made), NOTEBOOK)
+    nbio.write_nb(nbio.new_nb(made), to)
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    "The made-up project, exported; it is the working directory"
+def unexported(tmp_path, monkeypatch):
+    "The made-up project, not exported; it is the working directory"
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "nbs").mkdir()
     monkeypatch.chdir(tmp_path)
     nb.get_config.cache_clear()
     write()
-    nb.export(None)
     yield tmp_path
     nb.get_config.cache_clear()
+
+
+@pytest.fixture
+def project(unexported):
+    "The made-up project, exported; it is the working directory"
+    nb.export(None)
+    return unexported
 
 
 def python(*args):
@@ -240,7 +246,9 @@ def page(*cells):
     Path("_quarto.yml").write_text("website: {sidebar: {contents: [00_words.ipynb]}}")
     nb.get_config.cache_clear()
     nb.anchors.cache_clear()
-    sys.modules["pages"].index.cache_clear()
+    for f in ("index", "names_on"):
+        getattr(sys.modules["pages"], f).cache_clear()
+    sys.modules["glossary"].terms.cache_clear()
     try:
         nb.docs(None)
         found = ""
@@ -250,7 +258,7 @@ def page(*cells):
     return "\n".join(c.source for c in made if c.cell_type == "markdown"), found
 
 
-def test_a_page_shows_signatures_fields_and_properties_as_they_are_written(project):
+def test_a_page_shows_signatures_fields_and_properties_as_they_are_written(unexported):
     text, found = page(("code", RECORD))
     assert found == ""
     assert "### `every_nth` {#every_nth}\n\n```python\ndef every_nth(text, n=3)\n```" in text
@@ -260,8 +268,59 @@ def test_a_page_shows_signatures_fields_and_properties_as_they_are_written(proje
     assert "_hidden" not in text and "Call self" not in text
 
 
-def test_docs_names_what_has_no_docstring_and_what_leads_nowhere(project):
+def test_docs_names_what_has_no_docstring_and_what_leads_nowhere(unexported):
     _, found = page(("code", "#| export\ndef silent(): ..."), ("markdown", "[a](#nowhere) [b](../gone.md) `every_nth`"))
     assert "`silent` has no docstring" in found
     assert "links to #nowhere, but that page has no such place" in found and "links to ../gone.md" in found
     assert "every_nth" not in found
+
+
+GLOSSARY = """### every word
+*words, KL*
+
+A word. And more.
+
+## Papers
+
+### CAKE
+
+[CAKE: a paper](https://arxiv.org/abs/2503.12491). It evicts.
+"""
+
+
+def test_terms_are_linked_where_they_first_occur(unexported):
+    "Once, as written, and neither in code, links, headings nor formulas; a paper leads to its own address."
+    Path("nbs/explanations").mkdir(exist_ok=True)
+    cells = [("markdown", "# Glossary\n\n> Terms"), ("markdown", GLOSSARY)]
+    write(cells, Path("nbs/explanations/glossary.ipynb"))
+    text, _ = page(
+        ("markdown", "## KL\n\n`KL`, [KL](x), $KL$ and cake, Cake.\n\nThe KL, KL again; words. CAKE and CAKE.")
+    )
+    term = '(explanations/glossary.ipynb#every-word "A word."){.term}'
+    assert f"`KL`, [KL](x), $KL$ and cake, Cake.\n\nThe [KL]{term}, KL again; words. " in text
+    assert '[CAKE](https://arxiv.org/abs/2503.12491 "CAKE: a paper."){.term} and CAKE.' in text
+    assert text.count("{.term}") == 2
+
+
+def test_a_name_of_two_terms_is_refused(unexported):
+    Path("nbs/explanations").mkdir(exist_ok=True)
+    write(
+        [("markdown", "# G\n\n> T"), ("markdown", GLOSSARY + "\n### KL\n\nA number.\n")],
+        Path("nbs/explanations/glossary.ipynb"),
+    )
+    assert "'KL' is a name of 'every word' and of 'KL'" in page()[1]
+
+
+def test_anchors_are_told_apart_and_two_places_of_one_name_are_found(unexported):
+    "A heading called as a symbol, a function as a class, links in HTML, and anchors by hand."
+    text, found = page(
+        ("code", "#| export\nclass Silent:\n    'A class.'"),
+        ("code", "#| export\ndef silent():\n    'Like `Silent`, unlike `silent`.'"),
+        (
+            "markdown",
+            "## Silent\n\n## Two\n\n## Two\n\n[a](#two-1) <a href='#gone'>b</a> [c](#silent)\n\n# A {#x}\n\n# B {#x}",
+        ),
+    )
+    assert "## Silent {#about-silent}" in text and "[`Silent`](#silent), unlike [`silent`](#silent-function)" in text
+    assert "#gone, but that page has no such place" in found and "two places are called #x" in found
+    assert found.count("\n") == 1
