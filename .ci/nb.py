@@ -26,12 +26,10 @@ from functools import cache
 from itertools import chain, count
 from pathlib import Path
 
-import nbformat
 import yaml
 from execnb.nbio import nb2str, read_nb, write_nb
 from execnb.shell import CaptureShell
 from fastcore.basics import str2bool
-from nbconvert import MarkdownExporter
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export, nbglob
@@ -384,6 +382,9 @@ def readme_text():
             c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.MULTILINE)
         else:
             c.source = re.sub(r"\]\((?!\w+:|#)", f"]({cfg.nbs_path.name}/", c.source)
+    import nbformat  # compiles grammars for seconds, which no other command needs
+    from nbconvert import MarkdownExporter
+
     text, resources = MarkdownExporter().from_notebook_node(nbformat.reads(nb2str(nb), as_version=4))
     if resources.get("outputs"):
         raise Problem(f"{cfg.readme_nb}: README.md cannot hold figures that cells draw")

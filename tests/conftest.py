@@ -1,6 +1,5 @@
 "What every test run shares: marks and their options, no network, no windows, two threads in all, a cache of its own."
 
-import gc
 import importlib.util
 import os
 import shutil
@@ -70,10 +69,6 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(off[mark])
     if hasattr(config, "workerinput"):
         items.sort(key=turn)
-
-
-def pytest_collection_finish(session):
-    gc.freeze()  # modules and tests are there to the end, so no search for garbage need look at them
 
 
 def turn(item):
