@@ -22,6 +22,7 @@ from ..engine import ComprehensiveChatEngine, Recipe
 from ..engine.checks import loaded
 from ..engine.comprehensive import make_engine
 from ..errors import ConfigError
+from .ceilings import add_ceilings, probe
 from .designs import design_methods
 from .machine import environment
 from .memory import MemoryProcess, peak_memory
@@ -179,6 +180,17 @@ def warm_up(self: Comparison):
                 break
             last = answer.tpot_ms
 
+# %% ../../nbs/06_evaluation/15_comparison.ipynb #aa320953
+@patch
+def take_apart(self: Comparison):
+    "Time the parts of a decode step, with as many tokens in the cache as the longest prompt has."
+    if self.results.probe is None:
+        self.bar.set_postfix_str("baseline, one step taken apart")
+        longest = max(q.prompt_tokens_base or 0 for q in self.queries)
+        self.results.probe, error = attempt(probe, self.lm, longest + self.config["max_new_tokens"] // 2)
+        if error:
+            self.record.warn(f"what a method can give at most is not known: {error}")
+
 # %% ../../nbs/06_evaluation/15_comparison.ipynb #7c1b52aa
 @patch
 def longest_answered(self: Comparison) -> Query | None:
@@ -230,6 +242,7 @@ def _measure(self: Comparison):
             for q in self.queries:
                 self.quality_block(q)
             self.warm_up()
+            self.take_apart()
             for q, r, order in blocks:
                 self.speed_block(q, r, order)
             if self.config["memory"]:
@@ -245,7 +258,7 @@ def _measure(self: Comparison):
 def finish(self: Comparison):
     "Fill in summary, noise floor and warnings from the rows, write the file, and drop the journal."
     self._say_what_is_unknown()
-    summarize(self.results)
+    add_ceilings(summarize(self.results))
     self.record.write()
 
 

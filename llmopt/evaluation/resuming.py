@@ -62,7 +62,7 @@ def differences(
 # %% ../../nbs/06_evaluation/14_resuming.ipynb #co000009
 def journal_header(results: Results) -> dict:
     "The first line of a journal: everything but the rows, and what is made of them."
-    left_out = {"runs", "summary", "effects", "noise_floor", "ceilings"}
+    left_out = {"runs", "summary", "effects", "noise_floor", "phases", "ceilings"}
     return dict(journal="llmopt", results=results.model_dump(mode="json", exclude=left_out))
 
 
@@ -93,7 +93,7 @@ def measured_rows(*several: Results | None) -> list:  # of `Run`
                 rows.setdefault(row_key(run), run)
     return list(rows.values())
 
-# %% ../../nbs/06_evaluation/14_resuming.ipynb #1e69ff78
+# %% ../../nbs/06_evaluation/14_resuming.ipynb #ac49bc07
 def carried(old: Results, new: Results) -> list:  # of `Run`
     "The rows of `old` that `new`, which may have more methods, takes up."
     rows = measured_rows(old)

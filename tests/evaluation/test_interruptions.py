@@ -59,6 +59,7 @@ def engines(monkeypatch):
     monkeypatch.setattr(C, "make_engine", lambda lm, recipe: Engine(recipe.id))
     monkeypatch.setattr(setup, "weights_hash", lambda model: "weights")
     monkeypatch.setattr(C, "environment", lambda: dict(MACHINE))
+    monkeypatch.setattr(C.Comparison, "take_apart", lambda self: None)  # it has tests of its own
     monkeypatch.setattr(S, "ratio_interval", lambda log_ratios: (1.0, 0.9, 1.1))  # the bootstrap has tests of its own
     monkeypatch.setattr(Engine, "broken", {})
 
