@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def command_here(args, cwd, env, streams):
     sys.stdin, sys.stdout, sys.stderr = (
         open(n, mode, buffering=1, encoding="utf-8", closefd=False) for n, mode in enumerate("rww")
     )
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is told to ignore it
     os.environ.update(env)
     os.chdir(cwd)
     begin(ROOT)
