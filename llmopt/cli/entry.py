@@ -299,6 +299,7 @@ def _advise(a):
         seed=a.seed,
         device=a.device,
         dtype=a.dtype,
+        alternatives=() if a.no_alternatives else None,
         **files,
     )
     print(advice_text(found), f"all that was tried: {a.output}", sep="\n")

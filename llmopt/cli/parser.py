@@ -291,6 +291,7 @@ def _add_advise(sub):
     p.add_argument("--floor", default="kl=0.05", metavar="LIMITS", help=floor)
     p.add_argument("--minutes", type=minutes, default=10, metavar="N", help="time for it (default: %(default)s)")
     p.add_argument("--methods", nargs="+", metavar="M", help=tried)
+    p.add_argument("--no-alternatives", action="store_true", help="leave out plain things such as 8-bit weights")
     p.add_argument("--max-new-tokens", type=at_least(2), default=32, metavar="N", help="most tokens of an answer")
     p.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="which prompts confirm (default: 0)")
     for name, what in (("output", "all that was tried"), ("save-recipe", "for chat, serve and compare --recipe")):

@@ -6,6 +6,7 @@
 __all__ = ['Pair', 'ModelBench', 'Timed', 'Recording', 'read_recording', 'RecordedBench', 'phases_of', 'record']
 
 # %% ../../nbs/06_evaluation/22_bench.ipynb #68c1ea60
+import json
 import math
 import random
 import time
@@ -21,6 +22,7 @@ from ..engine import Recipe
 from ..engine.comprehensive import make_engine
 from ..errors import LlmoptError, ResultsError, one_line
 from .candidates import Phases
+from .ceilings import probe
 from .files import read_json, write_text
 from .machine import environment
 from .queries import as_queries
@@ -103,18 +105,20 @@ def answered(self: ModelBench, query: str):
 
 @patch
 def look(self: ModelBench, query: str) -> dict:
-    "The phases of the baseline's own answer: times in ms, sizes in bytes, and tokens of the prompt."
+    "The baseline's own answer: times in ms, sizes in bytes, tokens of the prompt, and steps."
     a, _, _ = self.answered(query)
     found = dict(preprocess_ms=a.preprocess_ms, prefill_ms=a.prefill_ms, decode_ms=a.e2el_ms - a.ttft_ms)
     found |= dict(steps=max(len(a.output_ids) - 1, 0), weight_bytes=a.weight_bytes, cache_bytes=a.kv_bytes_peak)
     return found | dict(prompt_tokens=a.prompt_tokens)
 
-# %% ../../nbs/06_evaluation/22_bench.ipynb #40c39a90
+# %% ../../nbs/06_evaluation/22_bench.ipynb #7c2dfed5
 @patch
-def empty_step_ms(self: ModelBench) -> float:
-    "Milliseconds of a decoding step with next to nothing in the cache."
-    engine, n = self.engines["baseline"], max(self.LEAST, min(self.n, 16))
-    return min(engine.run("Hi", max_new_tokens=n, fixed=True).tpot_ms for _ in range(3))
+def probe_step(self: ModelBench, context: int) -> dict:
+    "One decode step of the plain model with `context` tokens in its cache, taken apart; see `ceilings.probe`."
+    try:
+        return probe(self.lm, context).model_dump(exclude_none=True)
+    except Exception:  # a model that takes no such cache: there are no ceilings then
+        return {}
 
 
 def _does_nothing(engine):
@@ -138,8 +142,9 @@ def prepare(self: ModelBench, recipe: str) -> None:
 @patch
 def release(self: ModelBench, recipe: str) -> None:
     "Drop the engine of a recipe."
-    if recipe != "baseline":
-        self.engines.pop(recipe, None)
+    engine = self.engines.pop(recipe, None) if recipe != "baseline" else None
+    if hasattr(engine, "close"):  # it holds something outside of this process
+        engine.close()
 
 
 @patch
@@ -209,7 +214,7 @@ class Recording(BaseModel):
     environment: dict = {}
     config: dict = {}
     queries: list[str] = []
-    empty_step_ms: Real = 0.0
+    probe: dict[str, Real] = {}  # a decode step, taken apart
     looks: dict[str, dict[str, Real]] = {}  # prompt -> phases, and `seconds`
     setup_s: dict[str, Real] = {}  # recipe -> seconds
     refused: dict[str, str] = {}  # recipe -> why it cannot run
@@ -255,14 +260,14 @@ class RecordedBench:
         self.looked.add(query)
         return found
 
-    def empty_step_ms(self) -> float:
-        "As `ModelBench.empty_step_ms`."
-        return self.recording.empty_step_ms
+    def probe_step(self, context: int) -> dict:
+        "As `ModelBench.probe_step`."
+        return self.recording.probe
 
     def prepare(self, recipe: str) -> None:
         "As `ModelBench.prepare`."
-        if recipe in self.recording.refused:
-            raise LlmoptError(self.recording.refused[recipe])
+        if recipe not in self.recording.losses:
+            raise LlmoptError(self.recording.refused.get(recipe, "it was not recorded"))
         if recipe not in self.ready:
             self.seconds += self.recording.setup_s.get(recipe, 0.0)
             self.ready.add(recipe)
@@ -304,23 +309,26 @@ def times(self: RecordedBench, recipes: list, query: str) -> dict:  # recipe -> 
         found[recipe] = Pair(reading.method, reading.base)
     return found
 
-# %% ../../nbs/06_evaluation/22_bench.ipynb #75d126f7
+# %% ../../nbs/06_evaluation/22_bench.ipynb #79f7a0fc
+def _of_decoding(look, probe):
+    "Milliseconds in linear layers, attention and the rest of decoding, for one answer."
+    context = look["prompt_tokens"] + look["steps"] / 2
+    attention = (probe["step_ms"] - probe["empty_ms"]) / probe["context"] * context
+    linear = min(probe.get("linear_ms", 0.0), probe["empty_ms"])
+    scale = look["decode_ms"] / (probe["empty_ms"] + attention)
+    return dict(linear=linear * scale, attention=attention * scale, rest=(probe["empty_ms"] - linear) * scale)
+
+
 def phases_of(
     looks: list,  # of what `look` returned
-    empty_step_ms: float,
-) -> Phases:
+    probe: dict,  # of the same bench; empty: nothing is known
+) -> Phases | None:  # None without a probe
     "The means of the phases over prompts."
-
-    def mean(f):
-        return sum(map(f, looks)) / len(looks)
-
-    def weights(look):
-        return min(look["decode_ms"], look["steps"] * empty_step_ms)
-
-    sizes = [mean(lambda look, n=n: look[n]) for n in ("weight_bytes", "cache_bytes")]
-    times = [mean(lambda look, n=n: look[n]) for n in ("preprocess_ms", "prefill_ms")]
-    cache = mean(lambda look: look["decode_ms"] - weights(look))
-    return Phases(*times, mean(weights), cache, *sizes)
+    if not probe or not looks:
+        return None
+    known = [dict(preprocess=x["preprocess_ms"], prefill=x["prefill_ms"]) | _of_decoding(x, probe) for x in looks]
+    ms = {name: sum(x[name] for x in known) / len(known) for name in known[0]}
+    return Phases(ms, *(sum(x[n] for x in looks) / len(looks) for n in ("weight_bytes", "cache_bytes")))
 
 # %% ../../nbs/06_evaluation/22_bench.ipynb #cd582718
 @contextmanager
@@ -360,6 +368,15 @@ def _record_query(bench, recipes, query, rounds, out):
             out.times.setdefault(recipe, {}).setdefault(query, []).append(reading)
 
 # %% ../../nbs/06_evaluation/22_bench.ipynb #9b031507
+def _short(value):
+    "`value` for JSON, with numbers of six figures."
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_short(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def record(
     bench,  # a `ModelBench`
     recipes: list,  # ids
@@ -372,7 +389,7 @@ def record(
     out = read_recording(path) if Path(path).exists() else Recording(created=now(), config=config)
     out.model, out.environment = getattr(getattr(bench, "lm", None), "name", out.model), environment()
     recipes = _prepared(bench, recipes, out)
-    out.empty_step_ms = out.empty_step_ms or bench.empty_step_ms()
+    out.probe = out.probe or bench.probe_step(256)
     for query in bench.queries:
         if query not in out.queries:
             if tell:
@@ -380,5 +397,5 @@ def record(
             _record_query(bench, recipes, query, rounds, out)
             bench.forget(query)
             out.queries.append(query)
-            write_text(path, out.model_dump_json(indent=1) + "\n")
+            write_text(path, json.dumps(_short(out.model_dump()), separators=(",", ":")) + "\n")
     return out

@@ -11,6 +11,8 @@ import math
 from typing import NamedTuple
 
 from ..engine import Recipe
+from .ceilings import phases_left
+from .results import PHASES
 
 # %% ../../nbs/06_evaluation/21_candidates.ipynb #e9de5a44
 SETTINGS = (
@@ -66,49 +68,37 @@ def combinations(candidates) -> list:  # of `Candidate`
     chosen = ([c for c in choice if c] for choice in choices)
     return [combine(parts) for parts in chosen if len(parts) > 1]
 
-# %% ../../nbs/06_evaluation/21_candidates.ipynb #a5db0d32
+# %% ../../nbs/06_evaluation/21_candidates.ipynb #baee6274
+_OF_TIME = dict(ttft=["preprocess", "prefill"], tpot=["linear", "attention", "rest"], total=list(PHASES))
+
+
 class Phases(NamedTuple):
     "What an answer of the baseline consists of, as means over prompts."
 
-    preprocess_ms: float
-    prefill_ms: float
-    weights_ms: float  # of the decoding time: what it takes without a cache to read
-    cache_ms: float  # the rest of it
+    ms: dict  # a phase of `PHASES` -> milliseconds
     weight_bytes: float
     cache_bytes: float  # of the KV cache at its peak
 
     @property
     def shares(self) -> dict:
         "Name of the phase -> share of the time of a whole answer."
-        parts = dict(zip(("preprocess", "prefill", "weights", "cache"), self[:4]))
-        whole = sum(parts.values())
-        return {name: ms / whole if whole else 0.0 for name, ms in parts.items()}
+        whole = sum(self.ms.values())
+        return {name: ms / whole if whole else 0.0 for name, ms in self.ms.items()}
 
-    def parts(self, goal: str) -> tuple:  # (fixed, prefill, weights, cache)
+    def parts(self, goal: str) -> dict:
         "What the number of `goal` consists of, in ms or bytes."
-        pre, prefill, weights, cache = self[:4]
-        return {
-            "ttft": (pre, prefill, 0, 0),
-            "tpot": (0, 0, weights, cache),
-            "total": (pre, prefill, weights, cache),
-            "memory": (self.weight_bytes, 0, 0, self.cache_bytes),
-        }[goal]
+        if goal == "memory":
+            return dict(weights=self.weight_bytes, attention=self.cache_bytes)
+        return {name: self.ms[name] for name in _OF_TIME[goal]}
 
-# %% ../../nbs/06_evaluation/21_candidates.ipynb #d6a6dbcf
+
 def ceiling(
     recipe: Recipe,
     goal: str,  # a name in `GOALS`
     phases: Phases,
-    kept: float = 0.0,  # share of the prompt's tokens that the recipe reads
+    kept: float = 1.0,  # share of the prompt's tokens that the recipe reads
 ) -> float:  # at least 1; infinite where nothing bounds it
-    "The most that `recipe` can win: baseline over recipe, if all that it acts on became free."
-    fixed, prefill, weights, cache = phases.parts(goal)
-    if recipe.words or recipe.vocab:
-        prefill *= min(1, kept**2)
-        cache *= 0 if recipe.cache else min(1, kept)
-    if recipe.larosa:
-        weights *= 1 - recipe.larosa.sparsity
-    if recipe.cache:
-        cache = 0
-    left, whole = fixed + prefill + weights + cache, sum(phases.parts(goal))
-    return whole / left if left else math.inf if whole else 1.0
+    "The most that `recipe` can win: baseline over recipe, if it took away all that it acts on."
+    parts, left = phases.parts(goal), phases_left(recipe.to_dict(), kept)
+    whole, after = sum(parts.values()), sum(n * left.get(name, 1.0) for name, n in parts.items())
+    return whole / after if after else math.inf if whole else 1.0

@@ -94,6 +94,10 @@ def _worst(trial, limits):
     return max(((limit, excess(limit)) for limit in limits), key=lambda pair: pair[1])
 
 
+def _prompts(n):
+    return "1 prompt" if n == 1 else f"{n} prompts"
+
+
 def _tolerated(n):
     "How many times the allowed loss a mean over `n` prompts may have."
     return 4 if n < 2 else 2 if n < 4 else 1.2
@@ -197,7 +201,8 @@ def _look(self: Search):
     for query in self.search[:LEAST_PROMPTS]:
         self._begin("baseline: its own answers")
         looks.append(self.bench.look(query))
-    self.phases = phases_of(looks, self.bench.empty_step_ms())
+    context = round(sum(x["prompt_tokens"] + x["steps"] / 2 for x in looks) / len(looks))
+    self.phases = phases_of(looks, self.bench.probe_step(context))
 
 
 @patch
@@ -212,7 +217,8 @@ def _bound(self: Search, trial):
         kept = sum(self.bench.kept(trial.id, q) for q in queries) / len(queries) if shortens else 1.0
     except LlmoptError as e:
         return trial.end("refused", one_line(e))
-    trial.ceiling = ceiling(recipe, self.goal, self.phases, kept)
+    if self.phases:
+        trial.ceiling = ceiling(recipe, self.goal, self.phases, kept)
     if trial.ceiling < LEAST_GAIN:
         trial.end("pruned", f"cannot win more than {trial.ceiling:.2f}x")
 
@@ -223,7 +229,7 @@ def _outside(self: Search, trial):
     limit, excess = _worst(trial, self.limits)
     if trial.state == "open" and excess > _tolerated(len(trial.losses["search"])):
         value = trial.quality(limit.name).value
-        trial.end("outside", f"{limit.name} {value:.3g} on {len(trial.losses['search'])} prompt(s), outside {limit}")
+        trial.end("outside", f"{limit.name} {value:.3g} on {_prompts(len(trial.losses['search']))}, outside {limit}")
 
 
 @patch
@@ -231,7 +237,7 @@ def _slower(self: Search, trial):
     "Leave a trial out if no gain is to be expected of it."
     gain = trial.gain()
     if trial.state == "open" and gain and gain.n > 1 and gain.high < LEAST_GAIN:
-        trial.end("slower", f"{gain.value:.2f}x on {gain.n} prompts: not worth a change")
+        trial.end("slower", f"{gain.value:.2f}x on {_prompts(gain.n)}: not worth a change")
     elif trial.state == "open" and gain is None and trial.losses["search"]:
         trial.end("refused", f"there is no number of the goal {self.goal}")
 
@@ -375,8 +381,10 @@ def _confirm(self: Search):
                 self._confirm_round(finalists, i == 0)
                 if all(_narrow(t) for t in finalists if t.state == "open"):
                     break
-        finally:
+        except TimeIsUp:
             self._judge(finalists)
+            raise
+        self._judge(finalists)
         self.confirmed = any(t.state == "open" and t.gain("confirm") for t in finalists)
 
 # %% ../../nbs/06_evaluation/23_search.ipynb #7cfde76c
@@ -407,20 +415,19 @@ def _end(self: Search):
     if passed:
         self._choose("confirm", passed)
     elif self.interrupted:  # the best so far
-        hopeful = [t for t in _ahead(self.trials.values()) if _worst(t, self.limits)[1] <= 1]
-        self._choose("search", hopeful[:1])
+        self._choose("search", self._choose_finalists()[:1])
     if self.chosen:
         self.chosen.end("chosen", "")
     for t in self.tied:
         t.end("tie", f"not distinguishable from {self.chosen.id}, which is simpler")
     for t in self.open():
         gain = t.gain()
-        if gain is None or self.late or self.interrupted:
-            t.end("open", "the time was up before it was decided")
-        elif t.gain("confirm"):
+        if self.confirmed and t.gain("confirm"):
             t.end("behind", f"{t.gain('confirm').value:.2f}x on new prompts, where {self.chosen.id} has more")
+        elif gain is None or self.late or self.interrupted:
+            t.end("open", "the time was up before it was decided")
         else:
-            t.end("slower", f"{gain.value:.2f}x on {gain.n} prompts: not worth a change")
+            t.end("slower", f"{gain.value:.2f}x on {_prompts(gain.n)}: not worth a change")
 
 # %% ../../nbs/06_evaluation/23_search.ipynb #646a26c5
 @patch

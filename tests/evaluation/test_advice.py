@@ -13,7 +13,14 @@ def test_advise():
 
     few = ["What is rain?", "What is a glacier?", "How do vaccines work?", "What is a star?"]
     nothing = advise(
-        queries=few, goal="ttft", methods=["larosa"], max_new_tokens=8, output=None, recipe=None, progress=False
+        queries=few,
+        goal="ttft",
+        methods=["larosa"],
+        alternatives=(),
+        max_new_tokens=8,
+        output=None,
+        recipe=None,
+        progress=False,
     )
     test_eq((nothing.decision, nothing.tried[0].state, nothing.recipe), ("nothing", "pruned", "baseline"))
     assert nothing.sentence.startswith("Change nothing: nothing here acts on the time to the first token")

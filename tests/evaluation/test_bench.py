@@ -16,14 +16,14 @@ def test_word_removal_reads_the_whole_of_a():
     test_eq(a_bench.look("q1")["steps"] <= 7, True)
 
 
-def test_looks_at_several_prompts_and_one_step():
-    """Looks at several prompts and one step with an empty cache give the `Phases` that
-    [ceilings](21_candidates.ipynb) are made of."""
+def test_looks_at_several_prompts_and_a_probe():
+    "Looks at several prompts and a probe give the `Phases` that [ceilings](21_candidates.ipynb) are made of."
     from llmopt.evaluation.bench import phases_of
 
-    one = dict(preprocess_ms=1, prefill_ms=10, decode_ms=30, steps=10, weight_bytes=5, cache_bytes=2)
-    test_eq(phases_of([one], 2)[:4], (1, 10, 20, 10))
-    test_eq(phases_of([one, one], 9)[2:4], (30, 0))
+    one = dict(preprocess_ms=1, prefill_ms=10, decode_ms=30, steps=10, weight_bytes=5, cache_bytes=2, prompt_tokens=95)
+    test_eq(phases_of([one], {}), None)
+    apart = phases_of([one, one], dict(context=100, step_ms=3, empty_ms=2, linear_ms=1.5))
+    test_eq(apart.ms, dict(preprocess=1, prefill=10, linear=15, attention=10, rest=5))
 
 
 def test_a_recording_of_a_recording_is_the():
@@ -33,7 +33,16 @@ def test_a_recording_of_a_recording_is_the():
     from llmopt.evaluation.bench import RecordedBench, Recording, Timed, record
 
     numbers = dict(ttft=1.0, tpot=2.0, total=3.0, memory=4.0)
-    look = dict(preprocess_ms=0.1, prefill_ms=0.9, decode_ms=2.0, steps=1, weight_bytes=3, cache_bytes=1, seconds=0.5)
+    look = dict(
+        preprocess_ms=0.1,
+        prefill_ms=0.9,
+        decode_ms=2.0,
+        steps=1,
+        prompt_tokens=9,
+        weight_bytes=3,
+        cache_bytes=1,
+        seconds=0.5,
+    )
     made = Recording(
         queries=["a"],
         looks={"a": look},

@@ -34,7 +34,12 @@ def made_up(truth=TRUTH, n=24, scatter=0.03, rounds=3, seed=0):
     "A recording of `n` prompts where every recipe has the gain and the mean loss that `truth` says."
     rng, queries = random.Random(seed), [f"q{i}" for i in range(n)]
     look = dict(preprocess_ms=1, prefill_ms=300, decode_ms=700, steps=20, weight_bytes=9e8, cache_bytes=1e8, seconds=1)
-    out = Recording(queries=queries, empty_step_ms=25, looks=dict.fromkeys(queries, look))
+    look |= dict(prompt_tokens=100)
+    out = Recording(
+        queries=queries,
+        probe=dict(context=100, step_ms=35, empty_ms=30, linear_ms=25),
+        looks=dict.fromkeys(queries, look),
+    )
     singles = [candidate(r) for r in truth]
     for c in singles + combinations(singles):
         gain, loss = truth_of(c, truth)
