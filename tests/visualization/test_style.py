@@ -59,6 +59,15 @@ def test_looks():
     assert min(np.abs(a - b).max() for i, a in enumerate(seen) for b in seen[:i]) > 0.05
 
 
+def test_svg():
+    """A vector image has no dots: it is sharp in a paper and at any zoom. Letters become outlines in it, so that it
+    looks alike where our font is missing."""
+    fig = Chart(figsize=(1, 1))
+    fig.text(0.1, 0.5, "a -->< b")
+    assert fig.svg() == fig.svg() and "a --&gt;&lt; b" in fig.svg("none")
+    assert fig.svg("none").count("-->") == 0
+
+
 def test_palette():
     "With thousands of colours in the image, white and a small marker keep their own."
     a = np.full((300, 350, 3), 255, dtype=np.uint8)

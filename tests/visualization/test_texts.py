@@ -13,3 +13,11 @@ def test_answers():
     test_eq(answer("a", "a")[0][1], "faint")
     test_eq("".join(p for p, _ in answer("", "a")), "(empty)")
     test_eq(answer("a b c", "a")[-1], (" c", "same"))
+
+
+def test_parted():
+    """How far apart are two answers? We lay them beside each other and mark what one lacks and the other has, word
+    by word. Above stands where they part, because behind that place a model continues a text of its own."""
+    test_eq(parted("a b c d", "a b x d"), (2, 3, 4))
+    test_eq(parted("", "a"), (0, 0, 1))
+    test_eq(parted("a b", "a b"), (2, 2, 2))
