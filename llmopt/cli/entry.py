@@ -224,21 +224,37 @@ def _chat_with(app, sock):
     return 0
 
 # %% ../../nbs/09_cli/06_entry.ipynb #63a48883
+def _draws(path):
+    "Say what is wrong with the file at `path` if it cannot be opened; then load the libraries for drawing."
+    if "\0" in path or not os.path.exists(path):
+        from llmopt.evaluation.files import read_json
+
+        read_json(path)
+    _announce_imports("the libraries for drawing", "seaborn")
+
+
 def _plot(a):
     "`llmopt plot`"
     charts = stored_help()["kinds"]
     if unknown := [k for k in a.kind or () if k not in charts]:
         raise ConfigError(f"unknown chart '{unknown[0][:60]}'; known: {', '.join(charts)}")
-    if "\0" in a.results or not os.path.exists(a.results):
-        from llmopt.evaluation.files import read_json
-
-        read_json(a.results)  # says what is wrong, before the libraries for drawing are loaded
-    _announce_imports("the libraries for drawing", "seaborn")
+    _draws(a.results)
     from llmopt.core.progress import announce
     from llmopt.visualization import plot_file
 
     announce(f"drawing the charts of {a.results:.200}")
-    plot_file(a.results, a.output, a.kind, print)
+    plot_file(a.results, a.output, a.kind, print, a.format)
+    return 0
+
+
+def _report(a):
+    "`llmopt report`"
+    _draws(a.results)
+    from llmopt.core.progress import announce
+    from llmopt.visualization.report import write_report
+
+    announce(f"writing the report of {a.results:.200}")
+    print(write_report(a.results, a.output))
     return 0
 
 # %% ../../nbs/09_cli/06_entry.ipynb #29632006
@@ -320,6 +336,7 @@ COMMANDS = dict(
     chat=_chat,
     serve=_serve,
     plot=_plot,
+    report=_report,
     benchmark=_benchmark,
     models=_models,
     advise=_advise,

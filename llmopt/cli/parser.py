@@ -229,14 +229,33 @@ def _add_plot(sub):
     p = sub.add_parser(
         "plot",
         help="draw the charts of a results file",
-        description="Draw the charts of a results file as PNG; reads that file and nothing else.",
+        description="Draw the charts of a results file as PNG or SVG; reads that file and nothing else.",
         epilog="examples:\n  llmopt plot multi_query_results.json\n"
-        "  llmopt plot multi_query_results.json --kind quality_comparison --output charts",
+        "  llmopt plot multi_query_results.json --kind quality_comparison --output charts\n"
+        "  llmopt plot multi_query_results.json --kind paired_dots --format svg",
         more=stored_text("charts"),
     )
     p.add_argument("results", help="a file written by compare or ask")
-    p.add_argument("-o", "--output", default="plots", metavar="DIR", help="folder for the PNGs (default: %(default)s)")
+    p.add_argument(
+        "-o", "--output", default="plots", metavar="DIR", help="folder for the pictures (default: %(default)s)"
+    )
     p.add_argument("--kind", nargs="+", metavar="K", help="only these charts, see below (default: all that suit)")
+    what = "png or svg, or both (default: png)"
+    p.add_argument("--format", nargs="+", choices=("png", "svg"), default=["png"], metavar="F", help=what)
+    _debug(p)
+
+# %% ../../nbs/09_cli/01_parser.ipynb #4c1f0a7f
+def _add_report(sub):
+    "`llmopt report`"
+    p = sub.add_parser(
+        "report",
+        help="one HTML page of a results file: verdict, table, charts, answers",
+        description="Write one HTML file that holds all a results file says; it opens anywhere and loads nothing.",
+        epilog="examples:\n  llmopt report multi_query_results.json\n"
+        "  llmopt report comprehensive_results.json --output message.html",
+    )
+    p.add_argument("results", help="a file written by compare, ask or advise")
+    p.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
     _debug(p)
 
 # %% ../../nbs/09_cli/01_parser.ipynb #65f57ce6
@@ -327,6 +346,16 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"llmopt {__version__}")
     sub = top.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_compare, _add_ask, _add_chat, _add_serve, _add_plot, _add_benchmark, _add_models, _add_advise):
+    for add in (
+        _add_compare,
+        _add_ask,
+        _add_chat,
+        _add_serve,
+        _add_plot,
+        _add_report,
+        _add_benchmark,
+        _add_models,
+        _add_advise,
+    ):
         add(sub)
     return top

@@ -19,12 +19,12 @@ from ..evaluation.files import said_of, write_bytes
 from ..evaluation.results import Results, load
 from .bars import KV, RSS, kept_tokens, kv_bars, phase_bars, rss_bars
 from llmopt.visualization.column import (
-    BLOCKS,
     drawable,
     interaction_map,
     kv_against_position,
     output_lengths,
     paired_dots,
+    ratio_notes,
     speed_against_quality,
     time_phases,
     token_usage,
@@ -69,7 +69,7 @@ def performance_dashboard(v: View) -> Chart:
     timed = [m for m in v.arms("speed") if m != "baseline"]
     heights = [tall(len(ms)), tall(len(ms)), max(tall(len(ms)), 2.6)]
     defined = (*TIMES, *KV, RSS[0], "kl_mean")
-    fig, body = sheet(v, "Performance: what each method buys", sum(heights), [BLOCKS, BARS], defined)
+    fig, body = sheet(v, "Performance: what each method buys", sum(heights), [*ratio_notes(v), BARS], defined)
     top, mid, low = body.subfigures(3, 1, height_ratios=heights, hspace=0)
     for i, (ax, m) in enumerate(zip(grid(top, 1, 3), TIMES)):
         ratios(ax, v, m, timed, i == 0)
@@ -148,7 +148,7 @@ RATES = "prefill_tok_per_s", "prefill_eff_tok_per_s", "decode_base_tok_per_s", "
 def efficiency_metrics(v: View) -> Chart:
     "Work for each second, in the method's and in the baseline's tokens."
     ms = v.arms("speed")
-    fig, body = sheet(v, "Efficiency", 2 * tall(len(ms)), [DOTS, BLOCKS], RATES)
+    fig, body = sheet(v, "Efficiency", 2 * tall(len(ms)), [DOTS, *ratio_notes(v)], RATES)
     a, b, c, d, e, f = grid(body, 2, 3)
     for ax, m in zip((a, b, d, e), RATES):
         better = "neither" if m == "decode_char_per_s" else None  # longer words are no better answer

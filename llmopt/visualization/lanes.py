@@ -195,4 +195,13 @@ def ratios(ax, v: View, metric, methods, names=True):
         ax.axvspan(within(floor.low), within(floor.high), color=BAND, zorder=0, lw=0)
         held += [floor.low, floor.high]
     ax.axvline(1, color=FAINT, lw=1, zorder=1)
+    held += _ceiling_ticks(ax, v, metric, methods)
     ratio_axis(ax, min(held), max(held))
+
+
+def _ceiling_ticks(ax, v, metric, methods):
+    "A tick at the least that each method can leave; returns what the axis must hold."
+    least = {c.method: float(within(c.ratio)) for c in v.results.ceilings if c.metric == metric}
+    for i, m in [(i, m) for i, m in enumerate(methods) if m in least]:
+        ax.plot([least[m]] * 2, [i - 0.36, i + 0.36], color=INK, lw=1.6, zorder=3)
+    return [max(least[m], 0.02) for m in methods if m in least]

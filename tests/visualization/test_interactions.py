@@ -24,7 +24,8 @@ def made_up(alone, pairs, spread=0.05):
 
 def interaction_figure(together=0.85, spread=0.05):
     "A map of three methods; `words` and `kv` give `together` times the product of the two."
-    alone, pairs = dict(words=1.3, kv=1.2, larosa=1.1), {("kv", "words"): together, ("larosa", "words"): 1.02}
+    alone = dict(words=1.3, kv=1.2, larosa=1.1)
+    pairs = {("kv", "words"): together, ("larosa", "words"): 1.02, ("words", "kv", "larosa"): 0.9 * together}
     with rc_context(STYLE):
         fig = Chart(figsize=(4.2, 3.2), layout="constrained")
         interaction_cells(fig.add_subplot(), made_up(alone, pairs, spread))
@@ -36,11 +37,11 @@ interaction_figure()
 
 def test_gains():
     """A results file holds `effects`: logarithms of ratios of times. The effect of one method is its ratio to the
-    baseline. The effect of two is how far their ratio is from the product of the parts; 0 means that they do not
-    touch each other. We turn times into speed-ups, because readers ask how much faster."""
-    v = made_up(dict(a=2.0), {("a", "b"): 0.5}, 0.1)
-    test_close(gains(v, "e2el_ms")["a",], (2, 2 / math.exp(0.1), 2 * math.exp(0.1)))
-    test_close(gains(v, "e2el_ms")["a", "b"][0], 0.5)
+    baseline. The effect of several together is how far their ratio is from the product of the parts; 0 means that
+    they do not touch each other. We turn times into speed-ups, because readers ask how much faster."""
+    v = made_up(dict(a=2.0, b=1.1), {("a", "b"): 0.5}, 0.1)
+    test_close(gains(v, "e2el_ms")["a",][:3], (2, 2 / math.exp(0.1), 2 * math.exp(0.1)))
+    test_close([gains(v, "e2el_ms")["a", "b"].x, gains(v, "e2el_ms")["a", "b"].product], [0.5, 2.2])
     test_eq(gains(v, "ttft_ms"), {})
 
 
@@ -50,3 +51,12 @@ def test_no_pairs():
         ax = Chart().add_subplot()
         interaction_cells(ax, made_up(alone, {}))
         assert any(t.get_text().startswith(said) for t in ax.texts), said
+
+
+def test_three_methods_have_a_row():
+    "A file in which no pair was measured alone and together says so."
+    v = made_up(dict(a=1.2, b=1.5, c=1.1), {("a", "b", "c"): 0.9})
+    ax = Chart().add_subplot()
+    interaction_cells(ax, v)
+    test_eq(map_rows(v), 4)
+    assert f"{1.2 * 1.5 * 1.1 * 0.9:.2f} of {1.2 * 1.5 * 1.1:.2f}" in " ".join(t.get_text() for t in ax.texts)

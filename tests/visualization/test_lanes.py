@@ -10,7 +10,8 @@ from llmopt.visualization.lanes import _ratio_ticks
 
 
 def test_ratio_ticks():
-    "All lanes, the band, and the line where nothing changes:"
+    """All lanes, the band, and the line where nothing changes. Where the file knows the
+    [ceiling](../06_evaluation/09_ceilings.ipynb) of a method, a black tick marks it:"""
     for lo, hi in ((0.9, 1.1), (0.85, 1.02), (0.6, 1.3), (0.7, 1), (0.5, 2), (1, 2.2), (0.01, 100), (1e-4, 1.2)):
         t = _ratio_ticks(lo, hi)
         assert 1 in t and 2 <= len(t) <= 8 and lo <= min(t) and max(t) <= hi, (lo, hi, t)
