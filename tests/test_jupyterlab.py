@@ -30,7 +30,7 @@ pytestmark = [
 ]
 PAGES = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb"))
 KERNEL = dict(display_name="python3", language="python", name="python3")
-LONGEST = 300  # seconds that a page may take
+LONGEST = 180  # seconds that a page may take
 SETTINGS = {  # all cells are there to be looked at, and no question stands in the way
     "notebook-extension/tracker": dict(windowingMode="none", autoStartDefaultKernel=True),
     "apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False),
@@ -134,7 +134,7 @@ def visit(lab, browser):
         page = contexts[-1].new_page()
         page.goto(f"{lab}/lab/tree/{path}?reset")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", state="attached", timeout=60_000)
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+        page.wait_for_selector("#jp-main-statusbar >> text=/[|] Idle$/", timeout=60_000)
         run_all(page)
         return page
 
