@@ -91,6 +91,15 @@ def _announce_imports(what="the libraries", module="torch"):
         announce(f"loading {what}")
 
 # %% ../../nbs/09_cli/06_entry.ipynb #99d86f45
+def _alternatives(ids):
+    "The plain alternatives that were named, or all of them for none; no option, no alternatives."
+    if ids is None:
+        return ()
+    from llmopt.evaluation.alternatives import named_alternatives
+
+    return named_alternatives(ids or None)
+
+
 def _compare(a, queries=None, kind="compare"):
     "`llmopt compare`"
     from llmopt.evaluation.files import check_writable
@@ -118,6 +127,8 @@ def _compare(a, queries=None, kind="compare"):
         kind=kind,
         seed=a.seed,
         design=getattr(a, "design", None),
+        alternatives=_alternatives(getattr(a, "rivals", None)),
+        backend=getattr(a, "backend", "local"),
     )
     if kind == "ask":
         print(answers(results))

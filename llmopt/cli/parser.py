@@ -103,6 +103,23 @@ def _measured(p, output):
     _debug(p)
 
 # %% ../../nbs/09_cli/01_parser.ipynb #f698d7e4
+def _more_to_compare(p):
+    "What is measured beside the methods, and where."
+    p.add_argument(
+        "--rivals",
+        nargs="*",
+        metavar="ID",
+        help="measure what you could do without llmopt, too, such as int8 or static_cache: those that you name, or all "
+        "that can run here",
+    )
+    p.add_argument(
+        "--backend",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: measure on all nodes of a Ray cluster (default: %(default)s)",
+    )
+
+
 def _add_compare(sub):
     "`llmopt compare`"
     p = sub.add_parser(
@@ -114,7 +131,7 @@ def _add_compare(sub):
         "  llmopt compare --methods words:n=2 kv words:n=2+kv --queries mine.jsonl\n"
         "  llmopt compare --model ./my-model --queries long --rounds 10 --output mine.json\n"
         "  llmopt compare --design full --methods words:rate=0.5 kv:budget=50%\n"
-        "  llmopt compare --recipe recipe.json",
+        "  llmopt compare --recipe recipe.json --rivals int8 static_cache",
         more=stored_text("methods"),
     )
     p.add_argument(
@@ -132,6 +149,7 @@ def _add_compare(sub):
         "name some (default: ten without --methods and --quick)",
     )
     _recipe(p, "compare the recipe in this file with the baseline, or --methods")
+    _more_to_compare(p)
     _measured(p, "multi_query_results.json")
 
 # %% ../../nbs/09_cli/01_parser.ipynb #d08365c2

@@ -8,6 +8,7 @@ __all__ = ['ROUNDS', 'SECONDS', 'probe', 'phase_times', 'phase_shares', 'phases_
 # %% ../../nbs/06_evaluation/09_ceilings.ipynb #a048da22
 import math
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import LM
 from .results import PHASES, Ceiling, Method, Probe, Results
-from ..larosa.choice import least_times
 
 # %% ../../nbs/06_evaluation/09_ceilings.ipynb #f0ea8c9f
 ROUNDS, SECONDS = 7, 4.0  # of the probe, at most; two rounds there are always
@@ -34,26 +34,26 @@ def _cache_of(model, n):
     return cache
 
 
-def _step_ms(model, cache):
-    "Milliseconds of one decode step, which adds a token to `cache`."
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+def _timed(model, work):
+    "Milliseconds that `work()` takes on the device of `model`."
     start = time.perf_counter()
-    model(input_ids=token, past_key_values=cache, use_cache=True)
+    work()
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
     return 1000 * (time.perf_counter() - start)
 
 
-def _linear_ms(model):
-    "Milliseconds of a step in the linear layers, that of the vocabulary left out."
-    maps, like = {}, model.get_input_embeddings().weight
+def _linear_layers(model):
+    "Pairs of a linear layer and a token for it, that of the vocabulary left out."
+    like, head, tokens = model.get_input_embeddings().weight, model.get_output_embeddings(), {}
     for m in model.modules():
-        if type(m) in (nn.Linear, Conv1D) and m is not model.get_output_embeddings():
-            maps.setdefault(m.weight.shape[type(m) is nn.Linear], []).append(m)
-    tokens = {width: torch.zeros(1, 1, width, dtype=like.dtype, device=like.device) for width in maps}
-    return sum(len(some) * least_times([some], tokens[width])[0] for width, some in maps.items()) / 1000
+        if type(m) in (nn.Linear, Conv1D) and m is not head:
+            width = m.weight.shape[type(m) is nn.Linear]
+            if width not in tokens:
+                tokens[width] = torch.zeros(1, 1, width, dtype=like.dtype, device=like.device)
+            yield m, tokens[width]
 
-# %% ../../nbs/06_evaluation/09_ceilings.ipynb #fa4f1924
+# %% ../../nbs/06_evaluation/09_ceilings.ipynb #5a576ea8
 @torch.inference_mode()
 def probe(
     lm: LM,
@@ -61,12 +61,16 @@ def probe(
 ) -> Probe:
     "One decode step of the plain model, taken apart; raises what the model raises if it takes no such cache."
     model, n = lm.model, max(2, min(context, lm.context - 4 * ROUNDS))
-    caches, end = [_cache_of(model, k) for k in (n, 1)], time.perf_counter() + SECONDS
-    steps = []
-    while len(steps) < 2 or len(steps) < ROUNDS and time.perf_counter() < end:
-        steps.append([_step_ms(model, cache) for cache in caches])
-    full, empty = (min(times) for times in zip(*steps))
-    return Probe(context=n, step_ms=max(full, empty), empty_ms=empty, linear_ms=_linear_ms(model) or None)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    layers, parts = [*_linear_layers(model)], []
+    for cache in (_cache_of(model, n), _cache_of(model, 1)):
+        parts.append(partial(model, input_ids=token, past_key_values=cache, use_cache=True))
+    parts.append(lambda: [layer(x) for layer, x in layers])
+    times, end = [], time.perf_counter() + SECONDS
+    while len(times) < 2 or len(times) < ROUNDS and time.perf_counter() < end:
+        times.append([_timed(model, work) for work in parts])
+    full, empty, linear = (min(column) for column in zip(*times))
+    return Probe(context=n, step_ms=max(full, empty), empty_ms=empty, linear_ms=linear if layers else None)
 
 # %% ../../nbs/06_evaluation/09_ceilings.ipynb #53764d43
 def _of_a_step(probe, context):

@@ -162,7 +162,7 @@ PHASES = {  # what an answer takes time for
     "prefill": "reading the prompt",
     "linear": "linear layers of decoding",
     "attention": "attention to the cache in decoding",
-    "rest": "the rest of decoding",
+    "rest": "the rest of decoding, the output layer in it",
 }
 
 

@@ -18,6 +18,7 @@ from .results import Query, Results, Run, load, save
 _MAY_DIFFER = {"ram_bytes", "on_battery"}  # of an environment: they say nothing about speed or answers
 _BY_METHOD = {"files_sha", "sparse_shapes"}  # entries of a configuration that have an entry for each method
 _MAY_GROW = {"methods", "rounds", "design"}
+_WHERE = {"backend", "nodes"}  # rows of one block are of one machine wherever they are
 
 
 def _same(old, new, key):
@@ -37,7 +38,7 @@ def _shrunk(old, new):
     if before != now and not (before and now and before < now):
         yield "rounds"
 
-
+# %% ../../nbs/06_evaluation/14_resuming.ipynb #14a8c32b
 def added_methods(old: Results, new: Results) -> list:
     "The methods of `new` that `old` does not have."
     return [m for m in new.config.get("methods") or [] if m not in (old.config.get("methods") or [])]
@@ -48,7 +49,7 @@ def differences(
     new: Results,
 ) -> list:  # of names
     "What keeps `new` from going on with what `old` measured; what only one of them knows differs."
-    found = [k for k in new.config if k not in _MAY_GROW and not _same(old.config, new.config, k)]
+    found = [k for k in new.config if k not in _MAY_GROW | _WHERE and not _same(old.config, new.config, k)]
     found += [*_shrunk(old, new)]
     found += [k for k, v in new.environment.items() if k not in _MAY_DIFFER and old.environment.get(k) != v]
     if [(q.id, q.prompt, q.keywords) for q in old.queries] != [(q.id, q.prompt, q.keywords) for q in new.queries]:

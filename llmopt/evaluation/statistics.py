@@ -224,7 +224,15 @@ def _warnings(res, df):
         found.append(f"{queries}: {_FEW} of these prompts, not of prompts in general")
     if failed:
         found.append(f"{failed} {_FAILED}; their rows say why")
-    return found + [*_notes(res.runs)]
+    return found + [*_notes(res.runs), *_unknown(res)]
+
+
+def _unknown(res):
+    "Resident bytes, where this system does not count them."
+    paged = {m.id for m in res.methods if m.factors.get("cache")}
+    rows = [r for r in res.runs if r.arm == "speed" and r.method in paged and not r.error]
+    if rows and all(r.kv_bytes_resident is None for r in rows):
+        yield "kv_bytes_resident is null: this system does not say how many pages of a cache are in memory"
 
 
 def _notes(runs):

@@ -4,21 +4,10 @@
 import tempfile
 from pathlib import Path
 from fastcore.test import expect_fail, test_eq
-from llmopt.engine import known_methods
+from llmopt.engine import EnhancedFusedLLMEngine, known_methods
 from llmopt.errors import LlmoptError
-from llmopt.evaluation.results import load as load_results, SECOND_BASELINE
+from llmopt.evaluation.results import load as load_results
 from llmopt.evaluation.comparison import *
-
-
-def test_plan():
-    """A *block* is one query in one round; within it all methods run in random order. `baseline*` is the baseline a
-    second time: between two equal methods every difference is noise. Quality needs one pass, because greedy
-    answers do not change from round to round."""
-    p = plan(["q1", "q2"], ["baseline", "words"], 3, 0)
-    test_eq(len(p), 6)
-    test_eq({frozenset(m) for _, _, m in p}, {frozenset(["baseline", "words", SECOND_BASELINE])})
-    test_eq(p, plan(["q1", "q2"], ["baseline", "words"], 3, 0))
-    assert len({tuple(m) for _, _, m in p}) > 1
 
 
 def test_comparison():
@@ -50,6 +39,37 @@ def test_failures_are_rows():
     assert bad.error.str.contains("context of 1,024|empty").all()
     test_eq(len(df[(df["query"] == "q3") & df.error.isna()]), 3 + 2)
     assert any("failed" in w for w in res.warnings)
+
+
+def test_alternatives_are_rows():
+    "A plain alternative has rows like any method; one that cannot run here is left out, with the reason."
+
+    class Halved:
+        "An alternative that answers half as much; or none at all."
+
+        title, reason = "half an answer", None
+
+        def __init__(self, id, reason=None):
+            self.id, self.reason = id, reason
+
+        def why_not(self, lm):
+            return self.reason
+
+        def make(self, lm):
+            engine = EnhancedFusedLLMEngine(lm)
+            whole = engine.run
+            engine.run = lambda text, max_new_tokens, fixed=False: whole(
+                text, max_new_tokens=max_new_tokens // 2, fixed=fixed
+            )
+            return engine
+
+    kw = dict(rounds=1, max_new_tokens=4, memory=False, progress=False)
+    res = compare(["Why?"], ["kv"], alternatives=[Halved("plain:half"), Halved("plain:none", "it is not here")], **kw)
+    test_eq([m.id for m in res.methods], ["baseline", "kv", "plain:half"])
+    test_eq(res.config["methods"], ["baseline", "kv", "plain:half"])
+    df = res.frame
+    test_eq(set(df[df.arm == "speed"].groupby("method").completion_tokens.first().items()) >= {("plain:half", 2)}, True)
+    assert df.error.isna().all() and "plain:none is left out: it is not here" in res.warnings
 
 
 def test_resume():

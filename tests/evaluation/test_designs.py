@@ -3,6 +3,7 @@
 
 from fastcore.test import expect_fail, test_eq
 from llmopt.errors import ConfigError
+from llmopt.evaluation.results import SECOND_BASELINE
 from llmopt.evaluation.designs import *
 
 
@@ -19,3 +20,14 @@ def test_sizes_of_designs():
     ):
         with expect_fail(ConfigError, says):
             design_methods(*wrong)
+
+
+def test_plan():
+    """A *block* is one query in one round; within it all methods run in random order. `baseline*` is the baseline a
+    second time: between two equal methods every difference is noise. Quality needs one pass, because greedy
+    answers do not change from round to round."""
+    p = plan(["q1", "q2"], ["baseline", "words"], 3, 0)
+    test_eq(len(p), 6)
+    test_eq({frozenset(m) for _, _, m in p}, {frozenset(["baseline", "words", SECOND_BASELINE])})
+    test_eq(p, plan(["q1", "q2"], ["baseline", "words"], 3, 0))
+    assert len({tuple(m) for _, _, m in p}) > 1

@@ -373,3 +373,53 @@ def test_a_device_gets_the_file_at_the_end(tmp_path, capsys):
     "`--output /dev/null` writes no journal beside it, and leaves the device what it is."
     compare(os.devnull)
     assert not os.path.exists(os.devnull + ".journal") and not os.path.isfile(os.devnull)
+
+
+FOUR = ("word_removal", "simple_adaptivocab", "larosa", "hybrid_kv_cache")
+
+
+def arms(results, *names):
+    "The rows of `results` that measured one of `names`."
+    return [r for r in results.runs if r.arm in names]
+
+
+def test_a_design_grows(tmp_path, monkeypatch):
+    "`full` after `ten`: what was answered is kept, times are measured beside each other, the old ones put aside."
+    monkeypatch.setattr(C, "summarize", lambda results: results)
+    path = tmp_path / "r.json"
+    ten = compare(path, methods=FOUR, design="ten", rounds=1)
+    full = compare(path, methods=FOUR, design="full", rounds=1, resume=True)
+    assert (len(ten.methods), len(full.methods), full.config["design"]) == (10, 16, "full")
+    assert arms(full, "quality")[: len(QUERIES) * 10] == arms(ten, "quality")
+    assert len(arms(full, "quality")) == len(QUERIES) * 16 and len(arms(full, "speed")) == len(QUERIES) * 17
+    assert load(tmp_path / "r.1.json").runs == ten.runs and any("r.1.json" in w for w in full.warnings)
+    with pytest.raises(ResultsError, match="other methods"):
+        compare(path, methods=FOUR, design="ten", rounds=1, resume=True)
+
+
+def test_more_rounds_are_added(tmp_path):
+    "The rounds that are there stay as they are; fewer rounds are another experiment."
+    path = tmp_path / "r.json"
+    first, more = compare(path, rounds=1), compare(path, rounds=3, resume=True)
+    assert more.runs[: len(first.runs)] == first.runs and {r.round for r in more.runs} == {0, 1, 2}
+    assert os.listdir(tmp_path) == ["r.json"]
+    with pytest.raises(ResultsError, match="other rounds"):
+        compare(path, rounds=2, resume=True)
+
+
+def test_killed_while_it_grows(tmp_path, monkeypatch):
+    "The journal of the larger design and the file of the smaller one together are taken up; a half one does not grow."
+    monkeypatch.setattr(C, "summarize", lambda results: results)
+    path = tmp_path / "r.json"
+    with stopping_after(5, Killed):
+        compare(path, methods=FOUR, design="ten", rounds=1)
+    with pytest.raises(ResultsError, match="finish it"):
+        compare(path, methods=FOUR, design="full", rounds=1, resume=True)
+    ten = compare(path, methods=FOUR, design="ten", rounds=1, resume=True)
+    for n in (2, 12):
+        with stopping_after(n, Killed):
+            compare(path, methods=FOUR, design="full", rounds=1, resume=True)
+    full = compare(path, methods=FOUR, design="full", rounds=1, resume=True)
+    keys = [(r.arm, r.query, r.method, r.round) for r in full.runs]
+    assert len({*keys}) == len(keys) == len(QUERIES) * (16 + 17) and not (tmp_path / "r.json.journal").exists()
+    assert {r.method for r in arms(ten, "quality")} < {r.method for r in arms(full, "quality")}
