@@ -312,9 +312,10 @@ def load(path) -> Results:
     if version == 1:
         raw = _from_version_1(raw)
     elif version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise ResultsError(
             f"'{path}' has schema version {str(version)[:20]}; this llmopt reads versions 1 and {SCHEMA_VERSION}: "
-            "run the comparison again"
+            f"{'update llmopt' if newer else 'run the comparison again'}"
         )
     return _validated(raw, path)
 

@@ -156,11 +156,11 @@ def advice_chart(advice: AdviceFile) -> Chart:
 
 def _advice_axes(ax, found, limit):
     "Limits and ticks, and the floor as a grey area above."
-    top = max([1e-3, *(loss[2] for *_, loss in found if loss[2] < 1e6), *([1.5 * limit] if limit else [])])
-    low = min(0, *(max(loss[1], -top) for *_, loss in found))
-    ax.set_ylim(low - 0.05 * top, 1.05 * top)
+    top = max([1e-3, *(loss[0] for *_, loss in found if loss[0] < 1e6), *([1.5 * limit] if limit else [])])
+    low = min(0, *(max(loss[0], -top) for *_, loss in found))
+    ax.set_ylim(low - 0.08 * top, 1.1 * top)  # of the values: an interval of few prompts may be far longer
     if limit is not None:
-        ax.axhspan(limit, 1.05 * top, color=BAND, lw=0, zorder=0)
+        ax.axhspan(limit, 1.1 * top, color=BAND, lw=0, zorder=0)
     few_ticks(ax.yaxis)
     ax.axvline(1, color=FAINT, lw=1, zorder=1)
     ratio_axis(ax, min(g[1] for _, g, _ in found), max(g[2] for _, g, _ in found))
@@ -171,8 +171,8 @@ def _advice_key(fig, i, t, height):
     x, y = 0.1 + (i % 2) * COLUMN / 2, 0.16 * (i // 2) + 2.85
     color, mark = look(t.recipe)
     color = color if t.state in ("chosen", "tie") else tint(color, 0.5)
-    spot = dict(transform=fig.dpi_scale_trans, color=color, mec="white", mew=0.5, ls="")
-    fig.add_artist(Line2D([x], [height - y], marker=mark, ms=sized(mark, 5.5), **spot))
+    spot = dict(transform=fig.transFigure, color=color, mec="white", mew=0.5, ls="")
+    fig.add_artist(Line2D([x / COLUMN], [1 - y / height], marker=mark, ms=sized(mark, 5.5), **spot))
     name = fit(label(t.recipe, 60), COLUMN / 2 - 0.3, 7)
     fig.text((x + 0.1) / COLUMN, 1 - y / height, name, fontsize=7, va="center")
 
@@ -189,20 +189,18 @@ def _cell(figure, form="{:.2f}", sign=""):
 def _advice_rows(advice):
     "Heads and rows of the table of all candidates."
     names = [n for n in LOSSES if any(t.loss(n) for t in advice.tried)]
-    heads = [
-        dict(name="verdict", unit="", about="what became of it"),
-        dict(name="gain", unit=advice.goal, about="baseline / recipe"),
-    ]
-    heads += [dict(name="at most", unit="", about="the ceiling, from the phases of the baseline's answers")]
-    heads += [dict(name=n, unit="", about="same top token" if n == "top1" else LOSSES[n]) for n in names]
-    order = dict(chosen=0, tie=1)
-    rows = []
+    about = dict(gain="baseline / recipe", **{"at most": "the ceiling, from the phases of the baseline's answers"}) | {
+        n: "same top token" if n == "top1" else LOSSES[n] for n in names
+    }
+    heads = [dict(name=n, unit=advice.goal if n == "gain" else "", about=what) for n, what in about.items()]
+    heads.append(dict(name="verdict", unit="", about="what became of it"))
+    order, rows = dict(chosen=0, tie=1), []
     for t in sorted(advice.tried, key=lambda t: (order.get(t.state, 2), -(t.best_gain.value if t.best_gain else 0))):
-        state = dict(text=plain(t.state), more=plain(t.reason)[:160], sort=order.get(t.state, 2), shade="")
+        state = dict(text=plain(t.state), more=plain(t.reason)[:160], sort=order.get(t.state, 2))
         state["shade"] = "good" if t.state in order else ""
         ceiling = Figure(value=t.ceiling) if t.ceiling else None
-        cells = [state, _cell(t.best_gain, sign="×"), _cell(ceiling, sign="×")]
-        cells += [_cell(t.loss(n), "{:.3f}") for n in names]
+        cells = [_cell(t.best_gain, sign="×"), _cell(ceiling, sign="×")]
+        cells += [*(_cell(t.loss(n), "{:.3f}") for n in names), state]
         rows.append(dict(method=breakable(t.recipe), color=look(t.recipe)[0], cells=cells))
     return heads, rows
 

@@ -92,8 +92,8 @@ def _key(fig, v, methods, top):
     for i, m in enumerate(methods):
         x, y = 0.1 + (i % 2) * width / 2, top - 0.16 * (i // 2) - 0.08
         color, mark = v.look[m]
-        spot = dict(transform=fig.dpi_scale_trans, color=color, mec="white", mew=0.5)
-        fig.add_artist(Line2D([x], [y], marker=mark, ms=sized(mark, 5.5), ls="", **spot))
+        spot = dict(transform=fig.transFigure, color=color, mec="white", mew=0.5)
+        fig.add_artist(Line2D([x / width], [y / height], marker=mark, ms=sized(mark, 5.5), ls="", **spot))
         name = fit(label(m, 60), width / 2 - 0.3, SMALL)
         fig.text((x + 0.1) / width, y / height, name, fontsize=SMALL, va="center")
 

@@ -129,7 +129,7 @@ def interaction_cells(ax, v: View, metric: str = "e2el_ms"):
         number, *more = _cell_text(found[f])
         if len(f) > 2:  # as wide as its squares: one line below the number
             more = ["  ".join(more[::-1])]
-        lines = [number, *more] if len(methods) < 6 or len(f) > 2 else [number]
+        lines = [number, *more] if len(methods) < 5 or len(f) > 2 else [number]
         _write_cell(ax, np.mean(cols) + 0.5, row + 0.5, lines, found[f].sure)
     if all(len(f) < 2 for f in places):
         ax.text(1, 1, "no pair was measured ", transform=ax.transAxes, ha="right", va="top", fontsize=7, color=FAINT)

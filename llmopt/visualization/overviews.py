@@ -164,6 +164,7 @@ def _pair_key(fig, v, method):
     for i, m in enumerate(("baseline", method)):
         color, mark = v.look[m]
         width, height = fig.get_size_inches()
-        at = dict(transform=fig.dpi_scale_trans, ls="", color=color, mec="white", mew=0.8)
-        fig.add_artist(Line2D([width - 2.6], [height - 0.2 - 0.2 * i], marker=mark, ms=sized(mark, 8), **at))
+        at = dict(transform=fig.transFigure, ls="", color=color, mec="white", mew=0.8)
+        x, y = 1 - 2.6 / width, 1 - (0.2 + 0.2 * i) / height
+        fig.add_artist(Line2D([x], [y], marker=mark, ms=sized(mark, 8), **at))
         fig.text(1 - 2.45 / width, 1 - (0.2 + 0.2 * i) / height, fit(m, 2.3, 9), fontsize=9, va="center")

@@ -64,7 +64,10 @@ def test_files_that_are_none(tmp_path, capsys):
     text = (DATA / "sample_comprehensive_results.json").read_text(encoding="utf-8")
     bad = {
         "half": (text[: len(text) // 2], "truncated"),
-        "new": (text.replace('"schema_version": 2', '"schema_version": 3', 1), "schema version 3"),
+        "new": (
+            text.replace('"schema_version": 2', '"schema_version": 3', 1),
+            "schema version 3; this llmopt reads versions 1 and 2: update llmopt",
+        ),
         "other": ("[1, 2]", "no llmopt results"),
         "advice": ('{"kind": "advice", "schema_version": 7}', "advice of schema version 7"),
         "edited": ('{"kind": "advice", "schema_version": 1, "tried": 3}', "schema at tried"),
@@ -74,7 +77,7 @@ def test_files_that_are_none(tmp_path, capsys):
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert main(["report", str(tmp_path / name), "-o", str(tmp_path / "out.html")]) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said.startswith("llmopt: error: ") and why in said, (name, said)
+        assert said.startswith("llmopt: error: ") and why in " ".join(said.split()), (name, said)
     assert main(["report", str(tmp_path / "none.json")]) == 2
     assert not (tmp_path / "out.html").exists()
 
