@@ -366,6 +366,7 @@ def parser() -> argparse.ArgumentParser:
     sub = top.add_subparsers(dest="command", required=True, metavar="command")
     for add in (
         _add_compare,
+        _add_advise,
         _add_ask,
         _add_chat,
         _add_serve,
@@ -373,7 +374,6 @@ def parser() -> argparse.ArgumentParser:
         _add_report,
         _add_benchmark,
         _add_models,
-        _add_advise,
     ):
         add(sub)
     return top
