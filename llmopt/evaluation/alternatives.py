@@ -19,6 +19,7 @@ from ..core import LM
 from ..engine import Recipe
 from ..engine.comprehensive import RefusedEngine
 from ..errors import ConfigError, LlmoptError, UnsupportedModelError, one_line
+from .llama_cpp import LlamaCppEngine, why_no_llama
 from llmopt.evaluation.plain_engines import (
     CompiledEngine,
     LookupEngine,
@@ -97,7 +98,7 @@ def _without_compiler(lm):
     return "torch.compile needs a C++ compiler, and there is none; install g++"
 
 # %% ../../nbs/06_evaluation/18_alternatives.ipynb #90e38168
-_HQQ = "pip install --no-deps hqq"
+_HQQ = "pip install hqq"
 
 
 def _kv(lm, id, backend, nbits=None):
@@ -176,6 +177,14 @@ ALTERNATIVES = _all(
         CompiledEngine,
         _without_compiler,
         "model.forward = torch.compile(model.forward)  # with cache_implementation='static'",
+    ),
+    Alternative(
+        "plain:llama_cpp",
+        "llama.cpp on the model's own GGUF file (xllamacpp)",
+        False,
+        LlamaCppEngine,
+        why_no_llama,
+        "llama-server -m model.gguf",
     ),
 )
 
