@@ -268,9 +268,24 @@ def _report(a):
     print(write_report(a.results, a.output))
     return 0
 
+# %% ../../nbs/09_cli/06_entry.ipynb #88713b0a
+def _regressions(a):
+    "`llmopt benchmark compare OLD.json NEW.json`; the exit code is 1 if something got worse."
+    if len(a.names) != 3:
+        raise ConfigError("two files are compared: llmopt benchmark compare OLD.json NEW.json")
+    if a.texts is not None or a.model is not None or a.quick:
+        raise ConfigError("benchmark compare reads two files and measures nothing: leave out --texts, --model, --quick")
+    from llmopt.benchmark.regressions import compare_files, report
+
+    found = compare_files(*a.names[1:])
+    print(report(found))
+    return 1 if found.worse else 0
+
 # %% ../../nbs/09_cli/06_entry.ipynb #29632006
 def _benchmark(a):
     "`llmopt benchmark`"
+    if a.names[:1] == ["compare"]:
+        return _regressions(a)
     names = [n for n in a.names if n != "all"] or BENCHMARKS
     if unknown := [n for n in names if n not in BENCHMARKS]:
         raise ConfigError(f"unknown benchmark '{unknown[0]}'; known: {', '.join(BENCHMARKS)}, all")

@@ -233,13 +233,17 @@ BENCHMARKS = dict(
     kv="decoding, appends, eviction and restoring beside stock caches, on random weights; takes neither; 7 minutes",
     larosa="sparse products beside dense ones, and what answers lose; takes --texts and --model; 9 minutes",
     engine="the engine beside generate; takes --texts (the first one is the prompt) and --model; 2 minutes",
+    rivals="plain alternatives beside the baseline; takes --texts (the first one is the prompt) and --model; 8 minutes",
 )
 
 
 def _suites():
     "A line for each benchmark."
     lines = [f"  {name:<8}{what}" for name, what in BENCHMARKS.items()]
-    return "\n".join(["suites, with about what they take on two cores and llmopt-tiny:", *lines, ""])
+    two = (
+        "compare OLD.json NEW.json: what moved between two runs of a suite, or of llmopt compare; exit code 1 if worse"
+    )
+    return "\n".join(["suites, with about what they take on two cores and llmopt-tiny:", *lines, "", two, ""])
 
 
 def _add_plot(sub):
@@ -283,7 +287,8 @@ def _add_benchmark(sub):
         "benchmark",
         help="one part alone, beside its baselines and the physical limit",
         description="Benchmark parts alone; prints tables and writes benchmark_NAME.json, with the machine.",
-        epilog="examples:\n  llmopt benchmark kv --quick\n  llmopt benchmark words --texts mine.jsonl",
+        epilog="examples:\n  llmopt benchmark kv --quick\n  llmopt benchmark words --texts mine.jsonl\n"
+        "  llmopt benchmark compare before/benchmark_engine.json benchmark_engine.json",
         more=_suites,
     )
     p.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} or all, see below (default: all)")

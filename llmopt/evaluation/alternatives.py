@@ -196,7 +196,7 @@ def named_alternatives(
     if ids is None:
         return [*ALTERNATIVES.values()]
     found = []
-    for name in [ids] if isinstance(ids, str) else ids:
+    for name in ids if isinstance(ids, (list, tuple, set, dict)) else [ids]:
         id = f"plain:{str(name).removeprefix('plain:')}"
         if id not in ALTERNATIVES:
             raise ConfigError(f"unknown alternative {name!r:.60}; known: {', '.join(ALTERNATIVES)}")

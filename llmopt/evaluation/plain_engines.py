@@ -59,6 +59,7 @@ def bf16_weights(lm: LM) -> LM:
 
 # %% ../../nbs/06_evaluation/16_plain_engines.ipynb #464fbe6f
 FUSED_ROWS = 16  # for more of them, unpacking the weights first is faster
+_INPUTS, _OUTPUTS = 32, 16  # multiples that the kernel needs, the second one with room to spare
 
 
 class Int8Linear(torch.nn.Module):
@@ -71,18 +72,20 @@ class Int8Linear(torch.nn.Module):
     ):
         super().__init__()
         scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
-        packed = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.weight = torch.nn.Parameter(packed, requires_grad=False)
-        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+        packed = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous()
+        self.outputs, self.fused = len(weight), FUSED_ROWS if weight.shape[1] % _INPUTS == 0 else 0
+        more = -len(weight) % _OUTPUTS
+        self.weight = torch.nn.Parameter(F.pad(packed, (0, 0, 0, more)), requires_grad=False)
+        self.scale = torch.nn.Parameter(F.pad(scale, (0, more), value=1.0), requires_grad=False)
         self.bias = bias
 
     def forward(self, x):  # (…, inputs) -> (…, outputs)
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        if len(rows) <= FUSED_ROWS:
+        if len(rows) <= self.fused:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(torch.bfloat16)) * self.scale
-        y = y.to(x.dtype).reshape(*x.shape[:-1], -1)
+        y = y[:, : self.outputs].to(x.dtype).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 # %% ../../nbs/06_evaluation/16_plain_engines.ipynb #c6b4c642
@@ -161,6 +164,7 @@ class QuantizedKVEngine(PlainEngine):
     ):
         self.backend, self.nbits = backend, nbits
         super().__init__(lm, id)
+        self.make_cache()  # now, where it may be refused: sliding windows are not supported
 
     def make_cache(self):
         "A fresh quantized cache."

@@ -10,7 +10,10 @@ from llmopt.evaluation.plain_engines import *
 def test_8_bit_weights_are_a_quarter_of_the_bytes_and_the_model_itself_stays_as_it_was():
     """For 8 bits each output row gets a scale, so that its largest weight becomes 127. `torch._weight_int8pack_mm`
     multiplies without unpacking the weights first. It is meant for a few rows; for a prompt it is up to fifty
-    times as slow as to unpack the matrix once and multiply in bfloat16, which is what we do there."""
+    times as slow as to unpack the matrix once and multiply in bfloat16, which is what we do there. The kernel
+    reads inputs in blocks of 32 and outputs in blocks of 4 without looking whether there are as many, and ends
+    the process where there are not. So outputs are padded, and a layer with another number of inputs is always
+    unpacked."""
     whole = load("llmopt-tiny", "cpu")
     eight = int8_weights(whole)
     linear = sum(m.weight.nbytes for m in whole.model.modules() if isinstance(m, torch.nn.Linear))
