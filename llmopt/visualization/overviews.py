@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from .interactions import FIGHT
 from .lanes import BETTER, heading, lane_axis, no_data, side_text, span_axis
 from .sheet import grid, sheet, tall
-from .style import AA, FAINT, INK, Chart, fit, number, plain, scale, sized
+from .style import AA, FAINT, INK, Chart, fit, look, number, plain, scale, sized
 from .texts import fused
 from .view import View
 
@@ -155,14 +155,14 @@ def comprehensive_comparison(v: View, method: str | None = None) -> Chart:
         return fig
     for i, (ax, metric) in enumerate(zip(grid(body, 2, 3), SIDES)):
         dumbbells(ax, v, metric, method, i % 3 == 0)
-    _pair_key(fig, v, method)
+    _pair_key(fig, method)
     return fig
 
 
-def _pair_key(fig, v, method):
+def _pair_key(fig, method):
     "Who is who, at the right of the title."
     for i, m in enumerate(("baseline", method)):
-        color, mark = v.look[m]
+        color, mark = look(m)  # a file without a baseline has a key, too
         width, height = fig.get_size_inches()
         at = dict(transform=fig.transFigure, ls="", color=color, mec="white", mew=0.8)
         x, y = 1 - 2.6 / width, 1 - (0.2 + 0.2 * i) / height

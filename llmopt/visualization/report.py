@@ -9,6 +9,7 @@ __all__ = ['QUERIES', 'ABOUT', 'report_html', 'write_report']
 import math
 from pathlib import Path
 
+from ..errors import ResultsError
 from ..evaluation.files import check_writable, read_json, write_text
 from ..evaluation.results import DEFINITIONS, PHASES, Results, load
 from .advised import advice_html
@@ -215,6 +216,10 @@ def write_report(path, output="report.html") -> Path:
     "Write the report of the results or advice at `path`; `ResultsError` if it cannot be read, drawn or written."
     check_writable(output)
     raw, name = read_json(path), Path(path).name
+    if Path(output).exists() and Path(output).samefile(path):
+        raise ResultsError(
+            f"the page would take the place of the file it is made from; give another name than '{name}'"
+        )
     if isinstance(raw, dict) and raw.get("kind") == "advice":
         return write_text(output, advice_html(raw, name))
     return write_text(output, report_html(load(path), name))

@@ -9,7 +9,7 @@ __all__ = ['MONO', 'SIZE', 'STEP', 'CHAR', 'KINDS_OF_TEXT', 'LEFT', 'COLS', 'PAG
 # %% ../../nbs/07_visualization/07_texts.ipynb #aea64847
 from ..evaluation.results import Run
 from .sheet import sheet
-from .style import AA, FAINT, FONTS, INK, WIDTH, Chart, fit, inches, label, number, sized
+from .style import AA, FAINT, FONTS, INK, WIDTH, Chart, fit, inches, label, look, number, sized
 from .text_diff import changes, columns, flow, pieces
 from .view import View
 
@@ -217,18 +217,18 @@ def answer_differences(v: View, method: str | None = None, most: int = 8) -> Cha
     if not name:
         ax.text(PAGE / 2, 0.4, f"no method {method or 'beside the baseline'} in this file", ha="center", color=FAINT)
     for block in blocks:
-        _pair_block(ax, v, name, *block)
+        _pair_block(ax, name, *block)
     return fig
 
 # %% ../../nbs/07_visualization/07_texts.ipynb #a5179695
-def _pair_block(ax, v, method, query, said, texts, y):
+def _pair_block(ax, method, query, said, texts, y):
     "Query, what is said of the two answers, their names, and the answers, from `y` down."
     ax.fill_between([0.1, PAGE - 0.1], y - 0.14, y + 0.1, color="#eef1f4", lw=0)
     ax.text(0.15, y, fit(query, 1.9, 8, True), fontsize=8, weight="bold", va="center_baseline")
     ax.text(PAGE - 0.15, y, fit(said, PAGE - 2.4, 8), fontsize=8, color=FAINT, va="center_baseline", ha="right")
     for i, (m, lines) in enumerate(zip(("baseline", method), texts)):
         x = 0.15 + i * (HALF + 2) * CHAR
-        color, mark = v.look[m]
+        color, mark = look(m)
         ax.plot(x + 0.06, y + 0.22, mark, color=color, ms=sized(mark, 5.5), mec="white", mew=0.5)
         ax.text(x + 0.17, y + 0.22, fit(m, PAGE / 2 - 0.6, 8), fontsize=8, va="center")
         _write(ax, x, y + 0.34, lines)

@@ -77,6 +77,13 @@ def test_one_method_alone():
     assert "baseline" in says(all_methods(v))
 
 
+def test_no_baseline():
+    "What is beside nothing is shown alone."
+    res = made_up(["m"])
+    v = View(res.model_copy(update=dict(runs=[r for r in res.runs if r.method == "m"])))
+    assert all("m" in says(draw_it(v)) for draw_it in (comprehensive_comparison, answer_differences, all_methods))
+
+
 def test_a_table_is_coloured_beyond_noise_only():
     "A time within noise is white, a better one blue; a method that failed says so."
     res = made_up(["baseline", "fast", "gone"], fail=["gone"])

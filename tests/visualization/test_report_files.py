@@ -83,10 +83,17 @@ def test_files_that_are_none(tmp_path, capsys):
 
 
 def test_where_it_is_written(tmp_path):
-    "A folder, or a place that is none, is one line."
+    "A folder, a place that is none, and the results file itself are one line."
     for output in (tmp_path, tmp_path / "none" / "r.html"):
         with pytest.raises(ResultsError, match="cannot write"):
             write_report(DATA / "sample_comprehensive_results.json", output)
+    own = tmp_path / "r.json"
+    own.write_bytes((DATA / "sample_comprehensive_results.json").read_bytes())
+    (tmp_path / "link.html").symlink_to(own)
+    for output in (own, tmp_path / "link.html"):
+        with pytest.raises(ResultsError, match="take the place of the file"):
+            write_report(own, output)
+    assert load(own).kind == "ask"
 
 
 def test_odd_advice(tmp_path):
