@@ -80,6 +80,7 @@ class Int8Linear(torch.nn.Module):
         self.bias = bias
 
     def forward(self, x):  # (…, inputs) -> (…, outputs)
+        "The layer of `x`, in its type."
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         if len(rows) <= self.fused:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
