@@ -179,3 +179,33 @@ def test_all_cells_run_and_none_is_too_wide(visit, path):
     page = visit(path)
     assert page.evaluate(ERRORS) == []
     assert page.evaluate(SIDEWAYS) == []
+
+
+def test_the_lab_draws_runs_and_stops(visit):
+    "A slider changes the recipe, another one the chart; a run fills the table, and ends when it is asked to."
+    page = visit("explore/lab.ipynb")
+    page.set_default_timeout(60_000)
+    panel = page.locator(".jp-OutputArea-output:has(.jupyter-button:text-is('Stop'))")
+
+    def knob(name):
+        return panel.locator(f".widget-slider:has(label:text-is('{name}')) .noUi-handle")
+
+    panel.locator(".lm-TabBar-tab:has-text('Chart')").click()
+    chart = panel.locator("img.widget-image").element_handle()
+    page.wait_for_function("(e) => e.naturalWidth > 500", arg=chart)
+    before = chart.get_attribute("src")
+    knob("query").press("ArrowRight")
+    page.wait_for_function("([e, old]) => e.src !== old && e.naturalWidth > 500", arg=[chart, before])
+    panel.locator(".widget-checkbox:has-text('word_removal') input").check()
+    knob("rate").press("ArrowRight")
+    panel.locator(".widget-label:text-is('word_removal:rate=0.55')").wait_for()
+    panel.locator(".lm-TabBar-tab:has-text('Table')").click()
+    run, stop = (panel.locator(f".jupyter-button:text-is('{name}')") for name in ("Run", "Stop"))
+    run.click()
+    panel.locator(".widget-html-content:text-matches('^[1-9][0-9]* of [0-9]+: ')").wait_for()
+    assert stop.is_enabled() and not run.is_enabled()
+    stop.click()
+    panel.locator(".widget-html-content:text-matches('^stopped: [1-9][0-9]* measurements')").wait_for()
+    assert panel.locator("table tr").count() == 4  # the head, the baseline, two methods
+    playwright.expect(run).to_be_enabled()
+    assert page.evaluate(ERRORS) == []
