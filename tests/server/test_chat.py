@@ -2,6 +2,7 @@
 # ruff: noqa
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from llmopt.server.chat import ChatJob
 from llmopt.server.protocol import ChatRequest
 from llmopt.server.registry import Registry
@@ -12,6 +13,7 @@ from llmopt.server.chat import *
 def test_stream_and_answer():
     "A stream says the same as an answer at once."
 
+    # in a thread of its own, because JupyterLab runs an event loop already
     async def both(**options):
         "The text of an answer at once and of a stream."
         service = Service(Registry(["llmopt-tiny"], ["baseline"]))
@@ -23,5 +25,5 @@ def test_stream_and_answer():
         return whole, "".join(pieces)
 
     for options in ({}, dict(seed=1, temperature=1.0), dict(logprobs=True)):
-        whole, streamed_text = asyncio.run(both(**options))
+        whole, streamed_text = ThreadPoolExecutor().submit(asyncio.run, both(**options)).result()
         assert whole == streamed_text != ""

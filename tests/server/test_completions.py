@@ -2,6 +2,7 @@
 # ruff: noqa
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from fastcore.test import test_eq
 from llmopt.server.protocol import CompletionRequest
 from llmopt.server.registry import Registry
@@ -12,6 +13,7 @@ from llmopt.server.completions import *
 def test_text_and_ids():
     "A prompt of token ids says the same as its text."
 
+    # in a thread of its own, because JupyterLab runs an event loop already
     async def texts():
         "The continuations of a text and of its ids, in one request each."
         service = Service(Registry(["llmopt-tiny"], ["baseline"]))
@@ -25,6 +27,6 @@ def test_text_and_ids():
         service.close()
         return found, len(ids)
 
-    (one, same, two), n = asyncio.run(texts())
+    (one, same, two), n = ThreadPoolExecutor().submit(asyncio.run, texts()).result()
     test_eq((one, two), (same, (one[0] * 2, 2 * n)))
     test_eq(one[1], n)

@@ -2,6 +2,7 @@
 # ruff: noqa
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from fastcore.test import test_eq
 from llmopt.server.connections import *
 
@@ -10,6 +11,7 @@ def test_clients_that_go_away():
     """A prompt that is too long is known only when the engine has seen it. So the status is sent with the first
     event and not before: an error until then is a proper 400, and not a stream that begins well and breaks."""
 
+    # in a thread of its own, because JupyterLab runs an event loop already
     async def endless(closed):
         "Events until somebody closes it."
         try:
@@ -35,4 +37,4 @@ def test_clients_that_go_away():
         await EventStream(endless(closed))(dict(type="http"), receive, send)
         return len(got) < n + 5, closed
 
-    test_eq(asyncio.run(leaves_after(3)), (True, [True]))
+    test_eq(ThreadPoolExecutor().submit(asyncio.run, leaves_after(3)).result(), (True, [True]))

@@ -2,6 +2,7 @@
 # ruff: noqa
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from types import SimpleNamespace
 from fastcore.test import test_eq
@@ -35,6 +36,7 @@ def test_queue():
     """Three things must hold: a full queue refuses, a client that goes away frees its place, and a server that stops
     tells those who wait."""
 
+    # in a thread of its own, because JupyterLab runs an event loop already
     async def story():
         "What becomes of six clients."
         lane = Lane(queue=2)
@@ -54,6 +56,6 @@ def test_queue():
         )
 
     test_eq(
-        asyncio.run(story()),
+        ThreadPoolExecutor().submit(asyncio.run, story()).result(),
         (["CancelledError", "CancelledError", [1, 2, 3], 429, 429], 408, 503),
     )
