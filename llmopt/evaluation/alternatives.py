@@ -19,7 +19,7 @@ from ..core import LM
 from ..engine import Recipe
 from ..engine.comprehensive import RefusedEngine
 from ..errors import ConfigError, LlmoptError, UnsupportedModelError, one_line
-from .llama_cpp import LlamaCppEngine, why_no_llama
+from .llama_cpp import LlamaCppEngine, OpenVINOEngine, why_no_llama, why_no_openvino
 from llmopt.evaluation.plain_engines import (
     CompiledEngine,
     LookupEngine,
@@ -185,6 +185,14 @@ ALTERNATIVES = _all(
         LlamaCppEngine,
         why_no_llama,
         "llama-server -m model.gguf",
+    ),
+    Alternative(
+        "plain:openvino",
+        "OpenVINO GenAI on the model's own GGUF file",
+        False,
+        OpenVINOEngine,
+        why_no_openvino,
+        "openvino_genai.LLMPipeline('model.gguf', 'CPU').generate(…)",
     ),
 )
 
