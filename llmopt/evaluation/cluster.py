@@ -154,7 +154,7 @@ def the_ray():
     return ray
 
 
-def crew_on_ray(ray, asked: dict) -> tuple:  # (`Crew`, what its first worker says of model and machine)
+def crew_on_ray(ray, asked: dict) -> tuple:  # (`Crew`, what its first worker says of model and machine, a warning)
     "A worker on every node that has loaded the model; raises what loading raises if no node can."
     from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -175,7 +175,8 @@ def crew_on_ray(ray, asked: dict) -> tuple:  # (`Crew`, what its first worker sa
             failed = getattr(e, "cause", None) or e
     if not workers:
         raise failed if isinstance(failed, LlmoptError) else LlmoptError(f"no node could load the model: {failed}")
-    return Crew(workers, ray.wait, ray.get, (RayActorError, ObjectLostError)), described[0]
+    warning = f"nodes that could not load the model are left out: {failed}" if failed else None
+    return Crew(workers, ray.wait, ray.get, (RayActorError, ObjectLostError)), described[0], warning
 
 # %% ../../nbs/06_evaluation/19_cluster.ipynb #c3bd476d
 def _take_over(c, described, **more):
@@ -197,8 +198,10 @@ def run_on_ray(c: Comparison) -> Results:
     with c.record:
         old = c.record.earlier()
         c.say("loading the model on every node, as soon as nothing else of Ray runs there")
-        crew, described = crew_on_ray(ray, c.asked)
+        crew, described, warning = crew_on_ray(ray, c.asked)
         _take_over(c, described, backend="ray", nodes=len(crew.workers))
+        if warning:
+            c.record.warn(warning)
         c.record.begin(old)
         cells = cells_of(c)
         total = sum(len(keys_of(cell, c.methods) - c.record.done) for cell in cells)

@@ -87,7 +87,7 @@ def _larosa_is_off(res):
 
 def _with_ceilings(frame, res):
     "`frame` with a column behind the total time: times as fast at most."
-    least = {c.method: f"{1 / c.ratio:.2f}x" for c in res.ceilings if c.metric == "e2el_ms"}
+    least = {c.method: f"{min(1 / c.ratio, 999):.2f}x" for c in res.ceilings if c.metric == "e2el_ms"}
     if least:
         at_most = [least.get(m, "-") for m in frame.index]
         frame.insert(frame.columns.get_loc("total time") + 1, "at most", at_most)

@@ -22,7 +22,8 @@ _IN_WORDS = {
 
 def _times_as_fast(ratio, low=None, high=None):
     "`x1.18 [1.10 to 1.25]` for ratios of times."
-    return f"x{1 / ratio:.2f}" + ("" if low is None else f" [{1 / high:.2f} to {1 / low:.2f}]")
+    fast, least, most = (None if x is None else min(1 / x, 999) for x in (ratio, high, low))
+    return f"x{fast:.2f}" + ("" if least is None else f" [{least:.2f} to {most:.2f}]")
 
 
 def together(
@@ -37,7 +38,7 @@ def together(
             together=_IN_WORDS[e.verdict],
         )
         for e in res.effects
-        if e.metric == metric and e.expected and e.measured
+        if e.metric == metric and e.method and e.expected and e.measured
     }
     return pd.DataFrame(rows, index=["expected", "measured", "together"]).T
 
