@@ -148,7 +148,7 @@ def comprehensive_comparison(v: View, method: str | None = None) -> Chart:
     ]
     if len(v.queries) > LANES:
         read.append(f"The first {LANES} of {len(v.queries):,} queries.")
-    height = 2 * tall(min(LANES, len(v.queries)))
+    height = 2 * tall(min(LANES, len(v.queries))) + 0.03  # no line of the foot lies on the edge between two pixels
     fig, body = sheet(v, title, height if method else 1, read, SIDES if method else ())
     if not method:
         no_data(grid(body, 1, 1)[0], "this file has no method beside the baseline", lanes=False)
