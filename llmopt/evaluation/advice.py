@@ -315,8 +315,8 @@ def _checked(goal, floor, minutes, queries, methods):
     found = read_goal(goal).name, read_limits(floor), as_queries(queries), _candidates(methods)
     if len(found[2]) < LEAST_PROMPTS:
         raise ConfigError(
-            f"{len(found[2])} prompts are too few: {LEAST_PROMPTS} are needed, some to search with and others to "
-            "confirm with; better are twenty or more"
+            f"{LEAST_PROMPTS} prompts or more are needed, and there are {len(found[2])}: some to search with and "
+            "others to confirm with; better are twenty or more"
         )
     return found
 

@@ -147,11 +147,11 @@ class Search:
         if len(usable) < LEAST_PROMPTS:
             why = next(iter(self.skipped.values()), None)
             raise ConfigError(
-                f"{len(usable)} prompts can be used, and {LEAST_PROMPTS} are needed: some to search with, others to "
+                f"{LEAST_PROMPTS} prompts are needed, and {len(usable)} can be used: some to search with, others to "
                 "confirm with; give more" + (f" (left out: {why})" if why else "")
             )
         random.Random(self.seed).shuffle(usable)
-        n = min(len(usable) - len(usable) // 2, 16)
+        n = min(max(len(usable) // 3, 2), 16)
         return usable[:n], usable[n:]
 
     def open(self) -> list:
@@ -291,20 +291,56 @@ def _combine(self: Search, most: int = 8) -> list:
         self._bound(t)
     return new
 
-# %% ../../nbs/06_evaluation/23_search.ipynb #0e1c2394
+# %% ../../nbs/06_evaluation/23_search.ipynb #5e287579
 @patch
-def _search(self: Search):
-    "Rungs of two, four, eight prompts, and all: until few are left, or the time is up."
-    self._look()
-    for t in list(self.trials.values()):
-        self._bound(t)
-    self._rung(self.open(), self.search[:2])
-    self._rung(self._combine(), self.search[:2])
+def _halving(self: Search):
+    "Rungs of four, eight, sixteen prompts, until none are left."
     n = 4
     while n < 2 * len(self.search) and self.open():
         self._halve()
         self._rung(self.open(), self.search[:n])
         n *= 2
+
+
+@patch
+def _search(self: Search):
+    "Ceilings, single settings, combinations, and what was left out on thin evidence; until the time is up."
+    self._look()
+    for t in list(self.trials.values()):
+        self._bound(t)
+    self._rung(self.open(), self.search[:2])
+    self._rung(self._combine(), self.search[:2])
+    self._halving()
+    self._second_look()
+
+# %% ../../nbs/06_evaluation/23_search.ipynb #67fa3211
+@patch
+def _undecided(self: Search, trial, n):
+    "Was a trial left out on fewer than `n` prompts, and may it be good all the same?"
+    if trial.state == "outside" and len(trial.losses["search"]) < n:
+        found = [(limit, trial.quality(limit.name)) for limit in self.limits]
+        ends = [(limit, q.value if q.low is None else q.high if limit.at_least else q.low) for limit, q in found]
+        return all(
+            limit.loss(end) <= limit.allowed * (1 if len(trial.losses["search"]) > 1 else 8) for limit, end in ends
+        )
+    return trial.state == "slower" and trial.gain().n < n and trial.gain().high > 0.95
+
+
+@patch
+def _second_look(self: Search):
+    "Measure what is undecided on more prompts."
+    for n in (4, 8, 16):
+        n = min(n, len(self.search))
+        again = [t for t in self.trials.values() if self._undecided(t, n)]
+        for t in again:
+            t.end("open", "")
+        for query in self.search[:n]:
+            for t in again:
+                self._score(t, query, "search")
+        for t in again:
+            self._outside(t)
+        self._rung([t for t in again if t.state == "open"], self.search[:n])
+    self._rung(self._combine(), self.search[:4])
 
 # %% ../../nbs/06_evaluation/23_search.ipynb #c0862126
 def _ahead(trials):
