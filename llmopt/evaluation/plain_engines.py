@@ -174,7 +174,8 @@ class QuantizedKVEngine(PlainEngine):
 
 # %% ../../nbs/06_evaluation/16_plain_engines.ipynb #80f87701
 class LookupEngine(PlainEngine):
-    "A plain engine that drafts from its prompt ([prompt lookup decoding](https://github.com/apoorvumang/prompt-lookup-decoding))."
+    """A plain engine that drafts from its prompt, by
+    [prompt lookup decoding](https://github.com/apoorvumang/prompt-lookup-decoding)."""
 
     def decoding(self, settings, tokens=10):
         "Greedy with drafts of `tokens` tokens, the number that the documentation of transformers uses."
