@@ -99,7 +99,7 @@ def _alternatives(ids):
 
     return named_alternatives(ids or None)
 
-
+# %% ../../nbs/09_cli/06_entry.ipynb #fa47c1cc
 def _compare(a, queries=None, kind="compare"):
     "`llmopt compare`"
     from llmopt.evaluation.files import check_writable

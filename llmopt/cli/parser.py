@@ -119,7 +119,7 @@ def _more_to_compare(p):
         help="ray: measure on all nodes of a Ray cluster (default: %(default)s)",
     )
 
-
+# %% ../../nbs/09_cli/01_parser.ipynb #030dbfbd
 def _add_compare(sub):
     "`llmopt compare`"
     p = sub.add_parser(

@@ -153,7 +153,7 @@ def the_ray():
             ray.init(include_dashboard=False, **quiet)
     return ray
 
-
+# %% ../../nbs/06_evaluation/19_cluster.ipynb #86ee0fe4
 def crew_on_ray(ray, asked: dict) -> tuple:  # (`Crew`, what its first worker says of model and machine, a warning)
     "A worker on every node that has loaded the model; raises what loading raises if no node can."
     from ray.exceptions import ObjectLostError, RayActorError, RayTaskError

@@ -304,23 +304,12 @@ def compare(
         raise ConfigError(f"unknown backend {backend!r:.40}; known: {', '.join(BACKENDS)}")
     if design is None and methods is None and kind == "compare" and not quick:
         design = "ten"
-    comparison = Comparison(
-        as_queries(queries),
-        design_methods(design, methods) if design else methods,
-        model,
-        output,
-        resume,
-        kind,
-        progress,
-        device=device,
-        dtype=dtype,
-        rounds=(1 if quick else 5) if rounds is None else rounds,
-        max_new_tokens=(30 if quick else 64) if max_new_tokens is None else max_new_tokens,
-        memory=memory,
-        seed=seed,
-        design=design or "custom",
-        alternatives=alternatives,
-    )
+    methods = design_methods(design, methods) if design else methods
+    options = dict(device=device, dtype=dtype, memory=memory, seed=seed, alternatives=alternatives)
+    options["rounds"] = (1 if quick else 5) if rounds is None else rounds
+    options["max_new_tokens"] = (30 if quick else 64) if max_new_tokens is None else max_new_tokens
+    options["design"] = design or "custom"
+    comparison = Comparison(as_queries(queries), methods, model, output, resume, kind, progress, **options)
     return resolve_name(BACKENDS[backend])(comparison)
 
 # %% ../../nbs/06_evaluation/15_comparison.ipynb #dddb3e88

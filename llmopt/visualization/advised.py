@@ -18,7 +18,7 @@ from .lanes import few_ticks, ratio_axis
 from .page import breakable, entries, inline_svg, rendered
 from .style import BAND, COLUMN, FAINT, STYLE, Chart, fit, label, look, number, plain, sized, tint
 
-
+# %% ../../nbs/07_visualization/15_advised.ipynb #ef424a38
 class Figure(BaseModel):
     "A number with its interval over prompts."
 
@@ -129,7 +129,7 @@ def _spot(ax, t, gain, loss):
     ax.plot([gain[0]] * 2, loss[1:], color=color, lw=1.5)
     ax.plot(gain[0], loss[0], mark, color=color, ms=sized(mark, 7), mec="white", mew=0.7, zorder=4, ls="")
 
-
+# %% ../../nbs/07_visualization/15_advised.ipynb #6e7e8fd9
 def advice_chart(advice: AdviceFile) -> Chart:
     "Gain against loss of all candidates that were measured."
     name, limit = _limit(advice.floor)
@@ -153,7 +153,7 @@ def advice_chart(advice: AdviceFile) -> Chart:
             _advice_key(fig, i, t, height)
     return fig
 
-
+# %% ../../nbs/07_visualization/15_advised.ipynb #4e46729b
 def _advice_axes(ax, found, limit):
     "Limits and ticks, and the floor as a grey area above."
     top = max([1e-3, *(loss[0] for *_, loss in found if loss[0] < 1e6), *([1.5 * limit] if limit else [])])

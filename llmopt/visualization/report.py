@@ -177,7 +177,7 @@ def _carried(v):
     spent = ", ".join(f"{PHASES.get(k, plain(k))} {x:.0%}" for k, x in shares.items())
     return said._replace(lines=[*said.lines, f"The baseline spends its time on: {spent}."]) if shares else said
 
-
+# %% ../../nbs/07_visualization/16_report.ipynb #5a7f370d
 def report_html(
     results: Results | View,
     name: str = "results",  # of the file, for the foot of the page

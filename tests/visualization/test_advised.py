@@ -29,7 +29,7 @@ def made_up(gain=1.3, spread=0.1):
 
 
 def test_advice_that_is_none():
-    "We read what the page needs and leave the rest, so a file with more in it is no error."
+    "A figure is a number with its interval; a candidate has several, on the prompts of the search and on new ones."
     for bad, why in (
         (dict(schema_version=9), "version 9"),
         (dict(schema_version=1, tried=[dict(recipe=3)]), "tried.0.recipe"),
