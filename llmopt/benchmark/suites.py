@@ -46,7 +46,7 @@ def _finite(value):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
+# %% ../../nbs/10_benchmark/20_suites.ipynb #73a076d4
 def run(
     name: str,  # one of `SUITES`
     output=".",  # folder

@@ -147,6 +147,10 @@ ALTERNATIVES = _all(
         LookupEngine,
         command="model.generate(…, prompt_lookup_num_tokens=10)",
     ),
+)
+
+# %% ../../nbs/06_evaluation/18_alternatives.ipynb #f6e73e59
+ALTERNATIVES |= _all(
     Alternative(
         "plain:kv_fp8",
         "a KV cache in 8-bit floating point (transformers' QuantizedCache)",
@@ -170,6 +174,10 @@ ALTERNATIVES = _all(
         partial(_needs, "hqq", _HQQ),
         "model.generate(…, cache_implementation='quantized', cache_config=dict(backend='hqq', nbits=4))",
     ),
+)
+
+# %% ../../nbs/06_evaluation/18_alternatives.ipynb #f99f6577
+ALTERNATIVES |= _all(
     Alternative(
         "plain:compile",
         "a static cache, and steps that torch.compile has compiled",

@@ -66,7 +66,7 @@ def loglikelihood(
         prompt, ids = self.split(context, continuation)
     return self.forced(prompt, ids)
 
-
+# %% ../../nbs/06_evaluation/25_harness.ipynb #5c7205b8
 @patch
 def forced(
     self: TextScorer,
@@ -126,7 +126,7 @@ def _library():
 
     return lm_eval
 
-
+# %% ../../nbs/06_evaluation/25_harness.ipynb #f5d9c085
 def harness_model(
     engine,  # an engine of any recipe, or of an alternative
     chat: bool = False,  # ask each context as a user's question
@@ -184,7 +184,7 @@ def everyday() -> dict:
 
     return as_task(yaml.safe_load(TASK.read_text(encoding="utf-8")), everyday_items())
 
-
+# %% ../../nbs/06_evaluation/25_harness.ipynb #021cd03b
 def evaluate_recipe(
     recipe="baseline",  # id, combination, or `Recipe`
     model=TINY,  # name, folder or hub id; or a loaded `LM`

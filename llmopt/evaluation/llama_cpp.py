@@ -120,7 +120,7 @@ class Reply(NamedTuple):
     later_ms: float  # that the tokens after the first one took
     cut: bool  # it ended because there were enough
 
-
+# %% ../../nbs/06_evaluation/17_llama_cpp.ipynb #23cd60b2
 class LlamaCppEngine(PlainEngine):
     "llama.cpp on the GGUF file of `lm`, prompts as for an engine. Raises `ModelError` if it cannot read the file."
 
@@ -224,7 +224,7 @@ def why_no_openvino(lm: LM) -> str | None:
         return f"'{lm.name}' did not come from a GGUF file; try --model smollm2 or a file.gguf"
     return None if lm.device.type == "cpu" else "it is compared on the CPU only; use --device cpu"
 
-
+# %% ../../nbs/06_evaluation/17_llama_cpp.ipynb #f13b11a8
 class OpenVINOEngine(LlamaCppEngine):
     "OpenVINO GenAI on the GGUF file of `lm`. Raises `ModelError` if it cannot read the file."
 

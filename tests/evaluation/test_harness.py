@@ -20,8 +20,7 @@ def test_the_two_parts_are_the_tokens_of_the_whole_text_and_a_space_goes_with_th
 
 
 def test_the_likelihood_is_that_of_the_model_and_greedy_says_whether_it_would_write_that():
-    """The likelihood is the sum over the tokens of the continuation. A context that does not fit loses its
-    beginning, as the harness does with its own models."""
+    "The tokens may be given as well, as they are when a long text is read in windows."
     from llmopt.core import teacher_forced_logprobs
 
     engine = EnhancedFusedLLMEngine("llmopt-tiny")
@@ -48,9 +47,7 @@ def test_a_continuation_ends_before_its_mark():
 
 
 def test_the_task_that_ships_has_four_endings_for_each_item_and_chance_is_a_quarter():
-    """`llmopt_everyday` has 24 sentences of everyday knowledge with four endings each. It is small enough to run in
-    seconds, and too small to rank recipes: chance gives .25 with a standard error of .09. What it shows is a
-    recipe that broke the model."""
+    "Any recipe, any task of the harness, and one line for whatever goes wrong:"
     items = everyday_items()
     test_eq((len(items), {len(i["choices"]) for i in items}), (24, {4}))
     test_eq([[i["answer"] for i in items].count(k) for k in range(4)], [6, 6, 6, 6])
