@@ -190,7 +190,7 @@ def _nothing(tried, goal, limits, interrupted):
         most = max(t.ceiling or 1 for t in tried)
         touched = f"the most that a candidate could win, of {len(tried)}, is {most:.2f}x"
         return f"Change nothing: nothing here acts on {GOALS[goal].what}; {touched}."
-    if all(t.state in ("open", "pruned") for t in tried):
+    if interrupted or all(t.state in ("open", "pruned") for t in tried):
         why = "it was stopped" if interrupted else "the time was up"
         return f"Change nothing yet: {why} before anything was decided; give it more --minutes. {_counted(tried)}."
     beginning = f"Change nothing: none of {len(tried)} candidates gains {LEAST_GAIN:.2f}x inside your floor {floor}"
