@@ -13,6 +13,7 @@ import pytest
 from forked import run_command, start_command
 
 from llmopt.cli import main
+from llmopt.visualization.charts import KINDS
 
 SHORT = "--quick", "--max-new-tokens", "6"
 
@@ -81,13 +82,10 @@ def test_compare(compared):
 
 def test_plot(compared):
     d, _ = compared
-    p = llmopt("plot", "multi_query_results.json", "--output", "charts", cwd=d)
+    kinds = "quality_comparison", "input_output_pairs", "performance_dashboard"
+    p = llmopt("plot", "multi_query_results.json", "--output", "charts", "--kind", *kinds, cwd=d)
     assert p.returncode == 0, p.stderr
-    assert {f.name for f in (d / "charts").iterdir()} == {
-        "quality_comparison.png",
-        "input_output_pairs.png",
-        "performance_dashboard.png",
-    }
+    assert {f.name for f in (d / "charts").iterdir()} == {f"{k}.png" for k in kinds}
 
 
 def test_ask_and_plot(tmp_path):
@@ -96,12 +94,10 @@ def test_ask_and_plot(tmp_path):
     )
     assert p.returncode == 0 and "--- word_removal" in p.stdout, p.stderr
     assert json.loads((tmp_path / "comprehensive_results.json").read_text())["kind"] == "ask"
-    p = llmopt("plot", "comprehensive_results.json", "--output", ".", cwd=tmp_path)
+    kinds = "time_metrics", "token_metrics", "memory_metrics", "efficiency_metrics", "comprehensive_dashboard"
+    p = llmopt("plot", "comprehensive_results.json", "--output", ".", "--kind", *kinds, cwd=tmp_path)
     assert p.returncode == 0, p.stderr
-    assert {f.name for f in tmp_path.glob("*.png")} == {
-        f"{k}.png"
-        for k in ("time_metrics", "token_metrics", "memory_metrics", "efficiency_metrics", "comprehensive_dashboard")
-    }
+    assert {f.name for f in tmp_path.glob("*.png")} == {f"{k}.png" for k in kinds}
 
 
 def test_chat(tmp_path):
@@ -158,11 +154,12 @@ def test_bad_results_files(tmp_path, compared):
 
 
 def test_single_method_plots(tmp_path):
+    "Without --kind all charts are drawn that suit the file."
     (tmp_path / "q.jsonl").write_text('{"text": "What is rain made of?"}\n')
     asked = "--queries", "q.jsonl", "--methods", "baseline"
     assert llmopt("compare", *SHORT, "--no-memory", *asked, cwd=tmp_path).returncode == 0
     assert llmopt("plot", "multi_query_results.json", cwd=tmp_path).returncode == 0
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
+    assert {f.stem for f in (tmp_path / "plots").iterdir()} == {k for k, (_, of) in KINDS.items() if "compare" in of}
 
 
 ROUNDS = 14  # enough that a signal after the first ones comes long before the last

@@ -182,7 +182,7 @@ def _closest(tried, goal):
     gain = _times(best.gain_confirmed or best.gain)
     return f" The fastest that was timed, {best.recipe}, has {gain} at kl {lost['kl']}."
 
-
+# %% ../../nbs/06_evaluation/24_advice.ipynb #3809229e
 def _nothing(tried, goal, limits, interrupted):
     "The sentence for no winner."
     floor = ",".join(map(str, limits))
@@ -273,7 +273,7 @@ def best(
     rows = {t.recipe: _row(t, limits) for t in sorted(advice.tried, key=_order)[:n]}
     return pd.DataFrame(rows).T
 
-
+# %% ../../nbs/06_evaluation/24_advice.ipynb #97c7d74f
 def advice_text(advice: Advice, width: int = 100) -> str:
     "The sentence, the table and the commands, in lines of at most `width` characters."
     lines = [*textwrap.wrap(advice.sentence, width), ""]
@@ -401,14 +401,8 @@ def advise(
         for name, why in unavailable(lm, plain).items():
             search.trials[name].end("refused", why)
         search.run()
-    config = dict(
-        minutes=minutes,
-        seed=seed,
-        max_new_tokens=n,
-        device=str(device),
-        asked_dtype=str(dtype),
-        dtype=str(lm.model.dtype),
-    )
+    config = dict(minutes=minutes, seed=seed, max_new_tokens=n, device=str(device), asked_dtype=str(dtype))
+    config["dtype"] = str(lm.model.dtype)
     known = dict(llmopt_version=llmopt.__version__, created=now(), environment=environment(), config=config)
     advice = advice_of(search, lm.name, {name: a.title for name, a in plain.items()}, **known)
     advice.commands = _commands(advice, {name: a.command for name, a in plain.items()}, recipe)

@@ -264,18 +264,20 @@ class RecordedBench:
         "As `ModelBench.probe_step`."
         return self.recording.probe
 
-    def prepare(self, recipe: str) -> None:
-        "As `ModelBench.prepare`."
-        if recipe not in self.recording.losses:
-            raise LlmoptError(self.recording.refused.get(recipe, "it was not recorded"))
-        if recipe not in self.ready:
-            self.seconds += self.recording.setup_s.get(recipe, 0.0)
-            self.ready.add(recipe)
-
     def release(self, recipe: str) -> None:
         "Nothing is held."
 
     forget = release
+
+# %% ../../nbs/06_evaluation/22_bench.ipynb #e9459cb1
+@patch
+def prepare(self: RecordedBench, recipe: str) -> None:
+    "As `ModelBench.prepare`."
+    if recipe not in self.recording.losses:
+        raise LlmoptError(self.recording.refused.get(recipe, "it was not recorded"))
+    if recipe not in self.ready:
+        self.seconds += self.recording.setup_s.get(recipe, 0.0)
+        self.ready.add(recipe)
 
 # %% ../../nbs/06_evaluation/22_bench.ipynb #42cea9d4
 @patch

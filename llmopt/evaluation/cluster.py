@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, LlmoptError
@@ -60,30 +61,32 @@ class Worker:
         self.c.setup()
         return self.c.results
 
-    def measure(
-        self,
-        cell: Cell,
-        done: set,  # keys of rows that are there
-    ) -> tuple:  # (rows of the cell that were missing, warnings, the probe)
-        "Measure what is missing of a cell."
-        c, before = self.c, len(self.c.results.runs)
-        c.record.done = {*done}
-        query = next(q for q in c.queries if q.id == cell.query)
-        if cell.kind == "quality":
-            c.quality_block(query)
-        elif cell.kind == "memory":
-            c.memory_of(query)
-        else:
-            self._warm_up()
-            c.speed_block(query, cell.round, [*cell.order])
-        return c.results.runs[before:], c.results.warnings, c.results.probe
-
     def _warm_up(self):
         "Warm up before the first times."
         if not self.warm:
             self.c.warm_up()
             self.c.take_apart()
             self.warm = True
+
+# %% ../../nbs/06_evaluation/19_cluster.ipynb #8880fbde
+@patch
+def measure(
+    self: Worker,
+    cell: Cell,
+    done: set,  # keys of rows that are there
+) -> tuple:  # (rows of the cell that were missing, warnings, the probe)
+    "Measure what is missing of a cell."
+    c, before = self.c, len(self.c.results.runs)
+    c.record.done = {*done}
+    query = next(q for q in c.queries if q.id == cell.query)
+    if cell.kind == "quality":
+        c.quality_block(query)
+    elif cell.kind == "memory":
+        c.memory_of(query)
+    else:
+        self._warm_up()
+        c.speed_block(query, cell.round, [*cell.order])
+    return c.results.runs[before:], c.results.warnings, c.results.probe
 
 # %% ../../nbs/06_evaluation/19_cluster.ipynb #4b9139dc
 class Crew:

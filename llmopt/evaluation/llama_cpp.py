@@ -146,16 +146,6 @@ class LlamaCppEngine(PlainEngine):
         greedy = dict(temperature=0, samplers=["temperature"], return_tokens=True)
         return asked(self.server.listening_address, prompt=ids, n_predict=n, **greedy | more)
 
-    def run(self, text, max_new_tokens=None, fixed=False, **sampling):
-        "Answer once and measure it: `ChatMetrics`. Options of sampling are refused: it is greedy."
-        start, settings = time.perf_counter_ns(), self.settings(max_new_tokens, fixed, **sampling)
-        if sampling:
-            raise ModelError(f"{self.id} is greedy here: leave out {', '.join(sampling)}")
-        prompt = self.prompt(text, settings.max_new_tokens)
-        ready = time.perf_counter_ns()
-        reply = self.replied(prompt.ids, settings.max_new_tokens, settings.fixed)
-        return self._measured(prompt, reply, start, ready, time.perf_counter_ns())
-
     def replied(self, ids: list, n: int, fixed: bool) -> Reply:
         "At most `n` tokens after the prompt `ids`; exactly `n` with `fixed`."
         said = self._ask(ids, n, cache_prompt=False, ignore_eos=fixed)
@@ -164,6 +154,18 @@ class LlamaCppEngine(PlainEngine):
     def close(self):
         "End the server, and free its memory."
         self.server = None
+
+# %% ../../nbs/06_evaluation/17_llama_cpp.ipynb #74754acd
+@patch
+def run(self: LlamaCppEngine, text, max_new_tokens=None, fixed=False, **sampling):
+    "Answer once and measure it: `ChatMetrics`. Options of sampling are refused: it is greedy."
+    start, settings = time.perf_counter_ns(), self.settings(max_new_tokens, fixed, **sampling)
+    if sampling:
+        raise ModelError(f"{self.id} is greedy here: leave out {', '.join(sampling)}")
+    prompt = self.prompt(text, settings.max_new_tokens)
+    ready = time.perf_counter_ns()
+    reply = self.replied(prompt.ids, settings.max_new_tokens, settings.fixed)
+    return self._measured(prompt, reply, start, ready, time.perf_counter_ns())
 
 # %% ../../nbs/06_evaluation/17_llama_cpp.ipynb #04096ecc
 @patch

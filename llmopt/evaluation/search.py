@@ -120,7 +120,7 @@ SEARCH_SHARE = 0.55  # of the time; the rest is for the confirmation
 class TimeIsUp(Exception):
     "The time for this part of the work is used up."
 
-
+# %% ../../nbs/06_evaluation/23_search.ipynb #cc9dcc0e
 class Search:
     "Finds the candidate with the largest gain inside the limits. Raises `ConfigError` for prompts that are too few."
 

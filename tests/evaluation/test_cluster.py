@@ -11,8 +11,7 @@ from llmopt.evaluation.cluster import *
 
 
 def test_a_worker_measures_what_is_missing():
-    """A worker is a comparison of its own that writes no file: it loads the model, describes it, and measures the
-    cells that it is given."""
+    "A cell is a query to be judged, one whose memory is measured, or a block of times."
     asked = dict(queries=as_queries("default")[:1], methods=["kv"], rounds=1, max_new_tokens=2, memory=False)
     worker = Worker(asked)
     test_eq([m.id for m in worker.describe().methods], ["baseline", "kv"])
