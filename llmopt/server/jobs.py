@@ -118,14 +118,16 @@ def _handover(loop, items):
 
 # %% ../../nbs/08_server/04_jobs.ipynb #bf53a9a6
 def _start(lane, work, queue_ms):
-    "Let the thread of the model work; (queue of its items, event that ends it)."
+    "Let the thread of the model work; (queue of its items, event that ends it, event of our turn's end)."
     loop, items, stop, began = asyncio.get_running_loop(), asyncio.Queue(), threading.Event(), time.perf_counter()
+    left = asyncio.Event()
     lane.running.add(stop)
 
     def done():
         lane.running.discard(stop)
         lane.seconds = 0.8 * lane.seconds + 0.2 * (time.perf_counter() - began)
         lane.leave()
+        left.set()
 
     def ended(_):
         for owner in (loop, *(turn.get_loop() for turn in [*lane.waiting])):
@@ -134,7 +136,7 @@ def _start(lane, work, queue_ms):
         return done()
 
     lane.thread.submit(_work, work, _handover(loop, items), stop, queue_ms).add_done_callback(ended)
-    return items, stop
+    return items, stop, left
 
 # %% ../../nbs/08_server/04_jobs.ipynb #c74fe2a0
 async def _within(deadline, awaitable):
@@ -157,14 +159,16 @@ async def generate(
     if not again:
         lane.check_room()
     queue_ms = await _within(deadline, lane.enter())
-    items, stop = _start(lane, work, queue_ms)
+    items, stop, left = _start(lane, work, queue_ms)
     try:
         while (item := await _within(deadline, items.get())) is not _END:
             if isinstance(item, BaseException):
+                await left.wait()
                 raise item
             if isinstance(item, Finished) and item.metrics.finish_reason == "stopped":
                 raise ApiError(503, "the server is stopping; try again later", code="stopping", retry_after=5)
             yield item
+        await left.wait()  # the turn is passed on by this loop, which may end with us
     finally:
         stop.set()
 
