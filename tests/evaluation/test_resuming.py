@@ -23,8 +23,7 @@ def test_methods_that_are_added_are_timed_beside_the_others():
 
 
 def test_rows_are_taken_once_and_failures_not_at_all():
-    """Greedy answers do not change, so they are judged once. A time is compared within its block, though, and a
-    method that comes later was not in it. Where methods are added, all blocks are timed anew."""
+    "A journal begins with everything but the rows. Rows that failed are measured again."
     good = Run(arm="speed", query="a", method="m", ttft_ms=1.0)
     bad = good.model_copy(update=dict(round=1, error="no"))
     lines = [journal_header(Results()), *(dict(run=r.model_dump(exclude_none=True)) for r in (good, bad))]
