@@ -22,12 +22,15 @@ from llmopt.core import ASSETS, load
 from llmopt.core.progress import announce
 from llmopt.evaluation import advice_text, advise
 from llmopt.evaluation.alternatives import ALTERNATIVES, unavailable
-from llmopt.evaluation.bench import ModelBench, RecordedBench, read_recording, record
+from llmopt.evaluation.bench import ModelBench
 from llmopt.evaluation.candidates import Candidate, candidate, combinations
 from llmopt.evaluation.files import write_text
 from llmopt.evaluation.goals import read_limits
+from llmopt.evaluation.halving import LEAST_GAIN
 from llmopt.evaluation.queries import as_queries
-from llmopt.evaluation.search import LEAST_GAIN, Search, gain_interval, mean_interval
+from llmopt.evaluation.recording import RecordedBench, read_recording, record
+from llmopt.evaluation.search import Search
+from llmopt.evaluation.trial import gain_interval, mean_interval
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 QUERIES = DATA / "advise_queries.jsonl"

@@ -9,9 +9,9 @@ from helpers import tiny
 from llmopt.core.recipe_file import read_recipe
 from llmopt.errors import ConfigError, LlmoptError, ResultsError
 from llmopt.evaluation.advice import Advice, advice_of, advice_text, advise, read_advice
-from llmopt.evaluation.bench import RecordedBench, Recording, Timed, read_recording
 from llmopt.evaluation.candidates import Candidate, candidate, combinations
 from llmopt.evaluation.goals import read_limits
+from llmopt.evaluation.recording import RecordedBench, Recording, Timed, read_recording
 from llmopt.evaluation.search import Search
 
 LOOK = dict(preprocess_ms=1, prefill_ms=300, decode_ms=700, steps=20, weight_bytes=9e8, cache_bytes=1e8, seconds=1)

@@ -24,35 +24,3 @@ def test_looks_at_several_prompts_and_a_probe():
     test_eq(phases_of([one], {}), None)
     apart = phases_of([one, one], dict(context=100, step_ms=3, empty_ms=2, linear_ms=1.5))
     test_eq(apart.ms, dict(preprocess=1, prefill=10, linear=15, attention=10, rest=5))
-
-
-def test_a_recording_of_a_recording_is_the():
-    "A recording of a recording is the same recording, which is what the search relies on."
-    import tempfile
-
-    from llmopt.evaluation.bench import RecordedBench, Recording, Timed, record
-
-    numbers = dict(ttft=1.0, tpot=2.0, total=3.0, memory=4.0)
-    look = dict(
-        preprocess_ms=0.1,
-        prefill_ms=0.9,
-        decode_ms=2.0,
-        steps=1,
-        prompt_tokens=9,
-        weight_bytes=3,
-        cache_bytes=1,
-        seconds=0.5,
-    )
-    made = Recording(
-        queries=["a"],
-        looks={"a": look},
-        kept={"kv": {"a": 1.0}},
-        losses={"kv": {"a": dict(kl=0.0, top1=1.0, bits=0.0, seconds=0.25)}},
-        times={"kv": {"a": [Timed(method=numbers, base=numbers, seconds=0.006)]}},
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        again = record(RecordedBench(made), ["kv"], f"{folder}/r.json", rounds=1)
-    test_eq(again.times["kv"]["a"][0].method, numbers)
-    replayed = RecordedBench(again)
-    test_eq(replayed.losses("kv", "a"), dict(kl=0.0, top1=1.0, bits=0.0))
-    test_close(replayed.clock(), 0.75)
