@@ -12,7 +12,7 @@ import random
 from fastcore.basics import patch
 
 from ..engine import Recipe
-from ..errors import ConfigError, LlmoptError, one_line
+from ..errors import ConfigError, one_line
 from .bench import phases_of
 from .candidates import ceiling, combinations
 from .trial import Trial, n_prompts, worst
@@ -77,11 +77,24 @@ def _score(self: Halving, trial, query, part):
     self._begin(f"{trial.id}: quality")
     try:
         found = self.bench.losses(trial.id, query)
-    except LlmoptError as e:
+    except Exception as e:
         return trial.end("refused", one_line(e))
     if not all(math.isfinite(x) for x in found.values()):
         return trial.end("refused", "its predictions are not numbers")
     trial.losses[part][query] = found
+
+
+@patch
+def _block(self: Halving, trials, query) -> list:  # of (trial, `Pair`)
+    "Times of trials on a prompt; if one fails, each is timed by itself, and what fails then is refused."
+    try:
+        pairs = self.bench.times([t.id for t in trials], query)
+    except Exception as e:
+        if len(trials) == 1:
+            trials[0].end("refused", one_line(e))
+            return []
+        return [found for t in trials for found in self._block([t], query)]
+    return [(t, pairs[t.id]) for t in trials]
 
 
 @patch
@@ -90,9 +103,8 @@ def _time(self: Halving, trials, query, part):
     trials = [t for t in trials if t.state == "open"]
     if trials:
         self._begin(f"{trials[0].id}: time" if len(trials) == 1 else f"{len(trials)} recipes: times")
-        pairs = self.bench.times([t.id for t in trials], query)
-        for t in trials:
-            ratio = pairs[t.id].log_ratio(self.goal)
+        for t, pair in self._block(trials, query):
+            ratio = pair.log_ratio(self.goal)
             t.ratios[part].setdefault(query, []).extend([] if ratio is None else [ratio])
 
 # %% ../../nbs/06_evaluation/25_halving.ipynb #686e69ac
@@ -117,7 +129,7 @@ def _bound(self: Halving, trial):
         recipe, queries = Recipe.parse(trial.id), self.search[:LEAST_PROMPTS]
         shortens = recipe.words or recipe.vocab
         kept = sum(self.bench.kept(trial.id, q) for q in queries) / len(queries) if shortens else 1.0
-    except LlmoptError as e:
+    except Exception as e:
         return trial.end("refused", one_line(e))
     if self.phases:
         trial.ceiling = ceiling(recipe, self.goal, self.phases, kept)

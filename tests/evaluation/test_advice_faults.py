@@ -189,6 +189,25 @@ def test_what_fails_is_left_out():
     assert said(found).recipe == "larosa"
 
 
+def test_what_fails_while_it_is_timed_is_left_out():
+    "A candidate that breaks in a block, with any error, is refused; the others of that block are timed"
+
+    class Bench(RecordedBench):
+        def times(self, recipes, query):
+            if "kv" in recipes:
+                raise RuntimeError("the cache is full\nand that is that")
+            return super().times(recipes, query)
+
+    found = search({"larosa": (1.3, 0.01), "kv": (1.5, 0.0)}, bench=Bench)
+    assert (found.trials["kv"].state, found.chosen.id) == ("refused", "larosa")
+    assert "the cache is full and that" in found.trials["kv"].reason
+
+
+def test_a_floor_of_nothing_allows_rounding():
+    "What adds the same numbers in another order loses nothing"
+    assert said(search({"kv": (1.3, 1e-7), "larosa": (1.5, 1e-3)}, "kl=0")).recipe == "kv"
+
+
 def test_prompts_that_do_not_fit():
     "Prompts longer than the context are left out and named; with too few others there is a reason"
 

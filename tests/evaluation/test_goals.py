@@ -12,6 +12,8 @@ def test_limits():
         test_eq(read_limits(written), [Limit("kl", 0.05)])
     test_eq([str(limit) for limit in read_limits("kl=0.05, top1>=95%")], ["kl<=0.05", "top1>=0.95"])
     test_close(read_limits("top1=0.95")[0].allowed, 0.05)
+    test_eq([str(limit) for limit in read_limits("-0")], ["kl<=0"])
+    assert 0 < read_limits("kl=0")[0].allowed < 1e-4  # equal but for rounding
 
 
 def test_what_cannot_be_is_refused_with_a():
