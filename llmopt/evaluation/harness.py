@@ -48,6 +48,8 @@ class TextScorer:
         if not text:
             return self.first, whole if whole[:1] != self.first else whole[1:]
         cut = min(len(before), len(whole) - 1)
+        if not cut:  # together they are a single token
+            return before, self.lm.tokenizer(continuation, add_special_tokens=False)["input_ids"]
         return whole[:cut], whole[cut:]
 
 # %% ../../nbs/06_evaluation/29_harness.ipynb #405d86af
@@ -61,7 +63,8 @@ def loglikelihood(
     if not continuation:
         raise ConfigError("an empty continuation has no likelihood; give at least one character")
     if self.chat and context.strip():
-        prompt, ids = context, self.lm.tokenizer(continuation.lstrip(), add_special_tokens=False)["input_ids"]
+        answer = continuation.lstrip() or continuation
+        prompt, ids = context, self.lm.tokenizer(answer, add_special_tokens=False)["input_ids"]
     else:
         prompt, ids = self.split(context, continuation)
     return self.forced(prompt, ids)

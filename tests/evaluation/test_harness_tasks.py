@@ -64,6 +64,21 @@ def test_word_removal_shortens_a_context_and_never_a_continuation():
     assert len(fewer) < len(ids) and same == end
 
 
+def test_a_continuation_that_melts_into_its_context():
+    """Two texts that are one token together are two all the same: a context is never left without tokens."""
+    scorer = TextScorer(EnhancedFusedLLMEngine(tiny()))
+    context, continuation = "th", "e"
+    assert len(scorer.encode(context + continuation)) == 1
+    assert scorer.split(context, continuation) == (scorer.encode(context), scorer.encode(continuation))
+    assert scorer.loglikelihood(context, continuation)[0] < 0
+
+
+def test_a_blank_continuation_in_a_chat():
+    """White space is dropped before an answer, unless there is nothing else."""
+    scorer = TextScorer(EnhancedFusedLLMEngine(tiny()), chat=True)
+    assert scorer.loglikelihood("What is rain?", "\n")[0] < 0
+
+
 def test_a_context_that_does_not_fit_loses_its_beginning():
     """As with the harness's own models, and with a warning; a continuation that does not fit is refused."""
     scorer = TextScorer(EnhancedFusedLLMEngine(tiny()))
