@@ -8,6 +8,7 @@ __all__ = ['FEWEST', 'ROUNDING', 'Measure', 'Change', 'suite_measures', 'result_
 
 # %% ../../nbs/10_benchmark/21_regressions.ipynb #6e9f3011
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -67,8 +68,8 @@ def _number(row, name):
 def _measure(row, column):
     "The measure in one column of a row; None if there is none."
     if f"{column}_ratio" not in row:
-        value = _number(row, column)
-        return None if value is None else Measure(value, _number(row, "low"), _number(row, "high"))
+        value, own = _number(row, column), f"{column}_" if f"{column}_low" in row else ""
+        return None if value is None else Measure(value, _number(row, f"{own}low"), _number(row, f"{own}high"))
     ratio, q1, q3, n = (_number(row, k) for k in (f"{column}_ratio", f"{column}_q1", f"{column}_q3", "rounds"))
     if ratio is None or None in (q1, q3) or not n or row.get("beside", "") is None:  # beside nothing: it is 1
         return None
@@ -92,15 +93,20 @@ def _targets(content):
             yield f"target: {row.get('what')}", Measure(met, met, met, "higher")
 
 
-def suite_measures(content: dict) -> dict:  # `content` of a benchmark file; name -> `Measure`
-    "What a benchmark file measured with an interval, and its targets."
-    found = dict(_targets(content))
+def _rows(content):
+    "The numbers of tables, each with its name."
     for (suite, table), (names, columns) in _ROWS.items():
         for row in _table(content, table) if suite == content.get("benchmark") else []:
-            for column in columns:
-                if measure := _measure(row, column):
-                    said = " ".join(str(row.get(n)) for n in names)
-                    found[f"{said}, {column}"] = measure
+            said = " ".join(str(row.get(n)) for n in names)
+            yield from ((f"{said}, {c}", measure) for c in columns if (measure := _measure(row, c)))
+
+
+def suite_measures(content: dict) -> dict:  # `content` of a benchmark file; name -> `Measure`
+    "What a benchmark file measured with an interval, and its targets; the second of one name is `NAME (2)`."
+    found, times = {}, Counter()
+    for name, measure in [*_targets(content), *_rows(content)]:
+        times[name] += 1
+        found[f"{name} ({times[name]})" if times[name] > 1 else name] = measure
     return found
 
 # %% ../../nbs/10_benchmark/21_regressions.ipynb #9979e345

@@ -125,6 +125,24 @@ def test_rows_that_are_missing_broken_or_not_numbers_decide_nothing(tmp_path):
     assert {c.verdict for c in found.changes if "twice" in c.what} == {"unknown"} and not found.worse
 
 
+def test_two_rows_of_one_name_are_two_measures(tmp_path):
+    """A suite may hold one thing to two limits, or measure it on two halves: none of them hides the other."""
+    old, what = engine(), "faster"
+    old["tables"]["targets"] = [dict(what=what, met=True), dict(what=what, met=True)]
+    new = copy.deepcopy(old)
+    new["tables"]["targets"][0]["met"] = False
+    found = compare_files(written(tmp_path, old, "old.json"), written(tmp_path, new))
+    assert [c.what for c in found.worse] == ["target: faster"]
+    assert "target: faster (2)" in [c.what for c in found.changes]
+
+
+def test_an_interval_may_stand_under_the_name_of_its_column():
+    """`kl_low` and `kl_high` where a row has several intervals."""
+    row = dict(scorer="idf", rate=0.5, kl=1.0, kl_low=0.9, kl_high=1.2, low=5, high=6)
+    (measure,) = suite_measures(dict(benchmark="words", tables=dict(answers=[row]))).values()
+    assert measure[:3] == (1.0, 0.9, 1.2)
+
+
 def test_measures_of_one_file_only_are_told(tmp_path):
     """A method that was left out must not look as if it had not changed."""
     new = engine()
