@@ -54,6 +54,8 @@ def check_writable(path) -> Path:
         if p.is_dir():
             raise ResultsError(f"cannot write '{path}': it is a folder; give a file name")
         if not plain:
+            if not p.exists():
+                raise ResultsError(f"cannot write '{path}': there is no such device or stream; give a file name")
             return Path(path)
         if not p.parent.is_dir():
             raise ResultsError(f"cannot write '{path}': there is no folder '{p.parent}'")

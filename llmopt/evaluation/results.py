@@ -309,6 +309,8 @@ def load(path) -> Results:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version is None:
         raise ResultsError(f"'{path}' is JSON but no llmopt results file: it has no schema_version")
+    if raw.get("kind") == "advice":
+        raise ResultsError(f"'{path}' holds advice and no results of a comparison; llmopt report shows it")
     if version == 1:
         raw = _from_version_1(raw)
     elif version != SCHEMA_VERSION:

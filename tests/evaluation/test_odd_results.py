@@ -123,3 +123,11 @@ def test_metrics_are_defined_once():
 def test_a_longer_answer_is_not_better(name):
     "What grows with the text of an answer, at equal tokens and times, is better in neither direction."
     assert DEFINITIONS[name].better == "neither" and not DEFINITIONS[name].compared
+
+
+def test_advice_is_no_results_file(tmp_path):
+    "Both have a schema version; what can show it is named."
+    path = tmp_path / "advice.json"
+    path.write_text(json.dumps(dict(schema_version=1, kind="advice", goal="total", floor=[], sentence="Use kv.")))
+    with pytest.raises(ResultsError, match="holds advice .* llmopt report"):
+        load(path)

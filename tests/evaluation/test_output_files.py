@@ -53,6 +53,13 @@ def test_an_open_stream_goes_on_where_it_is(tmp_path):
     assert (tmp_path / "out.txt").read_text() == "before\nresults\nafter\n"
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc on this system")
+def test_a_stream_that_is_not_there():
+    "Nothing can be made below /proc, and that is said before anything is measured."
+    refused("/proc/x/y", "no such device")
+    refused("/proc/self/fd/987", "no such device")
+
+
 @posix
 def test_links_lead_to_the_file(tmp_path):
     "A link to a file, to a link, and to nothing yet: the target is written, the links stay."
