@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGHT', 'MOST', 'Gain', 'gains', 'map_rows', 'interaction_cells']
 
-# %% ../../nbs/07_visualization/09_interactions.ipynb #ba7f7d32
+# %% ../../nbs/07_visualization/09_interactions.ipynb #beac5d80
 import math
 from typing import NamedTuple
 
@@ -17,9 +17,7 @@ from .lanes import heading, no_data
 from .style import FAINT, INK, label
 from .view import View
 
-FIGHT = LinearSegmentedColormap.from_list("fight", ["#D55E00", "#ffffff", "#0072B2"])  # apart for every eye
-
-
+# %% ../../nbs/07_visualization/09_interactions.ipynb #ba7f7d32
 class Gain(NamedTuple):
     "A factor, above 1 where it is better, with its interval; of several methods: what they give beside the product."
 
@@ -30,7 +28,7 @@ class Gain(NamedTuple):
     product: float | None = None  # of what the methods give alone
     name: str = ""  # of the method that has them all
 
-
+# %% ../../nbs/07_visualization/09_interactions.ipynb #7ea6cd5d
 def _factor(log_ratio, better):
     "exp of a log ratio, turned so that more is better; None stays, and so does what would not fit a number."
     return (
@@ -62,6 +60,9 @@ def gains(v: View, metric: str) -> dict:  # tuple of methods -> `Gain`
     return found
 
 # %% ../../nbs/07_visualization/09_interactions.ipynb #544db943
+FIGHT = LinearSegmentedColormap.from_list("fight", ["#D55E00", "#ffffff", "#0072B2"])  # apart for every eye
+
+
 def _number(x):
     return f"{x:.2f}" if x < 100 else f"{x:.1g}"
 

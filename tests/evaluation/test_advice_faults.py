@@ -8,7 +8,8 @@ import pytest
 from helpers import tiny
 from llmopt.core.recipe_file import read_recipe
 from llmopt.errors import ConfigError, LlmoptError, ResultsError
-from llmopt.evaluation.advice import Advice, advice_of, advice_text, advise, read_advice
+from llmopt.evaluation.advice import advice_text, advise
+from llmopt.evaluation.advice_file import Advice, advice_of, read_advice
 from llmopt.evaluation.candidates import Candidate, candidate, combinations
 from llmopt.evaluation.goals import read_limits
 from llmopt.evaluation.recording import RecordedBench, Recording, Timed, read_recording

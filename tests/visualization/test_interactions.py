@@ -36,9 +36,8 @@ interaction_figure()
 
 
 def test_gains():
-    """A results file holds `effects`: logarithms of ratios of times. The effect of one method is its ratio to the
-    baseline. The effect of several together is how far their ratio is from the product of the parts; 0 means that
-    they do not touch each other. We turn times into speed-ups, because readers ask how much faster."""
+    """A logarithm is turned into a factor, and an interval with it. A gain is *sure* by the verdict of the file;
+    where there is none, if the interval does not hold 1."""
     v = made_up(dict(a=2.0, b=1.1), {("a", "b"): 0.5}, 0.1)
     test_close(gains(v, "e2el_ms")["a",][:3], (2, 2 / math.exp(0.1), 2 * math.exp(0.1)))
     test_close([gains(v, "e2el_ms")["a", "b"].x, gains(v, "e2el_ms")["a", "b"].product], [0.5, 2.2])
