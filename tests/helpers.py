@@ -4,10 +4,13 @@ Everything is seeded and takes milliseconds. `tiny()` is the bundled model, load
 ask for `load()` where a test does.
 """
 
+import shutil
 import types
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as T
 
@@ -27,6 +30,27 @@ SMALL = dict(
     eos_token_id=3,
     pad_token_id=5,
 )
+SCREENS = dict(  # what a page is looked at with
+    desktop=dict(viewport=dict(width=1280, height=900)),
+    phone=dict(viewport=dict(width=360, height=740), is_mobile=True, has_touch=True),
+    dark=dict(viewport=dict(width=360, height=740), color_scheme="dark"),
+)
+CHROMIUM_FLAGS = (  # it asks nobody for anything but the page
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+# the least contrast between a text and what is behind it, among the elements of a CSS selector
+CONTRAST = """(selector) => [...document.querySelectorAll(selector)].filter(
+  (e) => e.checkVisibility()).map((e) => {
+    const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
+    const light = (c) => rgb(c).slice(0, 3).map((v) => v / 255).map(
+      (v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce(
+      (sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    let box = e;
+    while (box.parentElement && rgb(getComputedStyle(box).backgroundColor)[3] === 0) box = box.parentElement;
+    const [a, b] = [getComputedStyle(e).color, getComputedStyle(box).backgroundColor].map(light).sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05);
+  }).reduce((x, y) => Math.min(x, y))"""
 GPT2 = dict(vocab_size=4096, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=3)
 FAMILIES = {  # name -> a function that makes the configuration of a small model of that family
     "llama": lambda **kw: T.LlamaConfig(**SMALL | kw),
@@ -163,3 +187,38 @@ def cached_logits(model, ids, prompt=7):
     for a, b in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
         out.append(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits)
     return torch.cat(out, 1)
+
+
+@contextmanager
+def chromium():
+    "A headless Chromium of the system; tests are skipped where it or Playwright is missing."
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def visits(browser):
+    """A function that opens a page: `opened(url, **screen)`, where a screen is one of `SCREENS`.
+
+    At the end, no script may have failed, and nothing may have been asked for that is not under `url`."""
+    wrong, contexts = [], []
+
+    def opened(url, **screen):
+        contexts.append(browser.new_context(**screen))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(5000)
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.on("request", lambda r: None if r.url.startswith((url, "data:")) else wrong.append(r.url))
+        page.goto(url)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert wrong == []

@@ -19,15 +19,11 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, chromium
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 pytest.importorskip("jupyterlab", reason='needs the development tools: pip install -e ".[dev]"')
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.jupyter,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-]
+pytestmark = pytest.mark.jupyter
 PAGES = sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb"))
 KERNEL = dict(display_name="python3", language="python", name="python3")
 LONGEST = 180  # seconds that a page may take
@@ -118,10 +114,8 @@ def lab(notebooks):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -4,21 +4,14 @@ Its browser part needs Playwright (`pip install playwright`) and a Chromium of t
 
 import json
 import re
-import shutil
 from statistics import fmean
 
 import pytest
 
-from helpers import DATA, ROOT
+from helpers import DATA, ROOT, SCREENS, chromium, visits
 
 PAGE = ROOT / "nbs" / "explanations" / "sliders.ipynb"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="not in a checkout")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-LOOKS = dict(
-    desktop=dict(viewport=dict(width=1280, height=900)),
-    phone=dict(viewport=dict(width=360, height=740), is_mobile=True, has_touch=True),
-    dark=dict(viewport=dict(width=360, height=740), color_scheme="dark"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -74,36 +67,18 @@ def test_bytes_are_those_of_the_model(numbers):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def visit(browser, fragment, tmp_path):
-    "A function that opens the page as a file; no error of a script and no request may have been seen at the end."
-    wrong, contexts = [], []
+    "A function that opens the page as a file."
     file = tmp_path / "page.html"
     look = "<meta name=viewport content='width=device-width'><style>:root{color-scheme:light dark}</style>"
     file.write_text(f"<!doctype html><html lang=en><meta charset=utf-8>{look}<body>{fragment}</body></html>", "utf-8")
-
-    def opened(**look):
-        contexts.append(browser.new_context(**look))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(5000)
-        page.on("pageerror", lambda e: wrong.append(str(e)))
-        page.on("request", lambda r: None if r.url == file.as_uri() else wrong.append(r.url))
-        page.goto(file.as_uri())
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert wrong == []
+    with visits(browser) as opened:
+        yield lambda **screen: opened(file.as_uri(), **screen)
 
 
 def move(page, name, steps):
@@ -117,10 +92,10 @@ def said(page, name):
     return page.locator(f"[data-out={name}]").inner_text()
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("look", SCREENS)
 def test_sliders_move_the_figures(visit, numbers, look):
     "Bytes, bound and losses follow; nothing is wider than the screen."
-    page = visit(**LOOKS[look])
+    page = visit(**SCREENS[look])
     mib = (numbers["projectionBytes"] + numbers["otherBytes"] + 2048 * numbers["kvBytes"]) / 2**20
     assert said(page, "bytes") == f"{mib:,.0f} MiB"
     assert (said(page, "klWeights"), said(page, "klCache")) == ("0", "0")
@@ -141,7 +116,7 @@ def test_sliders_move_the_figures(visit, numbers, look):
 
 def test_only_measured_settings_are_offered(visit, numbers):
     "Whatever the bits, each stop of the other slider is a row of the data, and the page never shows NaN."
-    page = visit(**LOOKS["desktop"])
+    page = visit(**SCREENS["desktop"])
     for bits in (0, 1):
         move(page, "bits", bits)
         stops = int(page.get_attribute("[data-in=sparsity]", "max")) + 1
@@ -153,7 +128,7 @@ def test_only_measured_settings_are_offered(visit, numbers):
 
 def test_the_chosen_setting_stands_out(visit):
     "One dot in each chart is the current one, and it has a title."
-    page = visit(**LOOKS["desktop"])
+    page = visit(**SCREENS["desktop"])
     move(page, "sparsity", 3)
     for chart in ("weights", "cache"):
         assert page.locator(f"[data-chart={chart}] circle.now").count() == 1
