@@ -107,7 +107,8 @@ def _framed(ax, v, height, key, below):
     upright = [line for t in ax.get_xticklabels() if t.get_rotation() == 90 for line in t.get_text().split("\n")]
     ticks = 0.3 + max((inches(line, SMALL) for line in upright), default=0)
     foot = 0.05 + 0.11 * len(below)
-    under = ticks + 0.16 * -(-len(key) // 2) + foot
+    below_key = foot + 0.05 * bool(key)  # the notes are lower than the key by a little more than by a line
+    under = ticks + 0.16 * -(-len(key) // 2) + below_key
     whole = top + height + under
     fig.set_size_inches(COLUMN, whole)
     wide = COLUMN - left - right
@@ -120,7 +121,7 @@ def _framed(ax, v, height, key, below):
         legend.set_bbox_to_anchor((-(left - 0.08) / wide, 1))
         for text in legend.get_texts():
             text.set_fontsize(SMALL)
-    _key(fig, v, key, foot + 0.16 * -(-len(key) // 2))
+    _key(fig, v, key, below_key + 0.16 * -(-len(key) // 2))
     fig.text(0.1 / COLUMN, foot / whole, "\n".join(below), fontsize=TINY, color=FAINT, va="top", linespacing=1.3)
 
 # %% ../../nbs/07_visualization/10_column.ipynb #b70ed9e6

@@ -39,9 +39,10 @@ def _shade(v, metric, method, x, worst):
     if v.metric(metric).compared and (not summary or summary.verdict not in ("better", "worse")):
         return 0.0
     base, value = x["baseline"], x[method]
-    if base <= 0 or value <= 0:
-        return -min(1.0, abs(value - base) / worst) if worst else 0.0
-    gain = math.log(value / base) * (1 if better == "higher" else -1)
+    sign = 1 if better == "higher" else -1
+    if base <= 0:
+        return max(-1.0, min(1.0, sign * (value - base) / worst)) if worst else 0.0
+    gain = sign * math.log(max(value / base, 1e-9))
     return max(-1.0, min(1.0, gain / 0.7))
 
 # %% ../../nbs/07_visualization/11_overviews.ipynb #6c1e6817

@@ -92,7 +92,7 @@ def cache_spots(ax, v: View, methods):
     d = d[d.method.isin(methods)]
     k, u = scale(d.bytes.max() if len(d) else 0, "byte")
     better = BETTER[v.metric("kv_bytes_live").better]
-    heading(ax, "KV cache as the text grows", f"{u} live; below: tokens of prompt and answer", better)
+    heading(ax, "KV cache as the text grows", f"{u} live, {better}; below: tokens")
     sns.despine(ax=ax)
     ax.tick_params(labelsize=8, length=0, labelcolor=INK)
     if not len(d):
