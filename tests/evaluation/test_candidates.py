@@ -17,7 +17,7 @@ def test_a_setting_switches_on_one_method_these():
 
 def test_ceilings():
     """An answer of 40 tokens to a prompt of 500, on some machine: skipping half of the bytes of the linear layers
-    cannot win more than 1.44x of the whole, and nothing of the time to the first token."""
+    makes the whole answer 1.45 times as fast at most, and the first token no faster at all."""
     from llmopt.engine import Recipe
     from llmopt.evaluation.candidates import Phases, ceiling
 

@@ -33,8 +33,9 @@ def test_phases():
 
 
 def test_ceilings():
-    """With the made-up times, half of the prompt's tokens leave a prefill of at least a quarter and half of the
-    attention; LaRoSA at 40 % has more to gain."""
+    """With the made-up times, half of the prompt's tokens leave at least a quarter of the prefill and half of the
+    attention: 70 % of the whole, so the answer is 1.43 times as fast at most. LaRoSA at 40 % leaves 80 %, and can
+    give 1.25."""
     short = row | dict(method="words", prompt_tokens=100)
     words, larosa = (
         Method(id="words", params=dict(words=dict(n=2))),

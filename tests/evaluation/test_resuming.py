@@ -23,7 +23,8 @@ def test_methods_that_are_added_are_timed_beside_the_others():
 
 
 def test_rows_are_taken_once_and_failures_not_at_all():
-    "A journal begins with everything but the rows. Rows that failed are measured again."
+    """A journal of a good row and a failed one gives back the good one. An experiment that was measured so far takes
+    it up, and nothing else."""
     good = Run(arm="speed", query="a", method="m", ttft_ms=1.0)
     bad = good.model_copy(update=dict(round=1, error="no"))
     lines = [journal_header(Results()), *(dict(run=r.model_dump(exclude_none=True)) for r in (good, bad))]
