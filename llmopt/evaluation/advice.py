@@ -7,12 +7,14 @@ __all__ = ['OPTIONS', 'best', 'advice_text', 'advise']
 
 # %% ../../nbs/06_evaluation/28_advice.ipynb #643eacc0
 import inspect
+import os
 import shlex
 import textwrap
 import time
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -27,7 +29,7 @@ from .advice_file import Advice, advice_of
 from .alternatives import named_alternatives, unavailable
 from .bench import ModelBench
 from .candidates import SETTINGS, Candidate, candidate
-from .files import check_writable, keep_aside, write_text
+from .files import check_writable, destination, keep_aside, write_text
 from .goals import GOALS, LIMITS, read_goal, read_limits
 from .halving import LEAST_PROMPTS
 from .machine import environment
@@ -78,6 +80,8 @@ def advice_text(advice: Advice, width: int = 100) -> str:
     if advice.tried:
         lines += [fixed_width(best(advice), width), ""]
         lines += textwrap.wrap(_legend(advice), width)
+    for note in _refused(advice)[:3]:
+        lines += textwrap.wrap(note, width)
     for query, why in list(advice.skipped.items())[:3]:
         lines += textwrap.wrap(f"note: prompt {query} was left out: {why}", width)
     if len(advice.skipped) > 3:
@@ -85,6 +89,15 @@ def advice_text(advice: Advice, width: int = 100) -> str:
     searched = f"{len(advice.search)} to search with, {len(advice.confirm)} to confirm with"
     lines.append(f"{advice.model}: {searched}; {advice.seconds / 60:.1f} minutes")
     return "\n".join([*lines, *advice.commands])
+
+
+def _refused(advice):
+    "Why recipes could not be tried, a line for each reason."
+    names = {}
+    for t in advice.tried:
+        if t.state == "refused" and not t.alternative:
+            names.setdefault(t.reason, []).append(t.recipe)
+    return [f"note: {', '.join(which)} could not be tried: {why}" for why, which in names.items()]
 
 
 def _legend(advice):
@@ -119,6 +132,16 @@ def _checked(goal, floor, minutes, queries, methods):
     return found
 
 # %% ../../nbs/06_evaluation/28_advice.ipynb #e9f816b5
+def _check_files(queries, output, recipe):
+    "Raise `LlmoptError` for a file that cannot be written, or would take the place of another one."
+    taken = {os.path.realpath(queries): "the prompts"} if isinstance(queries, (str, Path)) else {}
+    for path, what in ((output, "what was tried"), (recipe, "the recipe")):
+        if path and destination(check_writable(path))[1]:
+            other = taken.setdefault(os.path.realpath(path), what)
+            if other != what:
+                raise ConfigError(f"'{path}' would hold {other} and {what}; give each a file of its own")
+
+
 @contextmanager
 def _bar(bench, minutes, progress):
     "A function that shows on a bar what is being tried, and how much of the time is used."
@@ -168,9 +191,9 @@ def _commands(advice, ways, recipe_file):
 def _searched(bench, settings, plain, goal, limits, minutes, seed, progress):
     "A search that has run over `settings` and over the alternatives in `plain`."
     candidates = settings + [Candidate(name, alternative=True) for name in plain]
-    with warnings.catch_warnings(), _bar(bench, minutes, progress) as tell:
+    search = Search(bench, candidates, goal, limits, minutes, seed)
+    with warnings.catch_warnings(), _bar(bench, minutes, progress) as search.tell:
         warnings.simplefilter("ignore")  # what single candidates have to say
-        search = Search(bench, candidates, goal, limits, minutes, seed, tell)
         for name, why in unavailable(bench.lm, plain).items():
             search.trials[name].end("refused", why)
         return search.run()
@@ -194,9 +217,8 @@ def advise(
 ) -> Advice:
     "What to use for these prompts on this machine; Ctrl-C: the best so far. Raises `LlmoptError` for what cannot be."
     start, n = time.perf_counter(), whole_number(max_new_tokens, "max_new_tokens", 2)
-    goal, limits, queries, settings = _checked(goal, floor, minutes, queries, methods)
-    for path in filter(None, (output, recipe)):
-        check_writable(path)
+    asked, (goal, limits, queries, settings) = queries, _checked(goal, floor, minutes, queries, methods)
+    _check_files(asked, output, recipe)
     if progress:
         announce(f"loading the model {model}" if not isinstance(model, LM) else f"asking {model.name}")
     lm = loaded(model, device, dtype)

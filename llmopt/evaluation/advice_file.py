@@ -63,7 +63,7 @@ class Advice(BaseModel):
     created: str = ""
     environment: Environment = {}
     model: str = ""
-    goal: str
+    goal: Literal[tuple(GOALS)]
     floor: list[str]
     config: dict = {}
     decision: Literal["use", "alternative", "nothing"] = "nothing"
@@ -175,7 +175,8 @@ def _nothing(tried, goal, limits, interrupted):
     if interrupted or all(t.state in ("open", "pruned") for t in tried):
         why = "it was stopped" if interrupted else "the time was up"
         return f"Change nothing yet: {why} before anything was decided; give it more --minutes. {_counted(tried)}."
-    beginning = f"Change nothing: none of {len(tried)} candidates gains {LEAST_GAIN:.2f}x inside your floor {floor}"
+    who = "the only candidate does not gain" if len(tried) == 1 else f"none of {len(tried)} candidates gains"
+    beginning = f"Change nothing: {who} {LEAST_GAIN:.2f}x inside your floor {floor}"
     return f"{beginning}; {_counted(tried)}.{_closest(tried, goal)}"
 
 # %% ../../nbs/06_evaluation/27_advice_file.ipynb #aa4c945c

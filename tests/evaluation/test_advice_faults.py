@@ -209,6 +209,37 @@ def test_a_floor_of_nothing_allows_rounding():
     assert said(search({"kv": (1.3, 1e-7), "larosa": (1.5, 1e-3)}, "kl=0")).recipe == "kv"
 
 
+def test_what_could_not_be_tried_says_why():
+    "A reason stands in the text once for all recipes that share it, and not in the file alone"
+
+    class Bench(RecordedBench):
+        def losses(self, recipe, query):
+            raise LlmoptError(f"there is no file {recipe[:2]}")
+
+    text = advice_text(said(search(dict.fromkeys(("kv", "kv:budget=50%", "larosa"), (1.3, 0.01)), bench=Bench)))
+    assert "note: kv, kv:budget=50% could not be tried: there is no file kv" in text
+    assert "note: larosa could not be tried: there is no file la" in text
+    assert "the only candidate does not gain" in said(search({"larosa": (1.3, 0.01)}, bench=Bench)).sentence
+
+
+def test_each_file_has_a_place_of_its_own(tmp_path):
+    "No file takes the place of the prompts, or of the other one; that is said before a model is loaded"
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text('{"text": "What is rain?"}\n' * 4)
+    files = dict(output=tmp_path / "a.json", recipe=tmp_path / "r.json")
+    for wrong in (dict(output=prompts), dict(recipe=str(prompts)), dict(recipe=files["output"])):
+        with pytest.raises(ConfigError, match="would hold .* a file of its own"):
+            advise("nowhere", prompts, **(files | wrong))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_no_bar_before_an_error(tmp_path, capsys):
+    "Prompts that cannot be used are found before the bar is drawn"
+    with pytest.raises(ConfigError, match="0 can be used"):
+        advise(tiny(), [" "] * 4, output=None, recipe=None, methods=["kv"], alternatives=())
+    assert "|" not in capsys.readouterr().err
+
+
 def test_prompts_that_do_not_fit():
     "Prompts longer than the context are left out and named; with too few others there is a reason"
 
