@@ -13,7 +13,7 @@ from prompt_toolkit.output import DummyOutput
 
 from llmopt.cli import main
 from llmopt.cli.chat import COMMANDS, Chat, cost_line, engines, help_lines
-from llmopt.cli.entry import settle
+from llmopt.cli.checks import settle
 from llmopt.cli.lines import Pipe, Terminal, history_file, screen
 from llmopt.cli.parser import parser
 from llmopt.errors import LlmoptError
@@ -178,7 +178,7 @@ def test_wrong_recipe_files(tmp_path, monkeypatch, content, args, says):
 )
 def test_what_a_recipe_file_fills_in(tmp_path, monkeypatch, line, model, methods):
     "What is typed wins over its model, and its recipe stands beside the methods that are typed."
-    monkeypatch.setattr("llmopt.cli.entry.check_model", lambda name: None)
+    monkeypatch.setattr("llmopt.cli.checks.check_model", lambda name: None)
     file = tmp_path / "recipe.json"
     file.write_text('{"recipe": "words:n=2", "model": "./mine"}')
     options = parser().parse_args(line.format(file).split())
