@@ -195,11 +195,9 @@ MEASURES = dict(kl="kl", nll_rise="nll", keyword_recall="keyword_recall")  # nam
 
 def _with_interval(name, values, passages):
     "The mean of `values` under `name`, and 95 % of the means of resampled passages as `name`_low and `name`_high."
-    values, mean = values.astype(float).to_numpy(), float("nan")
-    known = pd.Series(values, passages.to_numpy()).dropna()
+    known = pd.Series(values.astype(float).to_numpy(), passages.to_numpy()).dropna()
     groups = [group.tolist() for _, group in known.groupby(level=0)]
-    if len(known):
-        mean = known.mean()
+    mean = known.mean()  # not a number where nothing is known
     low, high = mean, mean
     if len(groups) > 1 and known.nunique() > 1:
         low, high = bootstrap_interval(groups, np.nanmean, n=1000)
@@ -258,8 +256,7 @@ def time_scorers(
     rounds: int = 5,  # the fastest counts, for a busy machine only ever adds time
 ) -> dict:  # scorer -> milliseconds for each 1,000 words
     "How long scorers take on this machine, without a tokenizer."
-    thousands = len(split_words(text)) / 1000
-    times = {}
+    thousands, times = len(split_words(text)) / 1000, {}
     for name in scorers:
         fastest = min(compress(text, rate, scorer=name, question="").seconds for _ in range(rounds))
         times[name] = 1000 * fastest / thousands
@@ -348,7 +345,6 @@ def benchmark_words(
     tables = dict(
         survive=[x for t in (None, lm.tokenizer) for x in surviving(some, t)],
         budgets=check_budgets(rows, lm.tokenizer, 50 if quick else 1000),
-        rounded=rounded,
-        **dict(answers=answers, pairs=pairs, long=long, long_pairs=long_pairs),
+        **dict(rounded=rounded, answers=answers, pairs=pairs, long=long, long_pairs=long_pairs),
     )
     return tables if large else tables | _times(rows, lm)

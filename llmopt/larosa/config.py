@@ -24,14 +24,7 @@ from ..core.state_hash import LOOKS_ONLY, model_state
 from ..errors import ConfigError, ModelError, UnsupportedModelError, one_line, warn_once
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity, plain_shape
 from .artifact import SHIPPED, fitted, kept_calibration, load_calibration, save_calibration
-from llmopt.larosa.calibration import (
-    MADE_BY,
-    Calibration,
-    calibrate,
-    calibration_ids,
-    other_ids,
-    text_hash,
-)
+from .calibration import MADE_BY, Calibration, calibrate, calibration_ids, other_ids, text_hash
 from .choice import choose
 from .families import family, projections
 from .rotation import ROTATIONS, convert
