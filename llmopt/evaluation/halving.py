@@ -83,7 +83,7 @@ def _score(self: Halving, trial, query, part):
         return trial.end("refused", "its predictions are not numbers")
     trial.losses[part][query] = found
 
-
+# %% ../../nbs/06_evaluation/25_halving.ipynb #e45b8f28
 @patch
 def _block(self: Halving, trials, query) -> list:  # of (trial, `Pair`)
     "Times of trials on a prompt; if one fails, each is timed by itself, and what fails then is refused."

@@ -302,7 +302,7 @@ def _validated(raw, name):
     except RecursionError:
         raise ResultsError(f"'{name}' is nested too deeply to be a results file") from None
 
-
+# %% ../../nbs/06_evaluation/02_results.ipynb #d29bc415
 def load(path) -> Results:
     "Read a results file; raises `ResultsError`, one line, if it is none."
     raw = read_json(path)
