@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..errors import ResultsError
 from ..evaluation.files import read_json
-from ..evaluation.results import DEFINITIONS, Results, load
+from ..evaluation.results import DEFINITIONS, SECOND_BASELINE, Results, load
 from ..evaluation.statistics import bootstrap_interval
 
 # %% ../../nbs/10_benchmark/21_regressions.ipynb #9bd5c782
@@ -114,12 +114,13 @@ _QUALITY = "kl_mean", "top1_agree", "keyword_recall"
 
 
 def result_measures(results: Results) -> dict:  # name -> `Measure`
-    "The ratios to the baseline in a results file, with their intervals."
+    "The ratios to the baseline in a results file, with the intervals of `FEWEST` queries or more."
     found = {}
     for row in results.summary:
-        if row.ratio is not None and row.metric in DEFINITIONS:
-            measure = Measure(row.ratio, row.ratio_low, row.ratio_high, DEFINITIONS[row.metric].better)
-            found[f"{row.method}, {row.metric}"] = measure
+        if row.ratio is not None and row.metric in DEFINITIONS and row.method != SECOND_BASELINE:
+            drawn = row.n_queries if row.n_queries > 1 else row.n_rounds  # what the bootstrap drew from
+            low, high = (row.ratio_low, row.ratio_high) if drawn >= FEWEST else (None, None)
+            found[f"{row.method}, {row.metric}"] = Measure(row.ratio, low, high, DEFINITIONS[row.metric].better)
     return found
 
 
@@ -196,9 +197,14 @@ def _different(old, new, part, names):
     return [f"{n} {a.get(n)} -> {b.get(n)}" for n in names if n in {**a, **b} and a.get(n) != b.get(n)]
 
 
+def _questions(content):
+    "The prompts of a file of `llmopt compare`; None for a benchmark."
+    return [q.prompt for q in content.queries] if isinstance(content, Results) else None
+
+
 def _notes(old, new):
     "What a reader must know of two files."
-    found = []
+    found = ["they asked different questions"] if _questions(old) != _questions(new) else []
     if asked := _different(old, new, "config", _ASKED):
         found.append(f"asked for differently: {', '.join(asked)}")
     if machine := _different(old, new, "environment", _MACHINE):

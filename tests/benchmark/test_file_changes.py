@@ -71,6 +71,25 @@ def test_results_of_compare_are_compared_by_ratio_and_by_quality(tmp_path):
     assert worse == [f"{slower['method']}, tpot_ms", "word_removal, kl_mean +-"]
 
 
+def test_few_queries_and_the_second_baseline_decide_nothing(tmp_path):
+    """A bootstrap over two queries has no interval to speak of, and two equal baselines differ by noise."""
+    new = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for s in new["summary"]:
+        if s.get("ratio_low"):
+            s.update({k: s[k] * 3 for k in ("ratio", "ratio_low", "ratio_high")}, n_queries=2, n_rounds=9)
+    found = compare_files(RESULTS, written(tmp_path, new))
+    assert not found.worse and not [c for c in found.changes if "baseline*" in c.what]
+    assert "unknown" in {c.verdict for c in found.changes}
+
+
+def test_other_questions_are_told(tmp_path):
+    """Ratios of other prompts may differ with nothing changed."""
+    new = json.loads(RESULTS.read_text(encoding="utf-8"))
+    new["queries"][0]["text"] = "What is snow?"
+    assert "they asked different questions" in compare_files(RESULTS, written(tmp_path, new)).notes
+    assert "they asked different questions" not in compare_files(RESULTS, RESULTS).notes
+
+
 def test_rounding_is_no_loss_of_quality(tmp_path):
     """The same sign in every query, and less than a thousandth: another build of torch does that."""
     new = json.loads(RESULTS.read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ def test_intervals_that_overlap_are_the_same_and_which_way_is_better_decides_the
 
 
 def test_a_file_beside_itself_has_not_moved_and_files_of_two_kinds_are_refused():
-    """What moved comes first. Where no interval is known nothing is decided: a single round, or a single query, has
-    none."""
+    """What moved comes first. Where no interval is known nothing is decided: fewer than five rounds, or queries,
+    have none."""
     from llmopt.core import ASSETS
 
     data = ASSETS.parents[1] / "data"
