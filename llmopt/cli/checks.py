@@ -63,9 +63,10 @@ def settle(a) -> None:  # `a`: the parsed options
     from llmopt.core.recipe_file import RecipeFile, read_recipe
     from llmopt.core.sources import TINY
 
-    if getattr(a, "recipe", None) and getattr(a, "method", None):
+    path = getattr(a, "recipe", None)
+    if path is not None and getattr(a, "method", None):
         raise ConfigError(f"there are two recipes, '{a.method:.60}' and the file '{a.recipe:.60}'; give one")
-    found = read_recipe(a.recipe) if getattr(a, "recipe", None) else RecipeFile(None)
+    found = RecipeFile(None) if path is None else read_recipe(path)
     several = a.command == "serve"
     if hasattr(a, "method"):
         a.method = a.method or found.recipe or "baseline"

@@ -27,7 +27,7 @@ def _more_to_compare(p):
         "--rivals",
         nargs="*",
         metavar="ID",
-        help="measure what you could do without llmopt, too, such as int8 or static_cache: those that you name, or all "
+        help="measure what you could do without llmopt, too, such as plain:int8: those that you name, or all "
         "that can run here",
     )
     p.add_argument(
@@ -49,7 +49,7 @@ def _add_compare(sub):
         "  llmopt compare --methods words:n=2 kv words:n=2+kv --queries mine.jsonl\n"
         "  llmopt compare --model ./my-model --queries long --rounds 10 --output mine.json\n"
         "  llmopt compare --design full --methods words:rate=0.5 kv:budget=50%\n"
-        "  llmopt compare --recipe recipe.json --rivals int8 static_cache",
+        "  llmopt compare --recipe recipe.json --rivals plain:int8 plain:static_cache",
         more=stored_text("methods"),
     )
     p.add_argument(

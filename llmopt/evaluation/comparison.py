@@ -21,7 +21,7 @@ from ..core.progress import announce
 from ..engine import ComprehensiveChatEngine, Recipe
 from ..engine.checks import loaded
 from ..engine.comprehensive import make_engine
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from .ceilings import add_ceilings, probe
 from .designs import design_methods, plan
 from .machine import environment
@@ -71,7 +71,7 @@ class Comparison:
     @contextmanager
     def step(self, method: str, query: Query):
         "One measurement: the bar names it while it runs, and moves when it ends."
-        self.bar.set_postfix_str(f"{method}, {query.id}")
+        self.bar.set_postfix_str(f"{method}, {shown(query.id)}")
         yield
         self.bar.update()
 

@@ -236,6 +236,8 @@ def plot_file(
     v = drawable(results)
     with said_of(output):
         folder = Path(output)
+        if folder.is_file():
+            raise ResultsError(f"cannot write pictures to '{output}': it is a file; give a folder")
         folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for k in dict.fromkeys(names):

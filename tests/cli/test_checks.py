@@ -38,3 +38,5 @@ def test_what_was_not_typed():
     typed = SimpleNamespace(command="chat", recipe=None, method=None, model=None)
     settle(typed)
     test_eq((typed.method, typed.model), ("baseline", "llmopt-tiny"))
+    with expect_fail(ConfigError, "no such file"):  # a shell's variable that is empty is no wish for the baseline
+        settle(SimpleNamespace(command="chat", recipe="", method=None, model=None))

@@ -224,7 +224,7 @@ def test_broken_files(tmp_path):
 def test_unwritable_output(tmp_path):
     "A folder that cannot be, and a picture whose place is taken, are one line; nothing is left behind."
     (tmp_path / "file").write_text("")
-    refused("cannot write", SAMPLES["ask"], tmp_path / "file")
+    refused("it is a file; give a folder", SAMPLES["ask"], tmp_path / "file")
     refused("cannot write", SAMPLES["ask"], tmp_path / "file" / "sub")
     (tmp_path / "p" / "token_metrics.png").mkdir(parents=True)
     refused("cannot write.*token_metrics", SAMPLES["ask"], tmp_path / "p", ["token_metrics"])

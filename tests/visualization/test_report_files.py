@@ -10,6 +10,7 @@ from helpers import DATA
 from llmopt.cli import main
 from llmopt.errors import ResultsError
 from llmopt.evaluation.results import Results, Run, load
+from llmopt.visualization.page import rendered
 from llmopt.visualization.report import report_html, write_report
 from visualization.made_up import made_up
 from visualization.test_edited_files import ODD, edited
@@ -27,6 +28,12 @@ def test_a_page_or_one_line(name, tmp_path):
             return
     assert page.rstrip().endswith("</html>") and page.count("<svg") == page.count("</svg>")
     assert (page.count("<svg") > 5) == (name in drawn) and page.encode("utf-8")
+
+
+def test_characters_that_html_cannot_hold():
+    "Controls, as in the colours of a terminal, are shown as characters that are not known."
+    page = rendered(verdict=dict(head="red \x1b[31m\0 end\x85", lines=[]))
+    assert "red \ufffd[31m\ufffd end\ufffd" in page and not set(page) & set("\x1b\0\x85")
 
 
 def test_a_message_has_a_page_too():
