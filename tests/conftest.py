@@ -16,6 +16,7 @@ MARKS = {
 }
 OPTIONS = "slow", "hub", "jupyter"  # marks of tests that run only when pytest is told so
 LONGEST = "test_smollm2.py", "test_command.py", "test_notebooks.py", "test_nb_export.py"  # files, the longest first
+FORKED = "test_serve.py", "test_compiled_code.py", "test_store_processes.py", "test_gguf_faults.py", "test_requests.py"
 
 
 def pytest_addoption(parser):
@@ -74,9 +75,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 def turn(item):
-    "When a worker begins `item`: long tests come first, so that none is left over for one worker at the end."
-    path = item.path.relative_to(item.config.rootpath / "tests").as_posix()
-    return LONGEST.index(path) if path in LONGEST else len(LONGEST)
+    """When a worker begins `item`. Long tests come first, so that none is left over for one worker at the end; then
+    those that copy a process with the libraries (`forked.py`) as those do: mostly one worker pays for such a process.
+    """
+    order = *LONGEST, *FORKED
+    return order.index(item.path.name) if item.path.name in order else len(order)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import nbformat
 import pytest
 
 from helpers import ROOT, chromium
@@ -156,11 +155,12 @@ def shut_down(page):
 
 def test_a_page_with_faults_is_found(visit, notebooks):
     "Or the test of the pages could not fail."
-    wide = nbformat.v4.new_code_cell("x = '" + "wide " * 60 + "'")
-    broken = nbformat.v4.new_code_cell("raise ValueError('broken')")
-    inner = nbformat.v4.new_code_cell("from ipywidgets import interact\ninteract(lambda x: 1 / x, x=(0, 0));")
-    page = nbformat.v4.new_notebook(cells=[wide, inner, broken], metadata=dict(kernelspec=KERNEL))
-    nbformat.write(page, notebooks / "faulty.ipynb")
+    wide, broken = "x = '" + "wide " * 60 + "'", "raise ValueError('broken')"
+    inner = "from ipywidgets import interact\ninteract(lambda x: 1 / x, x=(0, 0));"
+    empty = dict(cell_type="code", execution_count=None, metadata={}, outputs=[])
+    cells = [dict(empty, id=f"cell{n}", source=source) for n, source in enumerate((wide, inner, broken))]
+    page = dict(cells=cells, metadata=dict(kernelspec=KERNEL), nbformat=4, nbformat_minor=5)
+    (notebooks / "faulty.ipynb").write_text(json.dumps(page))
     page = visit("faulty.ipynb")
     errors = page.evaluate(ERRORS)
     assert any("ZeroDivisionError" in e for e in errors) and any("broken" in e for e in errors)
