@@ -80,14 +80,6 @@ def test_compare(compared):
     )
 
 
-def test_plot(compared):
-    d, _ = compared
-    kinds = "quality_comparison", "input_output_pairs", "performance_dashboard"
-    p = llmopt("plot", "multi_query_results.json", "--output", "charts", "--kind", *kinds, cwd=d)
-    assert p.returncode == 0, p.stderr
-    assert {f.name for f in (d / "charts").iterdir()} == {f"{k}.png" for k in kinds}
-
-
 def test_ask_and_plot(tmp_path):
     p = llmopt(
         "ask", "--message", "Why is the sea salty?", *SHORT, "--no-memory", "--methods", "word_removal", cwd=tmp_path
@@ -153,12 +145,10 @@ def test_bad_results_files(tmp_path, compared):
     )
 
 
-def test_single_method_plots(tmp_path):
+def test_every_chart_of_a_comparison(compared, tmp_path):
     "Without --kind all charts are drawn that suit the file."
-    (tmp_path / "q.jsonl").write_text('{"text": "What is rain made of?"}\n')
-    asked = "--queries", "q.jsonl", "--methods", "baseline"
-    assert llmopt("compare", *SHORT, "--no-memory", *asked, cwd=tmp_path).returncode == 0
-    assert llmopt("plot", "multi_query_results.json", cwd=tmp_path).returncode == 0
+    p = llmopt("plot", compared[0] / "multi_query_results.json", cwd=tmp_path)
+    assert p.returncode == 0, p.stderr
     assert {f.stem for f in (tmp_path / "plots").iterdir()} == {k for k, (_, of) in KINDS.items() if "compare" in of}
 
 

@@ -14,7 +14,7 @@ from llmopt.larosa import LaRoSAConfig, traffic
 pytestmark = pytest.mark.smollm2
 QUESTION = "What is the capital of France?"
 PASSAGE = " ".join(
-    f"Shelf {i} of the archive holds {3 * i + 7} maps of rivers and {i + 2} of harbours." for i in range(40)
+    f"Shelf {i} of the archive holds {3 * i + 7} maps of rivers and {i + 2} of harbours." for i in range(16)
 )
 
 
