@@ -20,6 +20,7 @@ SETTINGS = (
     "words:rate=0.7",
     "words:rate=0.5",
     "words:rate=0.3",
+    "words:scorer=coarse_to_fine,rate=0.5",
     "vocab",
     "larosa:sparsity=0.25",
     "larosa",
