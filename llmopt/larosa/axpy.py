@@ -167,6 +167,9 @@ if numba:
             _add_1(rows, kept, x, y, i, at, n)
             i += 1
 
+# %% ../../nbs/03_larosa/02_axpy.ipynb #2d84c8d4
+if numba:
+
     @compiled
     def _rounded(f):  # a bfloat16 in the upper half of a uint32
         u = np.float32(f).view(np.uint32)
