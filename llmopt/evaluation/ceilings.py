@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import LM
 from .results import PHASES, Ceiling, Method, Probe, Results
+from .statistics import HUGE
 
 # %% ../../nbs/06_evaluation/09_ceilings.ipynb #f0ea8c9f
 ROUNDS, SECONDS = 7, 4.0  # of the probe, at most; two rounds there are always
@@ -84,6 +85,7 @@ def phase_times(res: Results) -> pd.DataFrame:  # a row for each (query, round),
     "What the baseline's answers spent their time on; no rows without a probe."
     df = res.frame
     df = df[(df.arm == "speed") & (df.method == "baseline") & df.error.isna() & df.prefill_ms.notna()]
+    df = df[(df[["preprocess_ms", "prefill_ms", "tpot_ms"]].astype(float).fillna(0).abs() < HUGE).all(axis=1)]
     df = df.drop_duplicates(["query", "round"]).set_index(["query", "round"])
     if res.probe is None or not len(df):
         return pd.DataFrame(columns=list(PHASES), dtype=float)

@@ -7,6 +7,7 @@ import pytest
 
 from helpers import DATA
 from llmopt.errors import ResultsError
+from llmopt.evaluation.ceilings import add_ceilings
 from llmopt.evaluation.results import DEFINITIONS, Method, Results, Run, load, save
 from llmopt.evaluation.statistics import summarize
 from llmopt.evaluation.tables import summary_text
@@ -131,3 +132,19 @@ def test_advice_is_no_results_file(tmp_path):
     path.write_text(json.dumps(dict(schema_version=1, kind="advice", goal="total", floor=[], sentence="Use kv.")))
     with pytest.raises(ResultsError, match="holds advice .* llmopt report"):
         load(path)
+
+
+def test_absurd_times_are_left_out_of_what_is_summed_up():
+    "Numbers whose sums and ratios are infinite, as a hand-edited file may hold them, are no measurements."
+    absurd = dict(baseline=5e-324, a=1.7e308, b=1.7e308)
+    times = dict.fromkeys(("e2el_ms", "ttft_ms", "tpot_ms", "prefill_ms", "preprocess_ms"), 9.0)
+    rows = [
+        Run(arm="speed", query=f"q{q}", method=m, completion_tokens=9, prompt_tokens=9, **(times | {k: absurd[m]}))
+        for q, k in enumerate(("e2el_ms", "tpot_ms", "prefill_ms"))
+        for m in absurd
+    ]
+    methods = [Method(id=m, params={m: {}}) for m in "ab"] + [Method(id="a+b", params=dict(a={}, b={}))]
+    res = Results(runs=rows, methods=methods, probe=dict(context=9, step_ms=2.0, empty_ms=1.0))
+    res = add_ceilings(summarize(res))
+    assert Results.model_validate_json(res.model_dump_json()).summary == res.summary
+    assert {s.median for s in res.summary if s.method == "a" and s.metric == "e2el_ms"} == {9.0}
