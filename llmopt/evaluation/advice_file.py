@@ -140,12 +140,13 @@ _WHY = dict(  # state -> what it says of candidates
     pruned="could not win, whatever they save",
     outside="lost more than the floor allows",
     rejected="lost more than the floor allows on new prompts",
-    slower="gained too little",
+    slower="slower",
+    unsure="unsure by the interval of the gain",
     refused="could not run or be judged here",
     behind="did worse than others",
-    open="did not get their turn",
+    open="not decided in time",
 )
-_WHY["no gain"] = "gained too little on new prompts"
+_WHY["too little"] = "gained too little"
 
 
 def _counted(tried):
@@ -156,7 +157,7 @@ def _counted(tried):
 
 def _closest(tried, goal):
     "What came closest, in a sentence; nothing if nothing was timed."
-    near = [t for t in tried if t.state in ("no gain", "rejected", "slower", "behind", "open") and t.gain]
+    near = [t for t in tried if t.state in ("unsure", "too little", "rejected", "slower", "behind", "open") and t.gain]
     if not near:
         return ""
     best = max(near, key=lambda t: (t.gain_confirmed or t.gain).value)
@@ -172,10 +173,14 @@ def _nothing(tried, goal, limits, interrupted):
         most = max(t.ceiling or 1 for t in tried)
         touched = f"the most that a candidate could win, of {len(tried)}, is {most:.2f}x"
         return f"Change nothing: nothing here acts on {GOALS[goal].what}; {touched}."
-    if interrupted or all(t.state in ("open", "pruned") for t in tried):
+    if interrupted or any(t.state == "open" for t in tried):
         why = "it was stopped" if interrupted else "the time was up"
-        return f"Change nothing yet: {why} before anything was decided; give it more --minutes. {_counted(tried)}."
-    who = "the only candidate does not gain" if len(tried) == 1 else f"none of {len(tried)} candidates gains"
+        beginning = f"Change nothing yet: {why} before all of {len(tried)} candidates were decided"
+        return f"{beginning}; give it more --minutes. {_counted(tried)}.{_closest(tried, goal)}"
+    no, none = (
+        ("is not sure to", "is sure to gain") if any(t.state == "unsure" for t in tried) else ("does not", "gains")
+    )
+    who = f"the only candidate {no} gain" if len(tried) == 1 else f"none of {len(tried)} candidates {none}"
     beginning = f"Change nothing: {who} {LEAST_GAIN:.2f}x inside your floor {floor}"
     return f"{beginning}; {_counted(tried)}.{_closest(tried, goal)}"
 

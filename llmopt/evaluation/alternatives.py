@@ -123,7 +123,7 @@ ALTERNATIVES = _all(
         False,
         partial(_weights, change=int8_weights),
         _on_cpu,
-        "quantize_(model, Int8WeightOnlyConfig())  # pip install torchao",
+        "quantize_(model, Int8WeightOnlyConfig())  # torchao.quantization: a like thing, not what was measured",
     ),
     Alternative(
         "plain:bf16",

@@ -135,6 +135,14 @@ def test_no_time():
     assert advice.sentence.startswith("Change nothing yet: the time was up")
 
 
+def test_time_for_a_part():
+    "Where nothing was timed when the confirmation should begin, the search goes on; what is undecided then is told"
+    found = search({"larosa": (1.3, 0.01), "words:rate=0.5": (1.5, 5.0)}, minutes=0.15)
+    assert found.trials["words:rate=0.5"].state == "outside" and len(found.trials["larosa"].ratios["search"]) == 1
+    sentence = said(found).sentence
+    assert sentence.startswith("Change nothing yet: the time was up") and "1 not decided in time" in sentence
+
+
 def test_the_time_is_kept():
     "A search ends within a measurement of its time, and what it could not confirm it does not advise"
     truth = dict.fromkeys(("larosa", "kv", "vocab", "words", "larosa:sparsity=0.5", "kv:budget=50%"), (1.2, 0.01))

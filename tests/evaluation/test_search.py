@@ -64,7 +64,7 @@ def test_search():
     measurements, and gives the same answer twice."""
     s = searched(made_up())
     test_eq((s.chosen.id, s.confirmed), ("larosa", True))
-    test_eq(s.trials["kv"].state in ("pruned", "slower"), True)
+    assert s.trials["kv"].state in ("pruned", "slower", "too little", "unsure")
     test_eq(s.trials["words:rate=0.5"].state, "outside")
     test_eq(searched(made_up()).chosen.id, "larosa")
 
