@@ -93,7 +93,7 @@ def charts_help() -> str:
     lines = ["charts:"]
     for name, (draw, suits) in KINDS.items():
         what = f"{' '.join((draw.__doc__ or '').split())} ({', '.join(suits)})"
-        lines += textwrap.wrap(f"  {name:<24}{what}", 100, subsequent_indent=" " * 26)
+        lines += textwrap.wrap(f"  {name:<26}{what}", 100, subsequent_indent=" " * 28)
     return "\n".join([*lines, ""])
 
 # %% ../../nbs/09_cli/00_help_text.ipynb #6f63706a

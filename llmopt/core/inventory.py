@@ -142,6 +142,13 @@ def models_json(models: list) -> str:
     return json.dumps([asdict(m) for m in models], indent=1)
 
 # %% ../../nbs/00_core/10_inventory.ipynb #05bed15b
+def _rows(start, name, about, where, width):
+    "The name of a model and what is said of it: in one line, in two, or the name in a line of its own."
+    if len(f"{start}{name}   {about}") <= width:
+        return [f"{start}{name}   {about}"]
+    return [start + name, f"    {about}"] if len(start + name) <= width else [f"{start}({where})", f"    {name}"]
+
+
 def models_text(
     models: list,  # of `Listed`
     width: int = 100,  # characters of a line
@@ -153,8 +160,7 @@ def models_text(
         template = {True: "yes", False: "no", None: "-"}[m.template]
         context = "-" if m.context is None else f"{m.context:,}"
         start = f"{_size(m.params):>8}  {_size(m.bytes, ('B', 'kB', 'MB', 'GB')):>8}  {context:>8}  {template:<8}  "
-        what = f"{m.name}   ({m.where}{f'; {m.fault}' if m.fault else ''})"
-        lines += [start + what] if len(start + what) <= width else [f"{start}({m.where})", f"    {m.name}"]
+        lines += _rows(start, m.name, f"({m.where}{f'; {m.fault}' if m.fault else ''})", m.where, width)
     return "\n".join(lines)
 
 # %% ../../nbs/00_core/10_inventory.ipynb #44336cbf

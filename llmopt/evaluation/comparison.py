@@ -227,6 +227,7 @@ def memory_of(self: Comparison, q: Query):
     with MemoryProcess() as process:
         for m in self.methods:
             with self.step(m, q):
+                self.bar.set_postfix_str(f"{m}, memory in a process of its own")
                 if not self.record.has("memory", q.id, m):
                     found, error = attempt(peak_memory, m, q.prompt, *options, process)
                     self.record.add(measured_row("memory", q, m, error=error, **(found or {})))

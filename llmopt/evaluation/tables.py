@@ -263,7 +263,8 @@ def summary_text(
     lines += [*_spent(res, width), *_gains(res, width)]
     intervals = any(s.ratio_low is not None for s in res.summary)
     notes = [w for w in res.warnings if w not in leave_out and (intervals or "the intervals speak" not in w)]
-    lines += [*_noisy(res.summary), *_skipped(res), *(f"note: {w}" for w in notes), *_failures(res)]
+    said = [*_noisy(res.summary), *_skipped(res), *(f"note: {w}" for w in notes), *_failures(res)]
+    lines += [part for line in said for part in textwrap.wrap(line, width)]
     if path is not None:
         if res.kind == "compare":
             lines.append(f"answers: llmopt plot {path} --kind input_output_pairs")

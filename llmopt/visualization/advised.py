@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ResultsError
-from ..evaluation.results import Environment, Real
+from ..evaluation.results import PHASES, Environment, Real
 from .lanes import few_ticks, ratio_axis
 from .page import breakable, entries, inline_svg, rendered
 from .style import BAND, COLUMN, FAINT, STYLE, Chart, fit, label, look, number, plain, sized, tint
@@ -186,6 +186,18 @@ def _cell(figure, form="{:.2f}", sign=""):
     return dict(text=sign + form.format(figure.value), more=more, sort=figure.value, shade="")
 
 
+def _possible(figure, name):
+    "A loss without the ends of its interval that no measurement can have: a divergence below 0, a share above 1."
+    if figure is None or name not in ("kl", "top1"):
+        return figure
+    ends = {
+        k: max(0.0, x) if name == "kl" else min(1.0, x)
+        for k in ("low", "high")
+        if (x := getattr(figure, k)) is not None
+    }
+    return figure.model_copy(update=ends)
+
+
 def _advice_rows(advice):
     "Heads and rows of the table of all candidates."
     names = [n for n in LOSSES if any(t.loss(n) for t in advice.tried)]
@@ -200,7 +212,7 @@ def _advice_rows(advice):
         state["shade"] = "good" if t.state in order else ""
         ceiling = Figure(value=t.ceiling) if t.ceiling else None
         cells = [_cell(t.best_gain, sign="×"), _cell(ceiling, sign="×")]
-        cells += [*(_cell(t.loss(n), "{:.3f}") for n in names), state]
+        cells += [*(_cell(_possible(t.loss(n), n), "{:.3f}") for n in names), state]
         rows.append(dict(method=breakable(t.recipe), color=look(t.recipe)[0], cells=cells))
     return heads, rows
 
@@ -214,7 +226,7 @@ def advice_html(
     heads, rows = _advice_rows(advice)
     said = plain(advice.sentence) or "This file of advice says nothing."
     head, _, more = said.partition(": ")
-    shares = ", ".join(f"{plain(k)} {x:.0%}" for k, x in advice.shares.items())
+    shares = ", ".join(f"{PHASES.get(k, plain(k))} {x:.0%}" for k, x in advice.shares.items())
     lines = [
         *filter(
             None, [more[:1].upper() + more[1:], f"A baseline's answer spends its time on: {shares}." * bool(shares)]

@@ -8,6 +8,7 @@ __all__ = ['QUERIES', 'ABOUT', 'report_html', 'write_report']
 # %% ../../nbs/07_visualization/16_report.ipynb #9218c59e
 import math
 from pathlib import Path
+from textwrap import shorten
 
 from ..errors import ResultsError
 from ..evaluation.files import check_writable, read_json, write_text
@@ -152,7 +153,7 @@ def _queries(v):
     for name in v.queries[:QUERIES]:
         q, answers = asked.get(name), _answers(v, name)
         if answers:
-            text = " ".join((q.question or q.text)[:300].split()) if q else ""
+            text = shorten(q.question or q.text, 300, placeholder=" …") if q else ""
             words = ", ".join(q.keywords[:30]) if q else ""
             yield dict(id=plain(name), text=plain(text), keywords=plain(words), answers=answers)
 
@@ -167,7 +168,8 @@ def _defined(v):
 # %% ../../nbs/07_visualization/16_report.ipynb #cd9891e8
 ABOUT = (
     "Click a heading to sort. Medians over queries and rounds; tokens and bytes are means over queries. "
-    "A speed-up is against the baseline of the same block, with its 95 % interval."
+    "A speed-up is against the baseline of the same block, with its 95 % interval. "
+    "At most: as fast as it could be if all that the method skips took no time."
 )
 
 

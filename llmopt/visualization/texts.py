@@ -192,12 +192,14 @@ HALF = int((PAGE - 0.5) / 2 / CHAR)  # columns of each answer
 
 
 def fused(v: View, method: str | None = None) -> str | None:
-    "`method`, or the one with the most optimizations on; None if the file has no other than the baseline."
+    "`method`, or the one with the most optimizations on, of equals one that changed an answer; None without any."
     others = [m for m in v.methods if m not in ("baseline", AA)]
     if method is not None or not others:
         return method if method in others else None
     on = {m.id: sum(m.factors.values()) for m in v.results.methods}
-    return max(others, key=lambda m: (on.get(m, 0), m == "all_combined", m.count("+"), others.index(m)))
+    said = {(r.method, r.query): r.output_text for r in v.results.runs if r.arm == "quality"}
+    changed = {m for (m, q), text in said.items() if text != said.get(("baseline", q))}
+    return max(others, key=lambda m: (on.get(m, 0), m == "all_combined", m.count("+"), m in changed, others.index(m)))
 
 
 def answer_differences(v: View, method: str | None = None, most: int = 8) -> Chart:  # `most`: queries that are shown

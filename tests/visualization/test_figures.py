@@ -8,6 +8,7 @@ from llmopt.errors import ResultsError
 from llmopt.evaluation.results import Effect, Method, Results, Run
 from llmopt.visualization import column
 from llmopt.visualization.charts import KINDS, plot, plot_file
+from llmopt.visualization.interactions import Gain, _shade
 from llmopt.visualization.overviews import all_methods, comprehensive_comparison
 from llmopt.visualization.style import COLUMN, Chart
 from llmopt.visualization.texts import answer_differences, fused
@@ -101,6 +102,17 @@ def test_the_whole_stack_is_the_one_with_most_switched_on():
     res = made_up(["baseline", "a", "b+c"])
     res.methods = [Method(id="baseline"), Method(id="a", factors=dict(x=1, y=1)), Method(id="b+c", factors=dict(x=1))]
     assert fused(View(res)) == "a" and fused(View(res), "b+c") == "b+c" and fused(View(res), "none") is None
+
+
+def test_of_two_equal_stacks_the_one_that_changed_an_answer_is_shown():
+    "A picture of two answers that are word for word the same would show nothing."
+    rows = [Run(arm="quality", query="q", method=m, output_text=m[0]) for m in ("baseline", "words", "bkv")]
+    assert fused(View(Results(runs=rows, methods=[Method(id=r.method) for r in rows]))) == "words"
+
+
+def test_a_gain_that_is_unsure_is_paler_than_a_sure_one():
+    "The colour of a pair is as strong as what is known of it."
+    assert 0 < _shade(Gain(3.0, 0.5, 19.0, False)) < _shade(Gain(1.3, 1.2, 1.4, True)) < 0.3
 
 
 def test_answers_are_marked_where_they_differ():
