@@ -122,7 +122,7 @@ def _row_height(row) -> float:  # inches
 def _page(body, height):
     "Axes in inches, from the top left."
     ax = body.add_axes([0, 0, 1, 1])
-    ax.set(xlim=(0, WIDTH), ylim=(height, 0))
+    ax.set(xlim=(0, WIDTH), ylim=(height - 0.0037, -0.0037))  # no text lies on the edge between two pixels
     ax.set_axis_off()
     for x, t in ((LEFT, "what the model read"), (LEFT + (COLS + 2) * CHAR, "what it answered")):
         ax.text(x, 0.17, t, fontsize=9, weight="bold", va="center")
