@@ -182,7 +182,8 @@ def _commands(advice, ways, recipe_file):
     if advice.chosen in OPTIONS:
         return [f"llmopt chat --model {shlex.quote(advice.model)} {OPTIONS[advice.chosen]}"]
     if advice.decision == "alternative":
-        return [ways.get(advice.chosen) or f"# {advice.chosen}"]
+        kept = [f"# {recipe_file} holds {advice.recipe}, the best of llmopt itself"] if recipe_file else []
+        return [ways.get(advice.chosen) or f"# {advice.chosen}", *kept]
     if advice.recipe == "baseline" or not recipe_file:
         return []
     return [f"llmopt {command} --recipe {shlex.quote(str(recipe_file))}{place}" for command in ("chat", "serve")]

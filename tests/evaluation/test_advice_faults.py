@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny
 from llmopt.core.recipe_file import read_recipe
 from llmopt.errors import ConfigError, LlmoptError, ResultsError
-from llmopt.evaluation.advice import advice_text, advise
+from llmopt.evaluation.advice import _commands, advice_text, advise
 from llmopt.evaluation.advice_file import Advice, advice_of, read_advice
 from llmopt.evaluation.candidates import Candidate, candidate, combinations
 from llmopt.evaluation.goals import read_limits
@@ -99,6 +99,11 @@ def test_a_plain_alternative_that_wins_is_named():
     truth = {"plain:int8": (1.8, 0.01), "larosa": (1.3, 0.01)}
     advice = said(search(truth))
     assert (advice.decision, advice.chosen) == ("alternative", "plain:int8")
+    advice.config = dict(device="cpu", asked_dtype="auto")
+    assert _commands(advice, {"plain:int8": "how"}, "r.json") == [
+        "how",
+        f"# r.json holds {advice.recipe}, the best of llmopt itself",
+    ]
     assert advice.recipe == "larosa" and "no method of llmopt" in advice.sentence
 
 
