@@ -137,7 +137,7 @@ def _use(tried, goal, limits, tied, confirmed):
 
 # %% ../../nbs/06_evaluation/27_advice_file.ipynb #f4bc0c91
 _WHY = dict(  # state -> what it says of candidates
-    pruned="could not win, whatever they save",
+    pruned="with too little to win at best",
     outside="lost more than the floor allows",
     rejected="lost more than the floor allows on new prompts",
     slower="slower",
