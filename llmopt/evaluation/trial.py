@@ -33,7 +33,8 @@ def mean_interval(values: list, seed: int = 0) -> Interval:
         return Interval(mean, None, None, n)
     low, high = bootstrap_interval(values, np.nanmean, seed)
     half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return Interval(mean, min(low, mean - half), max(high, mean + half), n)
+    least = 0.0 if min(values) >= 0 else -math.inf  # a mean of divergences is not below 0
+    return Interval(mean, max(least, min(low, mean - half)), max(high, mean + half), n)
 
 
 def gain_interval(ratios: dict, seed: int = 0) -> Interval | None:  # `ratios`: prompt -> log(method/baseline) of blocks

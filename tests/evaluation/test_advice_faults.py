@@ -14,6 +14,7 @@ from llmopt.evaluation.candidates import Candidate, candidate, combinations
 from llmopt.evaluation.goals import read_limits
 from llmopt.evaluation.recording import RecordedBench, Recording, Timed, read_recording
 from llmopt.evaluation.search import Search
+from llmopt.evaluation.trial import mean_interval
 
 LOOK = dict(preprocess_ms=1, prefill_ms=300, decode_ms=700, steps=20, weight_bytes=9e8, cache_bytes=1e8, seconds=1)
 LOOK |= dict(prompt_tokens=100)
@@ -105,6 +106,11 @@ def test_a_plain_alternative_that_wins_is_named():
         f"# r.json holds {advice.recipe}, the best of llmopt itself",
     ]
     assert advice.recipe == "larosa" and "no method of llmopt" in advice.sentence
+
+
+def test_no_interval_of_divergences_reaches_below_zero():
+    "Two values are far apart for their mean, and still none of them can be negative; bits can"
+    assert mean_interval([0.0, 0.05]).low == 0.0 and mean_interval([-0.01, 0.05]).low < 0
 
 
 def test_both_limits_must_hold():
