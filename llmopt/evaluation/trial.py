@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from .candidates import Candidate
-from .statistics import bootstrap_interval
+from .statistics import bootstrap_interval, student_interval, wider_interval
 
 # %% ../../nbs/06_evaluation/24_trial.ipynb #86ab80a2
 class Interval(NamedTuple):
@@ -31,18 +30,21 @@ def mean_interval(values: list, seed: int = 0) -> Interval:
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return Interval(mean, None, None, n)
-    low, high = bootstrap_interval(values, np.nanmean, seed)
-    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    (low, high), (few_low, few_high) = bootstrap_interval(values, np.nanmean, seed), student_interval(values)
     least = 0.0 if min(values) >= 0 else -math.inf  # a mean of divergences is not below 0
-    return Interval(mean, max(least, min(low, mean - half)), max(high, mean + half), n)
+    return Interval(mean, max(least, min(low, few_low)), max(high, few_high), n)
 
 
-def gain_interval(ratios: dict, seed: int = 0) -> Interval | None:  # `ratios`: prompt -> log(method/baseline) of blocks
-    "How many times as fast as the baseline: the median over blocks, with a bootstrap over prompts."
+def gain_interval(
+    ratios: dict,  # prompt -> log(method/baseline) of blocks
+    seed: int = 0,
+    interval=wider_interval,  # or `bootstrap_interval`: of few prompts, their range
+) -> Interval | None:
+    "How many times as fast as the baseline: the median over blocks, with an interval over prompts."
     groups = [list(x) for x in ratios.values() if len(x)]
     if not groups:
         return None
-    low, high = bootstrap_interval(groups, np.nanmedian, seed)
+    low, high = interval(groups, np.nanmedian, seed)
     middle = float(np.median(np.concatenate(groups)))
     low, high = (None if x is None else math.exp(-x) for x in (high, low))
     return Interval(math.exp(-middle), low, high, len(groups))
@@ -69,8 +71,9 @@ class Trial:
         self.state, self.reason = state, reason
 
     def gain(self, part: str = "search") -> Interval | None:
-        "How many times as fast as the baseline; None where nothing was timed."
-        return gain_interval(self.ratios[part])
+        "How many times as fast as the baseline; None where nothing was timed. The search goes by the range of few."
+        interval = bootstrap_interval if part == "search" else wider_interval
+        return gain_interval(self.ratios[part], interval=interval)
 
     def quality(self, name: str, part: str = "search") -> Interval | None:  # `name`: kl, top1 or bits
         "The mean of a loss over prompts; None where nothing was scored."

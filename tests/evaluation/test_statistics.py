@@ -7,6 +7,18 @@ from llmopt.evaluation.results import Run, Floor, Method, Results
 from llmopt.evaluation.statistics import *
 
 
+def test_few_groups():
+    """Draws with replacement from three groups never go beyond those three. Their range holds the median of all
+    groups three times out of four, not 95 times out of 100. So where there are fewer than five groups we take the
+    wider of this interval and Student's."""
+    few, five = [[0.1, 0.2], [0.3], [0.2]], [0.1, 0.3, 0.2, 0.2, 0.4]
+    for found, expected in zip(student_interval(few), (0.0269, 0.4064)):  # 0.2167 and 4.303*0.0764/sqrt(3) beside it
+        test_close(found, expected, 1e-4)
+    test_eq(wider_interval(few), student_interval(few))
+    test_eq(wider_interval(five), bootstrap_interval(five))
+    test_eq(wider_interval([0.1]), (None, None))
+
+
 def test_ratios():
     "On made-up times where the method takes exactly 0.8 of the baseline, with one wild outlier, the ratio is 0.8."
     rows = [
