@@ -154,11 +154,17 @@ def _settle(self: Search):
 @patch
 def _last_word(self: Search, trial):
     "Say why a trial that is still open was not taken."
-    gain = trial.gain()
+    gain, (limit, excess) = trial.gain(), worst(trial, self.limits)
     if self.confirmed and trial.gain("confirm"):
         trial.end("behind", f"{trial.gain('confirm').value:.2f}x on new prompts, where {self.chosen.id} has more")
     elif gain is None or self.late or self.interrupted:
         trial.end("open", "the time was up before it was decided")
+    elif excess > 1:
+        trial.end(
+            "outside", f"{limit.name} {trial.quality(limit.name).value:.3g} on {n_prompts(gain.n)}, outside {limit}"
+        )
+    elif self.chosen and gain.low and gain.low > 1 and gain.value >= LEAST_GAIN:
+        trial.end("behind", f"{gain.value:.2f}x on {n_prompts(gain.n)}: other recipes were worth more of the time")
     else:
         trial.end(too_small(gain), f"{gain.value:.2f}x on {n_prompts(gain.n)}: not sure to be worth a change")
 

@@ -301,6 +301,13 @@ def test_what_cannot_be_asked(wrong, words):
     assert "\n" not in str(e.value)
 
 
+def test_what_gains_and_loses_a_little_too_much_is_outside():
+    "Its gain is sure: it is not called unsure."
+    found = search({"words:rate=0.5": (1.5, 0.055), "larosa": (1.2, 0.02)}, "kl=0.05")
+    lost = found.trials["words:rate=0.5"]
+    assert lost.state == "outside" and "kl" in lost.reason and lost.gain().low > 1.03
+
+
 def test_files(tmp_path):
     "Both files can be read again, and earlier ones are kept"
     out, recipe = tmp_path / "advice.json", tmp_path / "my recipe.json"
