@@ -45,8 +45,8 @@ def begin(root):
     if package and not Path(package.__file__).is_relative_to(root):
         for name in [n for n in sys.modules if n.partition(".")[0] == "llmopt"]:
             del sys.modules[name]
-    if axpy := sys.modules.get("llmopt.larosa.axpy"):
-        axpy._omp = axpy._openmp()  # private: given up in every fork, but the fork server has never had threads
+    if threads := sys.modules.get("llmopt.core.threads"):
+        threads._omp = threads._openmp()  # private: given up in every fork, but the fork server has never had threads
 
 
 def command_here(args, cwd, env, streams):

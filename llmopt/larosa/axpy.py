@@ -6,27 +6,28 @@
 __all__ = ['LANES', 'AHEAD', 'axpy_product']
 
 # %% ../../nbs/03_larosa/02_axpy.ipynb #ba1bbf4f
-import ctypes
-import os
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
+from ..core.compilation import compiled, compiled_callback, numba
+from llmopt.core.threads import (
+    for_threads,
+    name_thread_functions,
+    run_in_threads,
+    thread_count,
+    thread_number,
+    usable_threads,
+)
 from ..errors import ConfigError
-from .selection import compiled, compiled_callback
 
-try:
-    import numba
+if numba:
     from llvmlite import ir
-    from llvmlite.binding import add_symbol
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
-except ImportError:
-    numba = None
 
 # %% ../../nbs/03_larosa/02_axpy.ipynb #10eeb250
 LANES, AHEAD = 16, 512  # numbers in a vector, bytes to fetch ahead
@@ -203,19 +204,6 @@ if numba:
             for j in range(len(out)):
                 out[j] = _rounded(even[j]) >> np.uint32(16) | _rounded(odd[j])
 
-# %% ../../nbs/03_larosa/02_axpy.ipynb #032e8bd9
-def _openmp():
-    "GNU's OpenMP library that torch brought, and whose threads it uses; None if it is another one."
-    path = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
-    if path is None:
-        return None
-    return ctypes.CDLL(str(path))
-
-
-_omp = _openmp() if numba else None
-if _omp and hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: globals().update(_omp=None))  # where its threads are no more
-
 # %% ../../nbs/03_larosa/02_axpy.ipynb #5fb97076
 _SHARE_ROWS, _FILLED, _OUT_OF_RANGE = 5, 6, 7  # places in the sizes, behind D, columns, B, k and threads
 _TYPES = {  # dtype -> as numba sees rows, inputs and sums, and numbers in one place of a row
@@ -224,35 +212,17 @@ _TYPES = {  # dtype -> as numba sees rows, inputs and sums, and numbers in one p
     torch.float64: (np.float64, np.float64, np.float64, 1),
 }
 
-# %% ../../nbs/03_larosa/02_axpy.ipynb #215220c4
-if numba:
-    _thread, _threads = (types.ExternalFunction(f"llmopt_{n}", types.int32()) for n in ("thread", "threads"))
-
-
-@cache
-def _name_thread_functions():
-    "Say where the functions of these names are: in OpenMP, or else of our own, which know of one thread."
-    if _omp:
-        found = _omp.omp_get_thread_num, _omp.omp_get_num_threads
-        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in found]
-    else:
-        found = [numba.cfunc("int32()")(f) for f in (lambda: 0, lambda: 1)]
-        addresses = [f.address for f in found]
-    for function, address in zip((_thread, _threads), addresses):
-        add_symbol(function.symbol, address)
-    return found  # which must live as long as the names
-
 # %% ../../nbs/03_larosa/02_axpy.ipynb #52cea323
 @cache
 def _kernel_of(dtype):
     "Two compiled functions: one computes a thread's share of a product, one adds up the parts of all threads."
     of_rows, of_x, of_sums, halves = _TYPES[dtype]
-    _name_thread_functions()
+    name_thread_functions()
 
     @compiled_callback(types.void(types.CPointer(types.voidptr)))
     def share(addresses):  # of rows, kept, x, parts and sizes
         s = numba.carray(addresses[4], 8, np.int64)
-        D, columns, B, k, t, n = s[0], s[1], s[2], s[3], _thread(), _threads()
+        D, columns, B, k, t, n = s[0], s[1], s[2], s[3], thread_number(), thread_count()
         rows = numba.carray(addresses[0], (D, columns), of_rows)
         kept = numba.carray(addresses[1], (B, k), np.int64)
         x = numba.carray(addresses[2], (B, D), of_x)
@@ -274,9 +244,7 @@ def _kernel_of(dtype):
                     half[j] = 0
             _add_kept(rows, kept[b, first:last], x[b], parts[part, b], lo, hi - lo)
 
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(share.address)
-    call.compiled = share  # which must live as long
-    return call, _total_of_pairs if halves == 2 else _total
+    return for_threads(share), _total_of_pairs if halves == 2 else _total
 
 # %% ../../nbs/03_larosa/02_axpy.ipynb #a8aa846a
 def _check_product(rows, kept, x, n_threads):
@@ -305,7 +273,7 @@ def axpy_product(
     `ConfigError` without numba, for tensors that do not fit together, and for a channel number out of range."""
     _check_product(rows, kept, x, n_threads)
     (D, N), (B, k) = rows.shape, kept.shape
-    pairs, n = rows.dtype == torch.bfloat16, n_threads if _omp else 1
+    pairs, n = rows.dtype == torch.bfloat16, usable_threads(n_threads)
     columns = N // 2 if pairs else N
     kept, x, y = kept.contiguous(), x.contiguous(), rows.new_empty(B, N)
     parts = torch.empty(n, B, 1 + pairs, columns, dtype=torch.float32 if pairs else rows.dtype)
@@ -313,10 +281,7 @@ def axpy_product(
     sizes = np.array([D, columns, B, k, n, share_rows, 1, 0])
     addresses = np.array([*(t.data_ptr() for t in (rows, kept, x, parts)), sizes.ctypes.data], np.uintp)
     share, total = _kernel_of(rows.dtype)
-    if n > 1:
-        _omp.GOMP_parallel(share, ctypes.c_void_p(addresses.ctypes.data), n, 0)
-    else:
-        share(addresses.ctypes.data)
+    run_in_threads(share, addresses, n)
     if sizes[_OUT_OF_RANGE]:
         raise ConfigError(f"a channel number in kept is out of range: there are {D} channels")
     total(parts.numpy()[: sizes[_FILLED]], (y.view(torch.uint32) if pairs else y).numpy())

@@ -13,7 +13,7 @@ from helpers import ROOT
 numba = pytest.importorskip("numba", reason="numba is not installed: pip install numba")
 
 from llmopt import errors  # noqa: E402
-from llmopt.larosa.selection import compiled, compiled_callback  # noqa: E402
+from llmopt.core.compilation import compiled, compiled_callback  # noqa: E402
 
 SOURCE = "def twice(x):\n    return 2 * x\n"
 
@@ -50,6 +50,24 @@ def test_code_for_callers_in_c_is_kept_too(function):
     made = [compiled_callback(numba.int64(numba.int64))(function) for _ in range(2)]
     assert [f.ctypes(4) for f in made] == [8, 8]
     assert [f.cache_hits for f in made] == [0, 1]
+
+
+def added(path, factor):
+    "A compiled function of another file, which multiplies, and one that calls it and adds one."
+    spaces = {}
+    sources = dict(
+        helper=f"def helper(x):\n    return {factor} * x\n", caller="def caller(x):\n    return helper(x) + 1\n"
+    )
+    for name, source in sources.items():
+        (path / f"{name}.py").write_text(source)
+        exec(compile(source, str(path / f"{name}.py"), "exec"), spaces)
+        spaces[name] = compiled(spaces[name])
+    return spaces["caller"]
+
+
+def test_code_of_another_file_is_part_of_it(function, tmp_path):
+    "The caller's own file is the same, but what it calls is not."
+    assert [added(tmp_path, 2)(5), added(tmp_path, 3)(5)] == [11, 16]
 
 
 @pytest.mark.parametrize("damage", ["index cut", "index is a folder", "code cut"])
