@@ -37,6 +37,7 @@ from .sampling import OPTIONS, Sampling, TokenChoice
 from .streaming import AnswerText
 from ..errors import ConfigError, ContextError, warn_once
 from ..kv_cache import KVCacheConfig
+from ..kv_cache.second_pass import compress
 from ..larosa import traffic
 
 # %% ../../nbs/05_engine/11_answering.ipynb #86fe611a
@@ -146,6 +147,7 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
     if maker:
         meter.on_token = lambda ids: maker.token(ids, meter)
     r.events.ready = time.perf_counter_ns()
+    self._read_twice(inputs, cache)
     self._generate(inputs, meter, r.settings, text, r.stop)
     if text:
         text.end()
@@ -203,6 +205,16 @@ def _keep(self: AnsweringModel, inputs, meter, notes):
     prompt, answer = len(inputs.ids), len(meter.ids) - 1 if self.reuse.answers else 0
     own, weights = prompt - self.reuse.unread, weights_seen(self.lm.model)
     self.kept.put([*inputs.ids, *meter.ids], meter.cache, prompt + answer, own, weights)
+
+# %% ../../nbs/05_engine/11_answering.ipynb #8a23a7c2
+@patch
+def _read_twice(self: AnsweringModel, inputs, cache):
+    "Let `cache` read all but the end of the prompt, again, and cut it, where its policy wants a second pass."
+    evictor = getattr(cache, "evictor", None)
+    if evictor is None or evictor.policy.needs != "second_pass" or evictor.rounds:
+        return
+    if "input_ids" in inputs.inputs and len(inputs.ids) > 1:
+        compress(self.lm, cache, inputs.ids[: max(1, len(inputs.ids) - self.reuse.unread)])
 
 # %% ../../nbs/05_engine/11_answering.ipynb #ea3ff2a6
 @patch
@@ -316,8 +328,10 @@ def score(
     check_eval_mode(self.lm.model, whole=False)
     answer_ids = checked_ids(answer_ids, self.lm.rows)
     with model_errors(self.lm), self.queue.turn():
-        inputs = self.inputs(self.prompt(text, room=len(answer_ids)).ids)
+        inputs, cache = self.inputs(self.prompt(text, room=len(answer_ids)).ids), self.make_cache()
+        self._read_twice(inputs, cache)
+        held, left = cache.get_seq_length() if hasattr(cache, "evictor") else 0, inputs.inputs
+        if held:
+            left = dict(input_ids=left["input_ids"][:, held:])
         with self.attention():
-            return teacher_forced_logprobs(
-                self.lm.model, inputs.inputs, answer_ids, self.make_cache(), inputs.next_position
-            )
+            return teacher_forced_logprobs(self.lm.model, left, answer_ids, cache, inputs.next_position)

@@ -21,6 +21,8 @@ from .recipe import Recipe
 from ..errors import ConfigError
 from ..kv_cache.attention import FEW
 from ..kv_cache.cache import SlabLayer
+from ..kv_cache.low_bit_cache import copy_records
+from ..kv_cache.low_bit_slab import LowBitSlab
 from ..kv_cache.policies import POLICIES
 
 # %% ../../nbs/05_engine/09_prompt_cache.ipynb #92000418
@@ -51,7 +53,7 @@ def reuse_rules(
         never = "the positions of this model depend on the length of the text"
     elif sparse and larosa.tokens == "all" and larosa.first:
         never = "LaRoSA treats the first tokens of a pass in a way of their own"
-    elif kv and POLICIES[kv.policy].history:
+    elif kv and POLICIES[kv.policy].all_queries:
         never = f"policy '{kv.policy}' judges by the queries of all tokens"
     decode = sparse and larosa.tokens == "decode"
     unread = max(2 if decode else 1, max(kv.window, FEW + 1) if kv else 1)
@@ -86,7 +88,10 @@ def copy_prefix(cache, n: int, fresh) -> bool:  # `fresh`: an empty cache of the
     if not all(type(layer) is DynamicLayer or isinstance(layer, SlabLayer) for layer in cache.layers):
         return False
     for i, layer in enumerate(cache.layers):
-        fresh.update(layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone(), i)
+        if isinstance(getattr(layer, "slab", None), LowBitSlab):
+            copy_records(layer, fresh.layers[i], n)
+        else:
+            fresh.update(layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone(), i)
     return True
 
 # %% ../../nbs/05_engine/09_prompt_cache.ipynb #2e1905b8

@@ -60,6 +60,9 @@ def trim(self: CopyingRows, lengths: list):  # tokens in each row from now on, n
     "As `PagedRows.trim`; what is given back depends on the longest row alone."
     self.check_lengths(lengths)
     self.resize(max(lengths))
+    room = self.length + 5 * self.step
+    if self.length and self.data.shape[1] > room:
+        self._allocate(room)
 
 
 @patch

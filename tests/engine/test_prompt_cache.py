@@ -13,7 +13,8 @@ def test_cropping():
     moved on has forgotten what stood before it, and a quantized layer cannot take a part of a block back. Where
     two prompts differ before the answer of the older one begins, they belong to two conversations, or to one that
     was edited. Then we copy the common prefix and leave the cache as it is: that is how many conversations share
-    one system prompt."""
+    one system prompt. In [few bits](../04_kv_cache/29_low_bit_cache.ipynb) the older part of a conversation is
+    read as it was rounded; going on from it is not bit-identical to reading all of it anew."""
     tiny = load("llmopt-tiny", "cpu").model.config
     k = torch.randn(1, 2, 5, 4)
     cache, copied = DynamicCache(config=tiny), DynamicCache(config=tiny)

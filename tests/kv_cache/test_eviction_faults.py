@@ -14,6 +14,7 @@ from llmopt.kv_cache import EvictingCache, EvictionConfig, PrefixStore, evicting
 from llmopt.kv_cache.attention import packed
 from llmopt.kv_cache.budget import apportion, parse_budget, sizes_for_mass
 from llmopt.kv_cache.policies import POLICIES, Observed, seen_attention
+from llmopt.kv_cache.query_moments import Rotation, merged
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_attention_that_is_no_number_is_not_reported_as_kept(model):
     "Weights that are not a number give a loss that is not a number, and never a loss of zero."
     broken = small_model(max_position_embeddings=4096)
     broken.model.layers[0].self_attn.k_proj.weight.data[0, 0] = math.nan
-    for policy in POLICIES:
+    for policy in (name for name, p in POLICIES.items() if p.needs in (None, "queries")):
         cache = EvictingCache(broken.config, EvictionConfig(64, policy, window=8, unit=1))
         with torch.no_grad(), packed(broken):
             broken(random_ids(200), past_key_values=cache)
@@ -190,7 +191,9 @@ def test_shares_of_weights_that_are_no_numbers_still_add_up():
 def test_a_policy_needs_no_model():
     "Scores and preferences of every policy come from an `Observed` of plain tensors."
     zeros, one = torch.zeros(2, 3, 9), torch.ones(2)
-    o = Observed(zeros, zeros, one, one, zeros, torch.arange(9).expand(2, 3, -1), 9 * one, zeros, 0, 4)
+    o = Observed(zeros, zeros, one, one, zeros, torch.arange(9).expand(2, 3, -1), 9 * one.long(), zeros, 0, 4)
+    o.keys, o.values, o.rebuilt, o.foreseen = torch.ones(2, 3, 9, 4), torch.ones(2, 3, 9, 4), zeros, zeros
+    o.queries = merged(None, torch.ones(2, 6, 5, 4), torch.ones(2, 5, dtype=torch.bool), Rotation())
     for p in POLICIES.values():
         assert p.score(o).shape == (2, 3, 9)
         assert p.preference is None or p.preference(o).shape == (2,)

@@ -18,8 +18,9 @@ from llmopt.kv_cache.budget import EvictionConfig
 from llmopt.kv_cache.cache import SlabCache
 from llmopt.kv_cache.cuda import CudaRows
 from llmopt.kv_cache.eviction import EvictingCache
-from llmopt.kv_cache.hybrid import HybridKVCacheOptimizer, cache_shape
+from llmopt.kv_cache.hybrid import HybridKVCacheOptimizer
 from llmopt.kv_cache.restore import PrefixStore
+from llmopt.kv_cache.shape import cache_shape
 from llmopt.kv_cache.slab import SimpleVAttention
 
 from . import test_equality

@@ -13,7 +13,7 @@ from helpers import random_ids, small_model
 from llmopt.errors import ConfigError, UnsupportedModelError
 from llmopt.kv_cache import HybridKVCacheOptimizer, KVCacheConfig
 from llmopt.kv_cache.backends import backend
-from llmopt.kv_cache.hybrid import cache_shape
+from llmopt.kv_cache.shape import cache_shape
 
 linux = pytest.mark.skipif(not backend().startswith("mmap"), reason="no demand-paged memory here")
 FIGURES = "live", "resident", "reserved", "peak_live", "fragmentation", "backend", "evictions", "lost"

@@ -11,9 +11,9 @@ import torch
 
 from helpers import random_ids, small_model
 from llmopt.kv_cache import HybridKVCacheOptimizer, SlabCache, backends, memory
-from llmopt.kv_cache.hybrid import cache_shape
 from llmopt.kv_cache.memory import PagedRows
 from llmopt.kv_cache.residency import anonymous_bytes, residency_unknown, tensor_resident
+from llmopt.kv_cache.shape import cache_shape
 
 
 def hide_proc(monkeypatch, *names):
