@@ -129,7 +129,7 @@ def queries(folder):
         ("plot", "x" * 300),
         ("plot", "\0"),
         ("benchmark", "speed"),
-        ("benchmark", "kv", "--quick", "--model", "smollm2"),
+        ("benchmark", "kv", "--quick", "--model", "no/such/model"),
         ("benchmark", "kv", "--quick", "--texts", "mine.jsonl"),
         ("benchmark", "vocab", "--quick", "--output", "x" * 300),
         ("compare", "--queries", "\0"),
