@@ -124,7 +124,7 @@ def after(self: Evictor, layer: EvictingLayer, query, visible, scaling: float):
 @patch
 def begin(self: Evictor, visible):
     "Begin a round: nothing is judged yet."
-    self.stages, self.limit = [], self.limits(visible)
+    self.stages, self.limit, self.early = [], self.limits(visible), self._cascade
     waiting = [l.slab.means for l in self.layers[1:] if l.slab]
     most = [PEAK * limit * len(self.layers) for limit, _ in self.limit]
     self.bounded = [sum(m[b] for m in waiting) <= n for b, n in enumerate(most)]
@@ -141,7 +141,7 @@ def stage(self: Evictor, layer: EvictingLayer, visible, scaling: float):
     last = layer is layers[-1]
     if self.budget.kind == "mass":
         layer.cut(self._by_mass(layer))
-    elif self._cascade or last:
+    elif self.early or last:
         for judged, sizes in zip(layers, self.sizes()):
             judged.cut(sizes.to(layer.lost.device))
     if last:
@@ -326,6 +326,7 @@ def evict(self: EvictingCache):
         return
     visible = None if visible is None else visible[:, : self.get_seq_length()]
     e.begin(visible)
+    e.early = False  # nothing is appended meanwhile: all layers are cut once, when the last is judged
     for layer in e.layers:
         e.stage(layer, visible, scaling)
 

@@ -7,8 +7,8 @@ from llmopt.benchmark.kv_suite import *
 
 def test_targets_of_the_kv_cache():
     """Attention and whole steps [taken apart](16_kv_attention.ipynb): `dense` steps read their weights by the
-    fastest product of this machine, so that what is left is the cache. Stock caches with `F.linear` are what a
-    user has today; against a stock cache with the same products, only the cache counts."""
+    fastest product of this machine, so that what is left is the cache. The targets speak of the others, which are
+    what a user has."""
     tables = dict(
         decode=[dict(cache="slab_packed", context=8, dtype="float32", slab_vs_dynamic=2.4, slab_time_vs_static=1.04)],
         evict=[dict(cache="evicted", context=8, held=1, dtype="float32", faster=6.0, returned=None)],

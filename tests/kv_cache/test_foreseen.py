@@ -3,8 +3,8 @@
 
 import tempfile
 import torch
-from fastcore.test import expect_fail, test_close, test_eq
 from pathlib import Path
+from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.errors import ConfigError, ModelError
 from llmopt.kv_cache.foreseen import *
 

@@ -167,6 +167,13 @@ def test_maps_that_are_none(model, tmp_path):
         fit_map(tiny(), ["Too short."], keep=False)
 
 
+def test_the_map_that_comes_with_the_bundled_model(tmp_path, monkeypatch):
+    "It is found by weights, where none was made here."
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
+    found = find_map(tiny().model)
+    assert found.info["model"] == "llmopt-tiny" and len(found.layers) == 6 and min(found.info["explained"]) > 0.2
+
+
 def test_a_policy_with_a_map_asks_for_it(model, tmp_path, monkeypatch):
     "The configuration looks for the map of the model, and says how to make one."
     monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
