@@ -146,7 +146,7 @@ def benchmark_steps(
     about = dict(context=context, held=held or context, dtype=dtype, n_threads=n_threads, dense=way)
     return _step_rows(times, model, caches, about)
 
-
+# %% ../../nbs/10_benchmark/16_kv_attention.ipynb #0a428041
 def _reader(name, way):
     "The attention and the product of the model for the cache of this name."
     return PACKED if "slab" in name else "sdpa", way if "dense" in name else None

@@ -101,7 +101,7 @@ class Method(NamedTuple):
         more = [f"share={self.share}"] * bool(self.share) + [f"bits={self.bits}"] * (self.bits != 16)
         return ",".join([f"policy={self.policy}"] * bool(self.policy) + more)
 
-
+# %% ../../nbs/10_benchmark/17_kv_quality.ipynb #e6709e3a
 PUBLIC = (  # what others have published, as we have built it
     Method("kvzip"),
     Method("expected", "heads"),
@@ -161,7 +161,7 @@ def filled(lm, method: Method, ids: torch.Tensor, chunk: int = 2048) -> tuple:  
             reconstruct(lm.model, cache, repeats_of(lm, ids, chunk), len(ids))
     return cache, time.perf_counter() - start
 
-
+# %% ../../nbs/10_benchmark/17_kv_quality.ipynb #807861a9
 @torch.no_grad()
 def cut_to(cache, share: float, whole: int) -> tuple:  # a copy; seconds
     "A copy of `cache`, cut to a `share` of `whole` bytes."

@@ -146,7 +146,7 @@ def benchmark_kv(quick: bool = False, model=TINY, texts=None) -> dict:  # table 
         tables = dict(real=[dict(model=str(model))], answers=answers, left_out=left_out)
     return dict(targets=kv_targets(tables), **tables)
 
-
+# %% ../../nbs/10_benchmark/19_kv_suite.ipynb #2624d5d7
 def _times(quick) -> dict:  # table -> rows
     "What does not depend on what weights know."
     decode, evict, context, dtypes = [], [], 512 if quick else 8192, ("float32", "bfloat16")

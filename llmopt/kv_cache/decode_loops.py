@@ -93,7 +93,7 @@ def _score(s, b, h, first, n, rows, queries, scores, spare):
     else:
         call_at(s[_SCORE], (data, at, step, n, W, queries, G, scores, T, ahead))
 
-
+# %% ../../nbs/04_kv_cache/11_decode_loops.ipynb #e2d424d5
 @compiled(inner=True)
 def _add(s, b, h, first, n, rows, weights, sums, spare):
     data, G, T, W, step = rows[1], s[_GROUP] * s[_Q], s[_BLOCK], s[_WV], s[_V_T]
@@ -167,7 +167,7 @@ def _write(s, b, h, r, sums, total, out):  # sums (DV,)
         for d in range(D):
             out[at + d] = np.float32(sums[d] * share).view(np.uint32)
 
-
+# %% ../../nbs/04_kv_cache/11_decode_loops.ipynb #3c9ecde8
 @compiled(inner=True)
 def _join(s, row, sums, stats, out):  # of all rows and parts
     G, D, parts = s[_GROUP] * s[_Q], s[_DV], s[_ALL]

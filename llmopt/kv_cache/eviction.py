@@ -129,7 +129,7 @@ def begin(self: Evictor, visible):
     most = [PEAK * limit * len(self.layers) for limit, _ in self.limit]
     self.bounded = [sum(m[b] for m in waiting) <= n for b, n in enumerate(most)]
 
-
+# %% ../../nbs/04_kv_cache/28_eviction.ipynb #623e55c2
 @patch
 def stage(self: Evictor, layer: EvictingLayer, visible, scaling: float):
     "Judge `layer`, and cut all layers judged so far to their shares."
@@ -290,13 +290,15 @@ class EvictingCache(SlabCache):
         self.layers = [evicting.get(id(l), l) for l in self.layers]
         self.evictor.watch(self.slab_layers)
 
-    def __deepcopy__(self, memo):
-        "A copy with pages, queries and books of its own."
-        new = memo[id(self)] = type(self).__new__(type(self))
-        for k, v in self.__dict__.items():
-            setattr(new, k, copy.deepcopy(v, memo))
-        new.evictor.watch(new.slab_layers)
-        return new
+# %% ../../nbs/04_kv_cache/28_eviction.ipynb #2e301721
+@patch
+def __deepcopy__(self: EvictingCache, memo):
+    "A copy with pages, queries and books of its own."
+    new = memo[id(self)] = type(self).__new__(type(self))
+    for k, v in self.__dict__.items():
+        setattr(new, k, copy.deepcopy(v, memo))
+    new.evictor.watch(new.slab_layers)
+    return new
 
 # %% ../../nbs/04_kv_cache/28_eviction.ipynb #5c1d0708
 @patch(as_prop=True)
@@ -316,7 +318,7 @@ def reset_peak(self: EvictingCache):
     "Let `peak` say what is held at most from now on."
     self.evictor.peak = self.evictor.live
 
-
+# %% ../../nbs/04_kv_cache/28_eviction.ipynb #1d0a1eba
 @patch
 def evict(self: EvictingCache):
     "Cut to the budget now, whether an eviction is due or not; nothing happens before something was read."

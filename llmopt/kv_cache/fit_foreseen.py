@@ -124,7 +124,7 @@ def _told(lm, texts, **more):
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     return dict(model=lm.name, weights=hashes_by_type(lm.model), texts=digest, **more)
 
-
+# %% ../../nbs/04_kv_cache/31_fit_foreseen.ipynb #af996edb
 def fit_map(
     lm,  # an `LM`
     texts: list,  # of what will be compressed

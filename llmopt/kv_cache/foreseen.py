@@ -155,7 +155,7 @@ def _shipped(model) -> Path | None:
             return path
     return None
 
-
+# %% ../../nbs/04_kv_cache/20_foreseen.ipynb #3d4cbb1c
 def find_map(
     model,  # a transformers model
     folder=None,  # where it was saved; None is where `keep_map` keeps it, or else those that come with llmopt
