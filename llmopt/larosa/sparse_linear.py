@@ -16,8 +16,7 @@ from torch import nn
 
 from ..errors import ConfigError, warn_once
 from .axpy import axpy_product, numba
-from .products import bag_product, keep_channels, n_pieces
-from .triton_kernels import triton_product
+from .products import bag_product, masked_linear, n_pieces
 
 # %% ../../nbs/03_larosa/04_sparse_linear.ipynb #a4fef024
 def _check_weight(weight, bias):
@@ -56,8 +55,8 @@ def _huge(D, N, like):
 
 # %% ../../nbs/03_larosa/04_sparse_linear.ipynb #25378b89
 class SparseLinear(nn.Module):
-    """A linear layer that can read the weights of chosen channels only; its weights are frozen. Raises `ConfigError`
-    for a quantized weight, a bias of another size, and a kernel that is not there."""
+    """A linear layer that, on a CPU, can read the weights of chosen channels only; its weights are frozen. Raises
+    `ConfigError` for a quantized weight, a bias of another size, and a kernel that is not there."""
 
     def __init__(
         self,
@@ -136,15 +135,15 @@ def sparse(
     x: torch.Tensor,  # (…, D), of 1 to 4 tokens: with more, their channels together are nearly all
     kept: torch.Tensor,  # (…, k) channels of each token, or (k,) for all of them, each at most once
 ) -> torch.Tensor:  # (…, N)
-    """The product of the kept channels. Raises `ConfigError` for tensors that do not fit together, for a channel number
-    out of range, and where a gradient would be needed."""
+    """The product of the kept channels; on a GPU a dense one with zeros, which reads all weights. Raises `ConfigError`
+    for tensors that do not fit together, for a channel number out of range, and where a gradient would be needed."""
     self._check(x, kept)
     flat, N = x if x.dim() == 2 else x.reshape(-1, self.in_features), self.out_features
     if kept.dim() != 2 or len(kept) != len(flat):
         kept = torch.atleast_2d(kept).flatten(0, -2).expand(len(flat), -1)  # (B, k)
     kept = kept.long()
-    if x.is_cuda:
-        y = triton_product(self.rows, keep_channels(flat, kept), N)
+    if x.device.type != "cpu":
+        y = masked_linear(flat, self.weight, kept)
     elif self.kernel == "axpy":
         y = axpy_product(self.rows, kept, flat, torch.get_num_threads())[:, :N]
     else:

@@ -9,6 +9,14 @@ from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.engine.answering import *
 
 
+def test_nothing_is_skipped_on_a_gpu():
+    """LaRoSA leaves weights unread on a CPU only. On a GPU its products are dense ones with zeros, so nothing is
+    skipped there, and nothing is counted."""
+    from types import SimpleNamespace
+
+    test_eq(skipped_bytes(SimpleNamespace(device=torch.device("cuda"))), 0)
+
+
 def test_equals_generate():
     "The answer is that of plain `generate`, and the counts are what the texts say."
     e = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu")

@@ -29,6 +29,14 @@ def test_equals_the_masked_dense_product():
                 assert torch.equal(lin.weight, w)
 
 
+def test_other_devices_take_the_masked_dense_product():
+    """Away from the CPU the sparse product is that reference itself. Without a GPU we can see that no kernel for the
+    CPU is asked: torch's `meta` device has shapes and no numbers, and the kernel could not read it."""
+    lin, x = SparseLinear(torch.randn(20, 12, device="meta"), torch.randn(20, device="meta")), torch.randn(3, 12)
+    y = lin.sparse(x.to("meta"), topk_channels(x, 5).to("meta"))
+    test_eq((y.shape, y.device.type), ((3, 20), "meta"))
+
+
 def test_shapes():
     "One token may come without a batch, tokens may come as `(B, 1, D)`, and one selection may serve all of them."
     lin, x = SparseLinear(torch.randn(20, 12)), torch.randn(3, 1, 12)
