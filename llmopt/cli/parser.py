@@ -230,13 +230,13 @@ def _add_advise(sub):
         "table and the command, and writes two files. Ctrl-C gives the best so far.",
         epilog="examples:\n  llmopt advise --queries mine.jsonl\n"
         "  llmopt advise --model smollm2 --queries mine.jsonl --goal ttft --floor kl=0.1,top1=0.9 --minutes 12\n"
-        "  llmopt advise --queries long --goal memory --methods kv:budget=50% kv:budget=25%",
+        "  llmopt advise --queries long --goal memory --methods kv:bits=8 kv:bits=8,budget=25%",
         more=stored_text("methods"),
     )
     queries = "your prompts, twenty or more: a file as for compare, or a set that ships: default, long, chat"
     floor = "what must not be lost: kl, top1 or bits (default: %(default)s)"
     goal = "ttft (first token), tpot (each further one), total, or memory (default: %(default)s)"
-    tried = "settings to try and to combine, see below (default: eleven of them)"
+    tried = "settings to try and to combine, see below (default: twelve of them)"
     model_options(p)
     p.add_argument("--queries", default="default", metavar="SET|FILE", help=f"{queries} (default: %(default)s)")
     p.add_argument("--goal", default="total", metavar="GOAL", help=goal)

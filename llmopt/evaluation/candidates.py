@@ -26,8 +26,8 @@ SETTINGS = (
     "larosa",
     "larosa:sparsity=0.5",
     "kv",
-    "kv:budget=50%",
-    "kv:budget=25%",
+    "kv:bits=8",
+    "kv:budget=25%,bits=8",
 )
 
 

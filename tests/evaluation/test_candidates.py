@@ -8,9 +8,10 @@ from llmopt.evaluation.candidates import *
 
 def test_a_setting_switches_on_one_method_these():
     """A *setting* switches on one method. These are the ones that are tried where you name no others: three rates of
-    word removal beside every third word, its second scorer, the default phrases, three sparsities, and the whole
-    cache beside two budgets. A recipe takes at most one setting of each method, so that there are 192 of them,
-    with the baseline."""
+    word removal beside every third word, its second scorer, the default phrases, three sparsities, and the cache
+    whole, in 8 bits, and in 8 bits under a budget. (Half of the tokens in 16 bits take as many bytes as all of
+    them in 8, and [lose more](../04_kv_cache/index.ipynb#what-a-budget-costs).) A recipe takes at most one
+    setting of each method, so that there are 192 of them, with the baseline."""
     singles = [candidate(s) for s in SETTINGS]
     test_eq(len(singles) + len(combinations(singles)) + 1, 192)
     test_eq(sorted(singles + combinations(singles), key=lambda c: c.simplicity)[0].id, "kv")
