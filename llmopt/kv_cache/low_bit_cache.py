@@ -82,6 +82,27 @@ def reset(self: LowBitLayer):
     SlabLayer.reset(self)
     self._note()
 
+
+@patch
+def reorder_cache(self: LowBitLayer, beam_idx: torch.Tensor):
+    "Let sequence `i` be what sequence `beam_idx[i]` was."
+    SlabLayer.reorder_cache(self, beam_idx)
+    self._note()
+
+
+@patch
+def batch_select_indices(self: LowBitLayer, indices: torch.Tensor):
+    "Keep the sequences `indices`, in that order."
+    SlabLayer.batch_select_indices(self, indices)
+    self._note()
+
+
+@patch
+def batch_repeat_interleave(self: LowBitLayer, repeats: int):
+    "Have each sequence `repeats` times, one after the other."
+    SlabLayer.batch_repeat_interleave(self, repeats)
+    self._note()
+
 # %% ../../nbs/04_kv_cache/29_low_bit_cache.ipynb #bad443db
 class LowBitEvictingLayer(EvictingLayer):
     "A layer in 8 or 4 bits under a budget."

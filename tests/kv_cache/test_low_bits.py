@@ -295,3 +295,19 @@ def test_the_stock_class_of_transformers_is_no_equal():
             model(ids[:, :150], past_key_values=c)
         full, theirs, ours = (model(ids[:, 150:], past_key_values=c).logits for c in caches)
     assert (ours - full).abs().mean() < (theirs - full).abs().mean() / 2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_books_follow_sequences_that_come_and_go(bits):
+    "Repeated, reordered and left out, the bytes that the layers noted are those that they hold."
+    model = MODELS["llama"]()
+    cache = LowBitCache(model.config, bits)
+    with torch.no_grad(), packed(model):
+        model(torch.arange(90)[None], past_key_values=cache)
+        for change, idx in (
+            (cache.batch_repeat_interleave, 3),
+            (cache.reorder_cache, torch.tensor([2, 0, 0])),
+            (cache.batch_select_indices, torch.tensor([1])),
+        ):
+            change(idx)
+            assert cache.tally.live == cache.kv_bytes().live <= cache.peak
