@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'PAIRS', 'CODES', 'NIBBLES', 'LANES', 'TOKENS', 'LINE', 'SHARED', 'score_floats', 'score_pairs',
-           'score_codes', 'score_nibbles', 'add_floats', 'add_pairs', 'add_codes', 'add_nibbles']
+           'score_codes', 'score_nibbles', 'add_floats', 'add_pairs', 'add_codes', 'add_nibbles', 'call_at']
 
 # %% ../../nbs/04_kv_cache/09_row_vectors.ipynb #13c6a0ba
 from fastcore.basics import patch
@@ -241,6 +241,7 @@ score_floats, score_pairs, score_codes, score_nibbles = (_scorer(k) if numba els
 add_floats, add_pairs, add_codes, add_nibbles = (_adder(k) if numba else None for k in _KINDS)
 
 # %% ../../nbs/04_kv_cache/09_row_vectors.ipynb #9455cbb6
+call_at = None
 if numba:
 
     @intrinsic
