@@ -69,11 +69,13 @@ def _token(like):
 def product_times(
     linears: list,  # `nn.Linear` or `Conv1D` of one shape, from the model itself
     sparsity: float,  # share of the inputs that is dropped
+    bits: int = 16,  # of the rows, see `SparseLinear`
 ) -> list:  # microseconds: dense, sparse
     "What one token takes in a layer like `linears`, which stay as they are."
     some, selector = linears[: max(1, BYTES // linears[0].weight.nbytes)], ChannelSelector()
     weights = [m.weight.T if isinstance(m, Conv1D) else m.weight for m in some]
-    sparse = [SparsifiedLinear(SparseLinear(w, m.bias), selector, w.shape[1]) for w, m in zip(weights, some)]
+    rows = [SparseLinear(w, m.bias, bits=bits) for w, m in zip(weights, some)]
+    sparse = [SparsifiedLinear(linear, selector, linear.in_features) for linear in rows]
     for m in sparse:
         m.sparsity = sparsity
     return least_times([some, sparse], _token(weights[0]))
@@ -103,6 +105,7 @@ class Choice(NamedTuple):
 
     products: dict  # (outputs, inputs) -> `Product`; shapes that drop nothing are left out
     changes: float = 0.0  # microseconds that a token takes in changes of basis
+    bits: int = 16  # of the rows that run sparse
 
     @property
     def sparse(self) -> set:  # of (outputs, inputs)
@@ -120,7 +123,8 @@ class Choice(NamedTuple):
         if not self.sparse:
             return f"LaRoSA saves no time here, so the model is the plain one: {dense}{_BRACKETS}; {_ALL_THE_SAME}"
         sparse = ", ".join(ratios[s] for s in self.products if s in self.sparse)
-        return f"LaRoSA is sparse in {sparse}" + (f" and dense in {dense}" if dense else "") + _BRACKETS
+        does = "is sparse" if self.bits == 16 else f"reads {self.bits}-bit rows"
+        return f"LaRoSA {does} in {sparse}" + (f" and dense in {dense}" if dense else "") + _BRACKETS
 
 # %% ../../nbs/03_larosa/12_choice.ipynb #ec731a4d
 KEPT_TIMES = "products"  # the folder of measured times in the cache
@@ -162,22 +166,23 @@ def choose(
     model,  # a transformers causal LM of a known family
     allocation: dict,  # name in `projections` -> share of the inputs dropped
     changes: int = 0,  # changes of basis that the rotation needs
+    bits: int = 16,  # of the rows, see `SparseLinear`
 ) -> Choice:
     "Measure each shape of projections of the plain `model` at its mean sparsity, dense and sparse, once on a machine."
     by_shape = {}
     for name, m in projections(model).items():
         by_shape.setdefault(plain_shape(m), {})[name] = m
     mean = {s: round(sum(allocation[n] for n in maps) / len(maps), 2) for s, maps in by_shape.items()}
-    asked = {s: [*by_shape[s].values()] for s in by_shape if mean[s] > 0}
+    asked = {s: [*by_shape[s].values()] for s in by_shape if mean[s] > 0 or bits < 16}
     if not asked:
         return Choice({})
     embeddings = model.get_input_embeddings().weight  # (V, D), with the width of the stream
 
     def measure():
-        times = [product_times(linears, mean[s]) for s, linears in asked.items()]
+        times = [product_times(linears, mean[s], bits) for s, linears in asked.items()]
         return [*times, [changes * change_time(embeddings)]] if changes else times
 
-    about = [[*s, len(asked[s]), mean[s]] for s in asked], changes, _machine(embeddings)
+    about = [[*s, len(asked[s]), mean[s]] for s in asked], changes, bits, _machine(embeddings)
     times = kept_times(about, len(asked) + bool(changes), measure)
     products = {s: Product(len(asked[s]), *t) for s, t in zip(asked, times)}
-    return Choice(products, times[-1][0] if changes else 0.0)
+    return Choice(products, times[-1][0] if changes else 0.0, bits)

@@ -24,11 +24,11 @@ from ..core.state_hash import LOOKS_ONLY, model_state
 from ..errors import ConfigError, ModelError, UnsupportedModelError, one_line, warn_once
 from .allocation import RULES, allocate_by_cost, allocate_by_rule, check_sparsity, plain_shape
 from .artifact import SHIPPED, fitted, kept_calibration, load_calibration, save_calibration
-from .calibration import MADE_BY, Calibration, calibrate, calibration_ids, other_ids, text_hash
+from .calibration import MADE_BY, Calibration, calibrate, calibration_ids, name_of, other_ids, text_hash
 from .choice import choose
 from .families import family, projections
 from .rotation import ROTATIONS, convert
-from .sparse_linear import SparseLinear
+from .sparse_linear import SparseLinear, check_bits
 from .sparse_model import check_first, check_tokens, set_sparsity, sparsify, traffic
 
 # %% ../../nbs/03_larosa/14_config.ipynb #dfe7ec89
@@ -52,6 +52,7 @@ class LaRoSAConfig:
     first: int = 0  # tokens at the beginning that stay dense, with `all`
     artifact: str | None = None  # folder that `SimpleLaRoSA.save` wrote, in place of a calibration
     when: str = "faster"  # which products are sparse: those that are faster so, measured here; or `always`, all
+    bits: int = 16  # of the weights of sparse products: 16 (as they are), 8 or 4, with a head of 8
 
     def __post_init__(self):
         _one_of("allocation", self.allocation, ALLOCATIONS)
@@ -66,6 +67,7 @@ class LaRoSAConfig:
             heads=bool(self.heads),
             tokens=check_tokens(self.tokens),
             first=check_first(self.first),
+            bits=check_bits(self.bits),
             artifact=None if self.artifact is None else str(self.artifact),
         )
         for name, value in clean.items():
@@ -89,7 +91,7 @@ class SimpleLaRoSA:
         self,
         sparsity: float = 0.4,  # share of the projections' weight bytes to skip, in [0, 1); or a `LaRoSAConfig`
         linear=SparseLinear,  # class of the sparse linear maps; `MaskedLinear` multiplies by zeros instead
-        **kwargs,  # of `LaRoSAConfig`: allocation, rotation, heads, tokens, first, artifact, when
+        **kwargs,  # of `LaRoSAConfig`: allocation, rotation, heads, tokens, first, artifact, when, bits
     ):
         if isinstance(sparsity, LaRoSAConfig):
             if kwargs:
@@ -142,6 +144,8 @@ def _own(new, model):
 # %% ../../nbs/03_larosa/14_config.ipynb #72cadfa2
 def _allocation(model, cfg, costs):
     "The sparsity of every projection of `model`."
+    if _only_rounds(cfg):
+        return dict.fromkeys(projections(model), 0.0)
     if cfg.allocation == "measured":
         return allocate_by_cost(model, costs, cfg.sparsity)
     return allocate_by_rule(model, cfg.sparsity, cfg.allocation)
@@ -151,7 +155,9 @@ def _first_choice(model, cfg):
     "The `Choice` before anything is known of `model`; None with `when='always'`, where nobody asks."
     if cfg.when == "always":
         return None
-    return choose(model, dict.fromkeys(projections(model), 0.0 if cfg.tokens == "none" else cfg.sparsity))
+    return choose(
+        model, dict.fromkeys(projections(model), 0.0 if cfg.tokens == "none" else cfg.sparsity), bits=cfg.bits
+    )
 
 
 def _changes(q):
@@ -166,7 +172,7 @@ def _choice(model, cfg, calibration):
     allocation = _allocation(model, cfg, calibration.costs)
     if cfg.when == "always":
         return allocation, None
-    choice, maps = choose(model, allocation, _changes(calibration.q)), projections(model)
+    choice, maps = choose(model, allocation, _changes(calibration.q), cfg.bits), projections(model)
     return {n: s for n, s in allocation.items() if plain_shape(maps[n]) in choice.sparse}, choice
 
 # %% ../../nbs/03_larosa/14_config.ipynb #678ba297
@@ -177,8 +183,23 @@ def _plain(self: SimpleLaRoSA, model):
     return model
 
 
+def _only_rounds(cfg):
+    "Are weights rounded, and nothing is dropped? Then there is nothing to calibrate, and no reason to rotate."
+    return cfg.bits < 16 and cfg.sparsity == 0 and cfg.artifact is None
+
+
+def _unrotated(model) -> Calibration:
+    "What stands for a calibration where nothing is dropped: every block reads its own basis."
+    width = model.get_input_embeddings().weight.shape[1]
+    blocks = range(len(family(model).blocks))
+    q = dict.fromkeys([(i, j) for i in range(model.config.num_hidden_layers) for j in blocks], torch.eye(width))
+    return Calibration(q, None, {}, dict(model=name_of(model), rotation="none"))
+
+
 def _calibrated(model, cfg, calibration, tokenizer, length):
     "A `Calibration` of `model` from whatever was given."
+    if _only_rounds(cfg):
+        return _unrotated(model)
     measured = cfg.allocation == "measured"
     if isinstance(calibration, Calibration):
         return fitted(calibration, model, cfg.rotation, cfg.heads, measured)
@@ -213,10 +234,10 @@ def apply(
     if not allocation:
         return self._plain(model)
     new = convert(model, calibration.q, calibration.r, share=True)
-    sparsify(new, cfg.tokens, cfg.first, self.linear, None if self.choice is None else allocation)
+    sparsify(new, cfg.tokens, cfg.first, self.linear, None if self.choice is None else allocation, cfg.bits)
     _own(new, model)
     set_sparsity(new, allocation)
-    self.calibration, self.traffic = calibration, traffic(new)
+    self.calibration, self.traffic = None if _only_rounds(cfg) else calibration, traffic(new)
     return new
 
 # %% ../../nbs/03_larosa/14_config.ipynb #523d29ab
@@ -228,7 +249,10 @@ def save(
     """Write the calibration of the last model made to `folder`.
 
     Raises `ConfigError` if none was made, `ModelError` where it cannot be written."""
-    calibration = _made(self.calibration)
+    _made(self.traffic)
+    if self.calibration is None:
+        raise ConfigError("nothing was calibrated for the last model: there is nothing to save")
+    calibration = self.calibration
     return save_calibration(calibration, folder, config=asdict(self.config), traffic=asdict(self.traffic))
 
 # %% ../../nbs/03_larosa/14_config.ipynb #66243c57
@@ -287,6 +311,8 @@ def _shipped(cfg, lm):
 # %% ../../nbs/03_larosa/14_config.ipynb #dbda568c
 def _calibration(cfg, lm, state):
     "The calibration of `lm` for `cfg`, made once."
+    if _only_rounds(cfg):
+        return _unrotated(lm.model)
     if shipped := _shipped(cfg, lm):
         return shipped
     ids = calibration_ids(lm.model, None, lm.tokenizer)

@@ -85,7 +85,7 @@ if numba:
 if numba:
 
     @compiled
-    def _select_bits(bits, kept, n_bits):  # (B, D) integers, (B, k) to be filled, the bits that count
+    def select_bits(bits, kept, n_bits):  # (B, D) integers, (B, k) to be filled, the bits that count
         k, D, ones = kept.shape[1], bits.shape[1] // 64 * 64, (1 << n_bits) - 1
         for b in range(len(bits)):
             x, out, low = bits[b], kept[b], 0
@@ -128,7 +128,7 @@ def topk_channels(
         return _select_torch(_as_integers(x.abs()), k).view(shape)
     bits = _as_integers(x)
     kept = torch.empty(len(bits), k, dtype=torch.int64)
-    _select_bits(bits.numpy(), kept.numpy(), 8 * x.itemsize - 1)
+    select_bits(bits.numpy(), kept.numpy(), 8 * x.itemsize - 1)
     return kept.view(shape)
 
 

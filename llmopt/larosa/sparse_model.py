@@ -11,17 +11,19 @@ __all__ = ['TOKENS', 'keep_topk', 'MaskedLinear', 'check_tokens', 'check_first',
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 
 import torch
 from torch import nn
 
+from ..core.progress import Phases
 from ..errors import ConfigError, UnsupportedModelError
 from .families import FAMILIES, projections
 from .products import keep_channels, masked_linear
 from .rotation import BasisChange
 from .selection import topk_channels
-from .sparse_linear import SparseLinear
+from .sparse_linear import SparseLinear, check_bits
 
 # %% ../../nbs/03_larosa/07_sparse_model.ipynb #3c7d311b
 def keep_topk(
@@ -150,22 +152,28 @@ def sparsify(
     first: int = 0,  # tokens at the beginning of a pass of several that stay dense
     linear=MaskedLinear,  # class of the linear maps, made from weight and bias
     names=None,  # in `projections`: those that choose; None is all, and the others stay plain
+    bits: int = 16,  # of their weights, see `SparseLinear`; below 16 the head has 8
 ):  # `model`
     """Let projections of `model` choose their channels; nothing is dropped yet.
 
     Raises `ConfigError` for bad parameters, `UnsupportedModelError` where a projection is no plain linear map."""
     selector, layers = ChannelSelector(tokens, first), model.get_submodule(FAMILIES[model.config.model_type].layers)
-    maps = projections(model)
-    for name in maps if names is None else names:
-        old = maps[name]
-        if type(old) is not nn.Linear:
-            raise UnsupportedModelError(f"projection {name} is a {type(old).__name__}: convert the plain model first")
-        number, _, path = name.partition(".")
-        layers[int(number)].set_submodule(
-            path, SparsifiedLinear(linear(old.weight, old.bias), selector, old.in_features)
-        )
-    if linear is SparseLinear and names is None:
-        model.lm_head = SparseLinear(model.lm_head.weight, model.lm_head.bias)  # for its quick dense product
+    maps, make = projections(model), linear if check_bits(bits) == 16 else partial(linear, bits=bits)
+    chosen = list(maps if names is None else names)
+    phases = Phases({"laying out rows": len(chosen)}, "LaRoSA")
+    with phases("laying out rows"):
+        for name in chosen:
+            old = maps[name]
+            if type(old) is not nn.Linear:
+                kind = type(old).__name__
+                raise UnsupportedModelError(f"projection {name} is a {kind}: convert the plain model first")
+            number, _, path = name.partition(".")
+            new = SparsifiedLinear(make(old.weight, old.bias), selector, old.in_features)
+            layers[int(number)].set_submodule(path, new)
+            phases.move(1)
+    if linear is SparseLinear and (names is None or bits < 16):
+        head = model.lm_head  # for its quick dense product
+        model.lm_head = SparseLinear(head.weight, head.bias, bits=16 if bits == 16 else 8)
     return model
 
 # %% ../../nbs/03_larosa/07_sparse_model.ipynb #d77be376
@@ -219,7 +227,7 @@ def dense(
 # %% ../../nbs/03_larosa/07_sparse_model.ipynb #ce6f124a
 @dataclass(frozen=True)
 class Traffic:
-    "Weight bytes that one token takes."
+    "Weight bytes that one token takes, as they are stored."
 
     linears: int  # in the projections, were they dense
     skipped: int  # of these, not read
@@ -246,20 +254,28 @@ class Traffic:
 def traffic(model) -> Traffic:
     "Weight bytes read and skipped by one token in a sparse pass of `model`; a plain projection skips nothing."
 
-    def size(t):
-        return t.numel() * t.element_size()
+    def size(m):
+        return getattr(m, "nbytes", None) or m.weight.nbytes
 
     maps = projections(model).values()
     sparse = [m for m in maps if hasattr(m, "sparsity")]
     return Traffic(
-        linears=sum(size(getattr(m, "linear", m).weight) for m in maps),
-        skipped=sum(size(m.linear.weight) * (m.width - m.k) // m.width for m in sparse),
-        adapters=sum(size(m.matrix) for m in model.modules() if isinstance(m, BasisChange)),
-        head=size(model.lm_head.weight),
+        linears=sum(size(getattr(m, "linear", m)) for m in maps),
+        skipped=sum(_codes_of(m.linear) * (m.width - m.k) // m.width for m in sparse),
+        adapters=sum(m.matrix.nbytes for m in model.modules() if isinstance(m, BasisChange)),
+        head=size(model.lm_head),
     )
 
 
+def _codes_of(linear):
+    "Bytes of the weights of `linear` that are skipped with their channel: not those of scales, which channels share."
+    low = getattr(linear, "bits", 16) < 16
+    return linear.in_features * linear.out_features * linear.bits // 8 if low else linear.weight.nbytes
+
+
 def sparse_shapes(model) -> list:  # such as `576x1536`, outputs and inputs
-    "The shapes of the projections of `model` that drop something; none in a plain model."
-    found = {tuple(m.linear.weight.shape) for m in projections(model).values() if getattr(m, "sparsity", 0)}
+    "The shapes of the projections of `model` that drop something or have fewer bits; none in a plain model."
+    changed = (m for m in projections(model).values() if hasattr(m, "sparsity"))
+    rows = [m.linear for m in changed if m.sparsity or getattr(m.linear, "bits", 16) < 16]
+    found = {(r.out_features, r.in_features) if hasattr(r, "bits") else tuple(r.weight.shape) for r in rows}
     return [f"{outputs}x{inputs}" for outputs, inputs in sorted(found)]

@@ -101,9 +101,10 @@ def product_of(site, log):
     import torch
 
     from llmopt.larosa.axpy import axpy_product
+    from llmopt.larosa.low_bits import pack_rows
     from llmopt.larosa.selection import topk_channels
 
-    x, rows = torch.tensor([[1.0, -3.0, 2.0, 3.0]]), torch.ones(4, 64)
+    x, rows = torch.tensor([[1.0, -3.0, 2.0, 3.0]]), pack_rows(torch.ones(64, 4), 32)
     kept = topk_channels(x, 2)
     print(axpy_product.__code__.co_filename, kept.tolist(), axpy_product(rows, kept, x)[0, 0].item())
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from fastcore.test import expect_fail, test_close, test_eq
 from llmopt.benchmark.clock import torch_threads
 from llmopt.errors import ConfigError
+from llmopt.larosa.low_bits import pack_rows, unpack_rows
 from llmopt.larosa.products import masked_linear
 from llmopt.larosa.selection import topk_channels
 from llmopt.larosa.sparse_linear import *
@@ -37,6 +38,28 @@ def test_other_devices_take_the_masked_dense_product():
     test_eq((y.shape, y.device.type), ((3, 20), "meta"))
 
 
+def test_low_bits():
+    """In 8 and 4 bits, all ways compute with the weight that the rows stand for: a token or two by packed rows, many
+    by torch, and what is kept of one of them. A change of precision leaves the codes as they are."""
+    torch.manual_seed(0)
+    for bits in (8, 4):
+        for N, D in ((7, 5), (100, 130)):
+            w, b, x = torch.randn(N, D), torch.randn(N), torch.randn(9, D)
+            lin = SparseLinear(w, b, bits=bits)
+            stands_for = unpack_rows(pack_rows(w, bits))
+            test_eq(lin.weight, stands_for)
+            with torch.no_grad():
+                for some in (x[:1], x[:3], x):
+                    test_close(lin(some), F.linear(some, stands_for, b), eps=1e-4)
+                kept = topk_channels(x[:2], D // 2)
+                test_close(lin.sparse(x[:2], kept), masked_linear(x[:2], stands_for, kept, b), eps=1e-4)
+                half = lin.to(torch.bfloat16)
+                test_close(half(x[:1].bfloat16()).float(), F.linear(x[:1], stands_for, b), eps=0.3)
+            assert lin.nbytes < w.nbytes or D < 32
+    with expect_fail(ConfigError, "16 (weights as they are), 8 or 4, not 5"):
+        SparseLinear(torch.randn(20, 12), bits=5)
+
+
 def test_shapes():
     "One token may come without a batch, tokens may come as `(B, 1, D)`, and one selection may serve all of them."
     lin, x = SparseLinear(torch.randn(20, 12)), torch.randn(3, 1, 12)
@@ -47,7 +70,7 @@ def test_shapes():
     test_close(lin.sparse(x, kept[0, 0]), lin.sparse(x, kept[:1].expand(3, 1, 5)), eps=1e-6)
     assert torch.equal(lin.sparse(x[:1], kept[:1]), lin.sparse(x[:1], kept[:1].int()))
     test_eq(sum(p.nbytes for p in lin.parameters()), 12 * 64 * 4)
-    test_eq(SparseLinear(torch.randn(128, 12), kernel="bags").rows.nbytes, 12 * 128 * 4)
+    test_eq(SparseLinear(torch.randn(128, 12)).rows.nbytes, 12 * 128 * 4)
 
 
 def test_errors():
