@@ -6,75 +6,23 @@
 __all__ = ['late_merged', 'LateMerger']
 
 # %% ../../nbs/02_adaptivocab/09_late_merge.ipynb #15377ee1
-import copy
 import operator
 
 import torch
 from fastcore.basics import patch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .tokenizer import SimpleAdaptiVocab
 from ..core import prompt_inputs, teacher_forced_logprobs
-from ..errors import ConfigError, UnsupportedModelError
-
-# %% ../../nbs/02_adaptivocab/09_late_merge.ipynb #3452c257
-class _LateReading:
-    "Hooks that let the layers from `layer` on see only the positions `keep` of the first forward."
-
-    def __init__(self, keep, layer):
-        self.keep, self.layer, self.first = keep, layer, True
-
-    def narrow(self, i, x, kw):
-        "Input and arguments of layer `i` in the first forward."
-        keep, mask, cache = self.keep.to(x.device), kw.get("attention_mask"), kw.get("past_key_values")
-        if cache is not None and cache.is_compileable:
-            raise UnsupportedModelError(f"late merging needs a cache that grows, not {type(cache).__name__}")
-        kw["position_embeddings"] = tuple(t[:, keep] for t in kw["position_embeddings"])
-        if kw.get("position_ids") is not None:
-            kw["position_ids"] = kw["position_ids"][:, keep]
-        if mask is not None:
-            kw["attention_mask"] = mask[:, :, keep][..., keep]
-        return (x[:, keep] if i == self.layer else x), kw
-
-    def before(self, i):
-        "The hook in front of layer `i`."
-
-        def hook(module, args, kw):
-            x, kw, cache, mask = args[0], dict(kw), kw.get("past_key_values"), kw.get("attention_mask")
-            if self.first:
-                x, kw = self.narrow(i, x, kw)
-            elif mask is not None:
-                kw["attention_mask"] = mask[..., -(cache.layers[i].get_seq_length() + x.shape[1]) :]
-            return (x, *args[1:]), kw
-
-        return hook
-
-    def after(self, module, args, output):
-        "The hook behind all layers: later forwards are parts of the answer."
-        self.first = False
-
-# %% ../../nbs/02_adaptivocab/09_late_merge.ipynb #63892c73
-_HOOKS = "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"
-
-
-def _view_of(module, **children):
-    "A module with the weights and parts of `module`, but with hooks of its own and `children` in place of some parts."
-    view = copy.copy(module)
-    for name in _HOOKS:
-        setattr(view, name, getattr(module, name).copy())
-    view._modules = module._modules | children
-    return view
+from ..core.late_reading import check_layered, late_view
+from ..errors import ConfigError
 
 # %% ../../nbs/02_adaptivocab/09_late_merge.ipynb #80bec48a
 def _check_late(model, keep, n, layer):
     "The positions as a tensor; raises for a model, positions or a layer that cannot be."
-    body = getattr(model, "model", None)
-    if not hasattr(body, "layers") or not hasattr(body, "rotary_emb"):
-        raise UnsupportedModelError(f"late merging is for models built as Llama is, not for {type(model).__name__}")
-    if any(DynamicCache(config=model.config).is_sliding):
-        raise UnsupportedModelError(f"late merging is not for sliding windows, as {type(model).__name__} has them here")
-    if not 0 <= layer <= len(body.layers):
-        raise ConfigError(f"layer is from 0 to {len(body.layers)}, not {layer}")
+    check_layered(model, "late merging")
+    if not 0 <= layer <= len(model.model.layers):
+        raise ConfigError(f"layer is from 0 to {len(model.model.layers)}, not {layer}")
     keep = [operator.index(i) for i in keep]
     if not keep or keep != sorted({*keep}) or keep[0] < 0 or keep[-1] != n - 1:
         raise ConfigError("the positions that go on are in order, and the last of the prompt is one of them")
@@ -90,15 +38,8 @@ def late_merged(
     """A view of `model` for one prompt: its first forward goes on from `layer` with `keep` only, later ones read what
     that left in the cache. Raises `UnsupportedModelError` for other models, `ConfigError` for positions or a layer that
     cannot be."""
-    late = _LateReading(_check_late(model, keep, n, layer), layer)
-    layers = _view_of(model.model.layers)
-    for i, m in enumerate(model.model.layers):
-        if i >= layer:
-            layers._modules[str(i)] = _view_of(m)
-            layers[i].register_forward_pre_hook(late.before(i), with_kwargs=True)
-    body = _view_of(model.model, layers=layers)
-    body.register_forward_hook(late.after)
-    return _view_of(model, model=body)
+    go_on = _check_late(model, keep, n, layer)
+    return late_view(model, {layer: lambda: go_on}, what="late merging")
 
 # %% ../../nbs/02_adaptivocab/09_late_merge.ipynb #dc3264fe
 class LateMerger:

@@ -3,9 +3,9 @@
 
 import torch
 from fastcore.test import test_eq
+from transformers import DynamicCache
 from llmopt.adaptivocab.reader import PhraseReader
 from llmopt.core import TINY, load, user
-from transformers import DynamicCache
 from llmopt.adaptivocab.tokenizer import SimpleAdaptiVocab
 from llmopt.adaptivocab.late_merge import *
 
