@@ -39,6 +39,7 @@ from ..errors import ConfigError, ContextError, warn_once
 from ..kv_cache import KVCacheConfig
 from ..kv_cache.second_pass import compress
 from ..larosa import traffic
+from ..word_removal.sparse_prefill import sparse_view
 
 # %% ../../nbs/05_engine/11_answering.ipynb #86fe611a
 class AnsweringModel(PreparedModel):
@@ -94,12 +95,12 @@ def decoding(self: AnsweringModel, settings: Settings) -> GenerationConfig:
 # %% ../../nbs/05_engine/11_answering.ipynb #fb2473db
 @patch
 @torch.inference_mode()
-def _generate(self: AnsweringModel, inputs, meter, settings, text, stop):
+def _generate(self: AnsweringModel, inputs, meter, settings, text, stop, model=None):
     "Generate after the prompt; `meter` collects tokens, clock and cache, and `text`, if there is one, the text."
     config = self.decoding(settings)
     ends = [StopAtText(text)] if text else []
     with self.attention():
-        with_config(self.lm.model, config).generate(
+        with_config(model or self.lm.model, config).generate(
             **inputs.inputs,
             generation_config=config,
             past_key_values=meter.cache,
@@ -140,25 +141,43 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
     "Answer with the model, which is ours."
     prompt = self._prompt(r)
     inputs = self.inputs(prompt.ids)
-    cache, held = self._cache(inputs, prompt.notes) if r.reuse else (self.make_cache(), 0)
+    reading = self._reading(prompt, inputs, r.reuse)
+    again = r.reuse and reading is None  # layers that have read different tokens are nothing to go on from
+    cache, held = self._cache(inputs, prompt.notes) if again else (self.make_cache(), 0)
     meter = Meter(r.events, cache, r.on_token, TokenChoice(r.settings.sampling, self.lm.device, prompt.ids))
     text = self._text(r)
     maker = r.put and PieceMaker(text, r.put)
     if maker:
         meter.on_token = lambda ids: maker.token(ids, meter)
     r.events.ready = time.perf_counter_ns()
-    self._read_twice(inputs, cache)
-    self._generate(inputs, meter, r.settings, text, r.stop)
+    if reading is None:
+        self._read_twice(inputs, cache)
+    self._generate(inputs, meter, r.settings, text, r.stop, reading and sparse_view(reading))
     if text:
         text.end()
     if maker:
         maker.end(meter)
-    metrics = self._metrics(prompt, inputs, meter, text, self._end(meter.ids, r.settings.max_new_tokens, text), held)
-    if r.reuse:
+    end = self._end(meter.ids, r.settings.max_new_tokens, text)
+    if again:
         self._keep(inputs, meter, prompt.notes)
-    return metrics
+    return self._metrics(prompt, inputs, meter, text, end, held, reading)
 
 # %% ../../nbs/05_engine/11_answering.ipynb #d7396256
+@patch
+def _reading(self: AnsweringModel, prompt, inputs, reuse):
+    "As `reading`; None where going on from an earlier answer is faster."
+    reading = self.reading(prompt, inputs)
+    if reading is None or not reuse or self.reuse.never:
+        return reading
+    most = len(inputs.ids) - self.reuse.unread
+    if held := self.kept.holds(inputs.ids, most, weights_seen(self.lm.model)):
+        left, costs = len(inputs.ids) - held, self.sparse.costs
+        if costs.whole(len(inputs.ids)) - costs.whole(held) < costs.sparse(reading.n, self.sparse.looks, reading.rate):
+            prompt.notes.append(f"read whole: only {left:,} of {reading.n:,} tokens are new")
+            return None
+    return reading
+
+
 @patch
 def _prompt(self: AnsweringModel, r: Request) -> Prompt:
     "The prompt of a request, without the turns that do not fit."
@@ -294,8 +313,9 @@ def skipped_bytes(
 
 # %% ../../nbs/05_engine/11_answering.ipynb #6327b4e4
 @patch
-def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end, held=0):
+def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end, held=0, reading=None):
     "`ChatMetrics` of one answer."
+    read = reading.mean_read if reading else len(inputs.ids)
     ids, times, kv = meter.ids, meter.events.times(), kv_bytes(meter.cache)
     out = self.text_of(ids) if text is None else str(text).strip()
     n, base, n_base = len(ids), self.count_base(prompt), self.lm.count(out)
@@ -305,7 +325,7 @@ def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end, held=0):
         prompt_text=self.lm.tokenizer.decode(prompt.ids),
         output_text=out,
         finish_reason=end,
-        prompt_tokens=len(inputs.ids),
+        prompt_tokens=read,
         prompt_tokens_base=base,
         completion_tokens=n,
         completion_tokens_base=n_base,
@@ -321,7 +341,7 @@ def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end, held=0):
         cached_prompt_tokens=held,
         notes=prompt.notes,
         **times,
-        **rates(times, len(inputs.ids) - held, base, n, n_base, len(out)),
+        **rates(times, read - held, base, n, n_base, len(out)),
     )
 
 # %% ../../nbs/05_engine/11_answering.ipynb #d48b137c
@@ -335,10 +355,14 @@ def score(
     check_eval_mode(self.lm.model, whole=False)
     answer_ids = checked_ids(answer_ids, self.lm.rows)
     with model_errors(self.lm), self.queue.turn():
-        inputs, cache = self.inputs(self.prompt(text, room=len(answer_ids)).ids), self.make_cache()
-        self._read_twice(inputs, cache)
+        prompt, cache = self.prompt(text, room=len(answer_ids)), self.make_cache()
+        inputs = self.inputs(prompt.ids)
+        reading = self.reading(prompt, inputs)
+        if reading is None:
+            self._read_twice(inputs, cache)
         held, left = cache.get_seq_length() if hasattr(cache, "evictor") else 0, inputs.inputs
         if held:
             left = dict(input_ids=left["input_ids"][:, held:])
         with self.attention():
-            return teacher_forced_logprobs(self.lm.model, left, answer_ids, cache, inputs.next_position)
+            model = sparse_view(reading) if reading else self.lm.model
+            return teacher_forced_logprobs(model, left, answer_ids, cache, inputs.next_position)

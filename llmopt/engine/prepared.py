@@ -21,9 +21,12 @@ from .prompt_cache import weights_seen
 from .queue import queue_of
 from .recipe import Recipe
 from ..errors import ContextError, LlmoptError, UnsupportedModelError, warn_once
+from ..kv_cache.presets import POLICIES
 from ..larosa import in_stream_basis, sparse_shapes
 from ..word_removal import model_surprisal
 from ..word_removal.config import FLOOR
+from ..word_removal.prompt_passages import free_tokens
+from ..word_removal.sparse_prefill import SparsePrefill, SparseReading
 
 # %% ../../nbs/05_engine/10_prepared.ipynb #6db0977e
 class Shortened:
@@ -76,6 +79,7 @@ class PreparedModel:
         self.converted = self.lm.model is not plain
         if self.converted and self.reader:
             self.reader = _turned(self.reader, self.lm.model)
+        self.sparse = _sparse_prefill(self.lm, self.recipe)
         self.stop_ids = self.lm.stop_ids
 
     @property
@@ -104,6 +108,19 @@ def _turned(reader, model):
     rows = None if reader.rows is None else in_stream_basis(model, reader.rows)
     return PhraseReader(model, reader.vocab, reader.cfg, rows)
 
+# %% ../../nbs/05_engine/10_prepared.ipynb #24f33253
+def _sparse_prefill(lm, recipe):
+    "How prompts are read sparsely, if `recipe` says so; refuses a policy of the cache that wants prompts read again."
+    words, kv = recipe.words, recipe.cache
+    if words is None or words.method != "prefill":
+        return None
+    if kv is not None and kv.eviction and POLICIES[kv.eviction.policy].needs == "second_pass":
+        raise UnsupportedModelError(
+            f"policy '{kv.eviction.policy}' lets the model say its prompt again, and method=prefill does not read all "
+            "of it; use policy=foreseen or another method"
+        )
+    return SparsePrefill(lm, words)
+
 # %% ../../nbs/05_engine/10_prepared.ipynb #9f5e90b6
 @patch
 def shorten(
@@ -113,7 +130,7 @@ def shorten(
 ) -> tuple:  # (messages, notes: what could not be done)
     "The messages after word removal, unchanged when it is off; a budget that cannot be met leaves a text whole."
     words, tok, notes = self.recipe.words, self.lm.tokenizer, []
-    if words is None:
+    if words is None or self.sparse:  # sparse prefill changes no text
         return messages, notes
     apply = words.apply_to_turn if conversation else words.apply
     surprisal = model_surprisal(self.lm.model, tok)  # asked by one scorer only
@@ -167,7 +184,7 @@ def _encoded(self: PreparedModel, text):
     short, notes = self.shorten(messages, conversation)
     if not short[-1]["content"].strip():
         short = messages
-    if self.recipe.words and conversation and not notes and short == messages:
+    if self.recipe.words and not self.sparse and conversation and not notes and short == messages:
         notes = [UNTOUCHED]
     return messages, self.lm.encode_chat(short), notes
 
@@ -204,6 +221,35 @@ def inputs(
 ) -> PromptInputs:
     "What the model is fed for a prompt."
     return self.reader.read(ids) if self.reader else prompt_inputs(ids, self.lm.device)
+
+# %% ../../nbs/05_engine/10_prepared.ipynb #192f6175
+@patch
+def reading(
+    self: PreparedModel,
+    prompt: Prompt,
+    inputs: PromptInputs,  # what `inputs` made of its ids
+) -> SparseReading | None:  # None: the model reads it whole
+    "How the model reads a prompt; why it is read whole is noted in the prompt."
+    if self.sparse is None or prompt.given:
+        return None
+    free = free_tokens(self.lm, prompt.messages, prompt.ids)
+    if "inputs_embeds" in inputs.inputs:  # phrases: one may be left out if all its pieces may
+        f = self.reader.vocab.fold(prompt.ids)
+        free = [all(free[a : a + n]) for a, n in zip(f.start.tolist(), f.span.tolist())]
+    found, note = self.sparse.reading(free)
+    if not any(free):
+        note = UNTOUCHED.replace("shortened nothing", "left nothing out").replace(" it shortens", " it touches")
+    if note and note not in prompt.notes:
+        prompt.notes.append(note)
+    return found
+
+
+@patch
+def tokens_read(self: PreparedModel, prompt: Prompt) -> int:
+    "Tokens of a prompt that a layer reads, in the mean; phrases count as one."
+    inputs = self.inputs(prompt.ids)
+    reading = self.reading(prompt, inputs)
+    return reading.mean_read if reading else len(inputs.ids)
 
 # %% ../../nbs/05_engine/10_prepared.ipynb #d3874a12
 @patch

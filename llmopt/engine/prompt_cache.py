@@ -169,6 +169,14 @@ def take(
 
 
 @patch
+def holds(self: PromptCache, ids, most: int, weights) -> int:  # as for `take`
+    "How many of the first tokens of a prompt are kept; nothing is taken out."
+    ids = np.asarray(ids)
+    with self.lock:
+        return max((min(common_prefix(e.ids, ids), most) for e in self.entries if e.weights == weights), default=0)
+
+
+@patch
 def _part(self: PromptCache, entry, n, make_cache):
     "A cache with the first `n` tokens of `entry`: a copy of a part of its prompt, or its own, which is taken out."
     if n < entry.own and copy_prefix(entry.cache, n, copied := make_cache()):

@@ -154,7 +154,7 @@ def kept(self: ModelBench, recipe: str, query: str) -> float:
     self.prepare(recipe)
     engine = self.engines[recipe]
     prompt = engine.prompt(self.messages(query))
-    return len(engine.inputs(prompt.ids).ids) / max(engine.count_base(prompt), 1)
+    return engine.tokens_read(prompt) / max(engine.count_base(prompt), 1)
 
 
 @patch

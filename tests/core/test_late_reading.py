@@ -31,3 +31,18 @@ def test_half_is_left_out():
     view = late_view(lm.model, {3: lambda: half})
     test_eq(view(**inputs, past_key_values=cache).logits.shape[1], len(half))
     test_eq([layer.get_seq_length() for layer in cache.layers], [n] * 3 + [len(half)] * 3)
+
+
+def test_gaps_are_no_borders():
+    """To leave tokens out before the first layer is to read fewer tokens at their own positions. But transformers
+    takes a gap in `position_ids` for the border between two packed sequences, if there is neither a mask nor a
+    cache. Then nothing before the gap is seen, and no error is raised. So always give a mask."""
+    lm = load(TINY, "cpu")
+    ids = lm.encode_chat([user("Why is the sky blue?")])
+    inputs, left = prompt_inputs(ids).inputs, torch.tensor([0, 1, 2, *range(len(ids) - 5, len(ids))])
+    view = late_view(lm.model, {0: lambda: left})
+    gapped = dict(input_ids=inputs["input_ids"][:, left], position_ids=left[None], use_cache=False)
+    late = view(**inputs, use_cache=False).logits
+    torch.testing.assert_close(late, lm.model(**gapped, attention_mask=torch.ones(1, len(left))).logits)
+    trapped = lm.model(**gapped).logits
+    assert not torch.allclose(late[:, -1], trapped[:, -1], atol=0.1)

@@ -17,8 +17,20 @@ def test_what_was_shortened_is_kept():
     test_eq((asked, kept.chars, len(kept.results)), (["one", "two", "three", "one"], 8, 2))
 
 
+def test_sparse_prefill():
+    "What is left out is a part of the passage, and the question is read whole."
+    engine = PreparedModel(load("llmopt-tiny", "cpu"), Recipe.parse("words:method=prefill,rate=0.5,floor=0"))
+    passage = "The heart pumps blood through the body. It beats all day. " * 12
+    prompt = engine.prompt(f"{passage}\n\nWhat does the heart do?")
+    reading = engine.reading(prompt, engine.inputs(prompt.ids))
+    test_eq(reading.budget, -(-len(prompt.ids) // 2))
+    assert reading.budget < engine.tokens_read(prompt) < engine.count_base(prompt)
+    prompt = engine.prompt("What does the heart do?")
+    assert engine.reading(prompt, engine.inputs(prompt.ids)) is None
+
+
 def test_what_the_model_is_fed():
-    "Each answer gets a cache: the usual one, or the slabs of `llmopt.kv_cache` with the attention that reads them."
+    "What is left out is a part of the passage, and the question is read whole."
     lm = load("llmopt-tiny", "cpu")
     q = "Please tell me why the sky is blue and why the sunset is red."
     plain, short = (PreparedModel(lm, Recipe.parse(r)) for r in ("baseline", "words:n=2"))

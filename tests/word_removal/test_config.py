@@ -30,6 +30,11 @@ def test_wrong_configuration():
         (dict(protect="re:(", rate=0.5), "not a regular expression"),
         (dict(protect="code"), "give a rate"),
         (dict(seed="a"), "whole number"),
+        (dict(method="x"), "known: text, prefill"),
+        (dict(method="prefill"), "needs a rate"),
+        (dict(method="prefill", rate=0.3, scorer="idf"), "takes no scorer"),
+        (dict(floor=9, rate=0.3), "goes with method=prefill"),
+        (dict(method="prefill", rate=0.3, floor=-1), "whole number"),
     ]:
         with expect_fail(ConfigError, msg):
             WordRemovalConfig(**kw)
