@@ -8,34 +8,23 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = [  # what most notebooks import sooner or later, this one last; none of it starts a thread
-    "torch",
-    "transformers.generation.utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-    "numba",
-    "scipy.stats",
-    "pydantic.json_schema",
-    "gguf",
-    "platformdirs",
-    "rouge_score.rouge_scorer",
-    "pandas",
-    "matplotlib.pyplot",
-    "seaborn",
-    "ipywidgets",
-    "nbdev.test",
-    "llmopt.cli",
-    "llmopt.benchmark.suites",
-    "llmopt.evaluation.comparison",
-    "llmopt.visualization.charts",
-]
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
 if METHOD == "forkserver":
-    CONTEXT.set_forkserver_preload(LIBRARIES)
+    CONTEXT.set_forkserver_preload(["warm"])
+
+
+class Process(CONTEXT.Process):
+    "A process that begins as a copy of the fork server, which has loaded `warm.py`."
+
+    def start(self):
+        "Begin; the first one starts the fork server, which looks for modules where this variable says."
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+            super().start()
 
 
 def begin(root):
@@ -69,7 +58,7 @@ def command_here(args, cwd, env, streams):
 def start_command(*args, cwd, streams, env=(), input=""):
     "Begin the command `llmopt ARGS` in folder `cwd`; what it prints goes to the files `out` and `err` in `streams`."
     Path(streams, "in").write_text(input, encoding="utf-8")
-    process = CONTEXT.Process(target=command_here, args=([*map(str, args)], str(cwd), dict(env), str(streams)))
+    process = Process(target=command_here, args=([*map(str, args)], str(cwd), dict(env), str(streams)))
     process.start()
     return process
 

@@ -11,12 +11,22 @@ from notebook_process import run_notebook  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_a_failing_cell_is_an_exit_code_and_a_message(tmp_path):
-    cell = dict(
-        cell_type="code", execution_count=None, id="a", metadata={}, outputs=[], source="print(1)\nnobody_knows"
-    )
+def run(source, folder):
+    "Run a notebook of one cell: its exit code, and what it printed."
+    cell = dict(cell_type="code", execution_count=None, id="a", metadata={}, outputs=[], source=source)
     kernel = dict(kernelspec=dict(display_name="python3", language="python", name="python3"))
-    path = tmp_path / "bad.ipynb"
+    path = folder / "bad.ipynb"
     path.write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
-    code, said = run_notebook(path, ROOT, [], tmp_path / "log.txt")
+    return run_notebook(path, ROOT, [], folder / "log.txt")
+
+
+def test_a_failing_cell_is_an_exit_code_and_a_message(tmp_path):
+    code, said = run("print(1)\nnobody_knows", tmp_path)
     assert code == 1 and "nobody_knows" in said
+
+
+@pytest.mark.parametrize("ends_with", ["", "\nplt.gcf()"])
+def test_a_figure_that_cannot_be_drawn_fails(tmp_path, ends_with):
+    "Whether a cell leaves it open or ends with it."
+    code, said = run("import matplotlib.pyplot as plt\n_ = plt.title('$\\\\frac$')" + ends_with, tmp_path)
+    assert code == 1 and "ParseSyntaxException" in said

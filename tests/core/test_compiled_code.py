@@ -6,7 +6,7 @@ import sys
 import warnings
 
 import pytest
-from forked import CONTEXT, begin
+from forked import Process, begin
 
 from helpers import ROOT
 
@@ -116,7 +116,7 @@ def test_installed_where_nobody_may_write(tmp_path):
     (site / "llmopt" / "larosa" / "__pycache__").write_text("")
     for folder, _, _ in os.walk(site):
         os.chmod(folder, 0o555)
-    process = CONTEXT.Process(target=product_of, args=(site, log))
+    process = Process(target=product_of, args=(site, log))
     process.start()
     process.join(300)
     for folder, _, _ in os.walk(site):

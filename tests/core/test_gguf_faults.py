@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import CONTEXT
+from forked import Process
 
 from helpers import logits, random_ids
 from llmopt.core import gguf, load
@@ -168,7 +168,7 @@ def convert_there(path, cache, dies=False):
 
 def begin(path, **how):
     "Start `convert_there`."
-    process = CONTEXT.Process(target=convert_there, args=(path, os.environ["LLMOPT_CACHE"]), kwargs=how)
+    process = Process(target=convert_there, args=(path, os.environ["LLMOPT_CACHE"]), kwargs=how)
     process.start()
     return process
 

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from forked import CONTEXT
+from forked import Process
 
 from helpers import tiny
 from llmopt.core import load, weights_hash
@@ -142,7 +142,7 @@ def answer_and_fork(*recipes):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_child_process_can_ask():
     "As in servers and data loaders: the parent has answered, forks, and the child answers the same."
-    parent = CONTEXT.Process(target=answer_and_fork, args=("baseline", "kv", LAROSA))  # a new one, with no threads yet
+    parent = Process(target=answer_and_fork, args=("baseline", "kv", LAROSA))  # a new one, with no threads yet
     parent.start()
     parent.join(120)
     assert parent.exitcode == 0

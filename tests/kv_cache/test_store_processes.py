@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as T
-from forked import CONTEXT
+from forked import Process
 
 from helpers import small_model
 from llmopt.kv_cache.cache import SlabCache
@@ -67,7 +67,7 @@ def begin(what, folder, threads):
 
 def start(what, folder):
     "A process that does `what` with as many threads as this one has: their number is part of a chunk's name."
-    process = CONTEXT.Process(target=begin, args=(what, str(folder), torch.get_num_threads()))
+    process = Process(target=begin, args=(what, str(folder), torch.get_num_threads()))
     process.start()
     return process
 
