@@ -101,9 +101,7 @@ class ChatMetrics:
     decode_tok_per_s: float | None  # tokens generated a second, after the first one
     decode_base_tok_per_s: float | None  # the same in the baseline's tokens
     decode_char_per_s: float | None  # the same in characters of the answer
-    skipped_weight_bytes: int | None = (
-        None  # weight bytes that a new token does not read, 0 on a GPU; None without LaRoSA
-    )
+    skipped_weight_bytes: int | None = None  # weight bytes a new token does not read, 0 on a GPU; None without LaRoSA
     factors: dict = field(default_factory=dict)  # slot -> 1 if it is on
     output_ids: list = field(default_factory=list, repr=False)  # token ids of the answer
     logprobs: list | None = field(default=None, repr=False)  # a `TokenLogprob` of each, if they were asked for
