@@ -39,7 +39,7 @@ class KVCacheConfig:
 
     max_seq_len: int | None = None  # addresses to reserve for each sequence; None is all positions of the model
     page_tokens: int = 0  # tokens that memory is taken by; 0 is one page of the system
-    prefault: bool = True  # take the next pages in the background
+    prefault: bool = True  # take the next pages in the background; never under a budget
     attention: str = "packed"  # reads each key once (equal within rounding); `stock` is the model's own (bit-identical)
     budget: int | str | None = None  # what may stay: tokens, `25%`, `64MiB`, `mass=0.95`; None keeps every token
     policy: str | None = None  # who stays, see `llmopt.kv_cache.policies`; None is `cake` where there is a budget
@@ -121,6 +121,7 @@ def make_cache(
     if self.budget is None:
         pages |= dict(attention=self.attention, page_after=self.page_after)
         return SlabCache(config, **size, **pages) if self.bits == 16 else LowBitCache(config, **bits, **size, **pages)
+    pages["prefault"] = False  # a page ahead of each row would be more than the budget says
     pages["map"] = map_of(model_of(model)) if POLICIES[self.eviction.policy].needs == "map" else None
     if self.bits == 16:
         return EvictingCache(config, self.eviction, **size, **pages)
