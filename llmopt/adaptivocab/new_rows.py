@@ -68,7 +68,7 @@ def mean_state(
     total, n = 0, 0
     for s in seqs:
         x = torch.tensor([s], device=model.device)
-        states = model(x, output_hidden_states=True, use_cache=False).hidden_states[-1][0]
+        states = model(x, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[-1][0]
         total, n = total + states.double().sum(0), n + len(states)
     return (total / n).float()
 
