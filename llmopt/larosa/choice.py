@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'BYTES', 'SECONDS', 'CLEARLY', 'KEPT_TIMES', 'least_times', 'product_times', 'change_time', 'Product',
-           'Choice', 'kept_times', 'choose']
+           'Choice', 'machine_of', 'kept_times', 'choose']
 
 # %% ../../nbs/03_larosa/12_choice.ipynb #8912ea2c
 import hashlib
@@ -130,7 +130,7 @@ class Choice(NamedTuple):
 KEPT_TIMES = "products"  # the folder of measured times in the cache
 
 
-def _machine(like):
+def machine_of(like):
     "What the time of a product with weights such as `like` depends on, beside its shape."
     gpu = torch.cuda.get_device_name(like.device) if like.is_cuda else None
     place = platform.node(), platform.machine(), os.cpu_count(), torch.backends.cpu.get_cpu_capability(), gpu
@@ -182,7 +182,7 @@ def choose(
         times = [product_times(linears, mean[s], bits) for s, linears in asked.items()]
         return [*times, [changes * change_time(embeddings)]] if changes else times
 
-    about = [[*s, len(asked[s]), mean[s]] for s in asked], changes, bits, _machine(embeddings)
+    about = [[*s, len(asked[s]), mean[s]] for s in asked], changes, bits, machine_of(embeddings)
     times = kept_times(about, len(asked) + bool(changes), measure)
     products = {s: Product(len(asked[s]), *t) for s, t in zip(asked, times)}
     return Choice(products, times[-1][0] if changes else 0.0, bits)

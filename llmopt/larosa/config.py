@@ -184,8 +184,9 @@ def _plain(self: SimpleLaRoSA, model):
 
 
 def _only_rounds(cfg):
-    "Are weights rounded, and nothing is dropped? Then there is nothing to calibrate, and no reason to rotate."
-    return cfg.bits < 16 and cfg.sparsity == 0 and cfg.artifact is None
+    "Is nothing dropped, and at most weights are rounded? Then there is nothing to calibrate, and no reason to rotate."
+    as_it_is = cfg.bits < 16 or cfg.rotation == "none" and not cfg.heads
+    return as_it_is and cfg.sparsity == 0 and cfg.artifact is None and cfg.when == "always"
 
 
 def _unrotated(model) -> Calibration:

@@ -81,6 +81,7 @@ class ChannelSelector:
         first: int = 0,  # tokens that stay dense at the beginning of a pass of several
     ):
         self.tokens, self.first = check_tokens(tokens), check_first(first)
+        self.changes = 0  # how often sparsities were set
 
     @property
     def mode(self) -> str:
@@ -192,6 +193,8 @@ def set_sparsity(
             raise ConfigError(f"the sparsity of {name} must lie between 0 and 1, not {sparsity!r}")
     for name, sparsity in allocation.items():
         known[name].sparsity = float(sparsity)
+    if allocation:
+        selector_of(model).changes += 1
     return model
 
 # %% ../../nbs/03_larosa/07_sparse_model.ipynb #7026b689

@@ -1,0 +1,173 @@
+"The compiled step computes what the model computes: every family it knows, all bits, sparse and dense, in any thread."
+
+import copy
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from helpers import small_model, tiny
+from llmopt.core.compilation import numba
+from llmopt.engine import EnhancedFusedLLMEngine
+from llmopt.engine.decode_step import DecodeStep, loop_for, step_of, why_no_step, with_step, without_step
+from llmopt.errors import UnsupportedModelError
+from llmopt.larosa import SimpleLaRoSA, dense, projections, set_sparsity
+
+pytestmark = pytest.mark.skipif(numba is None, reason="numba is not installed: pip install numba")
+FAMILIES = {
+    "llama": dict(attention_bias=True, mlp_bias=True),
+    "mistral": dict(sliding_window=None),
+    "qwen2": dict(),
+    "qwen3": dict(head_dim=16),
+}
+
+
+def converted(model, bits=16):
+    "`model` in rows, nothing dropped."
+    return SimpleLaRoSA(0.0, bits=bits, rotation="none", heads=False).apply(model)
+
+
+@torch.inference_mode()
+def worst(model, steps=5, before=4):
+    "The largest difference of logits between the step and the modules, over some tokens, by their size."
+    step, usual, found = DecodeStep(model), without_step(copy.copy(model)), 0
+    caches = DynamicCache(), DynamicCache()
+    ids = torch.randint(5, 90, (1, before + steps), generator=torch.Generator().manual_seed(0))
+    for cache in caches:
+        usual(ids[:, :before], past_key_values=cache)
+    for i in range(before, before + steps):
+        want = usual(ids[:, i : i + 1], past_key_values=caches[0]).logits[0, -1].float()
+        got = step(int(ids[0, i]), i, caches[1])
+        found = max(found, float((got - want).abs().max() / want.abs().max()))
+    same = [torch.allclose(a.keys, b.keys, atol=2e-2) for a, b in zip(caches[0].layers, caches[1].layers)]
+    assert all(same) and caches[1].get_seq_length() == before + steps
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_bits_and_sparsity(family, bits, share):
+    model = converted(small_model(family, **FAMILIES[family]), bits)
+    set_sparsity(model, dict.fromkeys(projections(model), share))
+    assert worst(model) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_bfloat16(bits):
+    "Within the rounding of bfloat16, which the step does once where modules do it after every operation."
+    assert worst(converted(small_model().bfloat16(), bits)) < 0.06
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_any_number_of_threads(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert worst(converted(small_model("qwen3", head_dim=16), 8)) < 1e-4
+
+
+@torch.inference_mode()
+def test_what_is_not_finite_is_seen():
+    "NaN and infinity in an embedding reach the logits."
+    for bad in (float("nan"), float("inf")):
+        model = converted(copy.deepcopy(small_model()))
+        step, cache = DecodeStep(model), DynamicCache()
+        model(torch.tensor([[5, 6]]), past_key_values=cache)
+        model.get_input_embeddings().weight.data[7, 3] = bad
+        assert not step(7, 2, cache).isfinite().all()
+        assert step(8, 2, cache).isfinite().sum() <= step(8, 2, cache).numel()
+
+
+@torch.inference_mode()
+def test_sparsities_may_change_and_dense_is_dense():
+    model = with_step(converted(small_model()))
+    usual, ids = without_step(copy.copy(model)), torch.arange(5, 9)[None]
+    with_step(model)
+    for share in (0.0, 0.5, 0.2):
+        set_sparsity(model, dict.fromkeys(projections(model), share))
+        for context in (False, True):
+            logits = []
+            for m in (model, usual):
+                cache = DynamicCache()
+                m(ids, past_key_values=cache)
+                with dense(model, context):
+                    logits.append(m(input_ids=ids[:, :1], past_key_values=cache).logits)
+            assert (logits[0] - logits[1]).abs().max() < 1e-4, (share, context)
+
+
+def test_copies_begin_without_a_step():
+    model = with_step(converted(small_model()))
+    again = copy.deepcopy(model)
+    assert step_of(model) is not None and step_of(again) is None
+    kw = dict(max_new_tokens=5, do_sample=False)
+    ids = torch.arange(5, 9)[None]
+    assert torch.equal(model.generate(ids, **kw), again.generate(ids, **kw))
+
+
+def test_two_threads_at_once():
+    model = with_step(converted(small_model()))
+    kw, found = dict(max_new_tokens=20, do_sample=False), {}
+    prompts = {i: torch.arange(5 + i, 9 + i)[None] for i in range(4)}
+    want = {i: model.generate(ids, **kw) for i, ids in prompts.items()}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: model.generate(prompts[i], **kw)})) for i in prompts
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(torch.equal(found[i], want[i]) for i in prompts)
+
+
+def test_a_long_answer_outgrows_the_room():
+    "The buffers grow; a crop in the middle is noticed."
+    model = with_step(converted(small_model(max_position_embeddings=1024)))
+    usual, ids = without_step(copy.copy(model)), torch.arange(5, 9)[None]
+    with_step(model)
+    kw = dict(max_new_tokens=600, min_new_tokens=600, do_sample=False)
+    cache = DynamicCache()
+    a = model.generate(ids, past_key_values=cache, **kw)
+    assert a.shape == usual.generate(ids, **kw).shape and cache.get_seq_length() == 603
+    cache.crop(-200)
+    b = model.generate(a[:, :404], past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert torch.equal(b, model.generate(a[:, :404], max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    "family, changes, why",
+    [
+        ("phi3", {}, "phi3"),
+        ("gpt2", {}, "gpt2"),
+        ("mistral", dict(sliding_window=4), "sliding"),
+        ("llama", dict(hidden_act="gelu"), "gelu"),
+    ],
+)
+def test_models_that_it_does_not_know(family, changes, why):
+    model = converted(small_model(family, **changes), 8)
+    assert why in why_no_step(model)
+    with pytest.raises(UnsupportedModelError, match=why):
+        with_step(model)
+    assert not loop_for(model, DynamicCache())
+
+
+def test_a_plain_model_and_other_precisions():
+    assert "rows" in why_no_step(small_model())
+    assert "float64" in why_no_step(converted(small_model().double()))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["larosa:sparsity=0,bits=8,when=always", "larosa:sparsity=0.4,bits=8", "vocab+larosa:bits=4"]
+)
+def test_in_an_engine(recipe, tmp_path, monkeypatch):
+    "The engine says what decodes, and answers as the same model does by its modules, sampled too."
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
+    e = EnhancedFusedLLMEngine(tiny(), recipe=recipe, max_new_tokens=12)
+    said = " ".join(e.run("What is rain?").notes)
+    assert "compiled step" in said
+    if step_of(e.lm.model) is None:
+        return  # no gain on this machine, which the note says
+    question = "Why is the sky blue?"
+    answers = [e.run(question).output_ids, e.run(question, temperature=0.8, seed=3).output_ids]
+    without_step(e.lm.model)
+    assert answers == [e.run(question).output_ids, e.run(question, temperature=0.8, seed=3).output_ids]
+    with_step(e.lm.model)
