@@ -89,7 +89,7 @@ def benchmark_decode(
 
     variants = {name: lambda name=name: step(name) for name in caches} | dict(read=bandwidth_probe())
     with torch_threads(n_threads):
-        times = time_interleaved(variants, rounds)
+        times = time_interleaved(variants, rounds, f"steps, {dtype}")
     config = dict(context=context, dtype=dtype, rounds=rounds, n_threads=n_threads, **shape)
     return _report(times, step_bytes(model, kv), kv, config)
 
@@ -187,7 +187,7 @@ def benchmark_eviction(
         return (model if name == "dynamic_sdpa" else twin)(token, past_key_values=caches[name]).logits
 
     with torch_threads(n_threads):
-        times = time_interleaved({name: lambda name=name: step(name) for name in caches}, rounds)
+        times = time_interleaved({name: lambda name=name: step(name) for name in caches}, rounds, f"cut, {dtype}")
     if caches["evicted_each_step"].evictor.rounds != rounds + 1:
         raise RuntimeError("the contender that evicts at each step did not")  # a fault of this program
     rows = []
@@ -218,7 +218,8 @@ def benchmark_prefill(
         model(ids, past_key_values=caches[name], logits_to_keep=1)
 
     with torch_threads(n_threads):
-        times = time_interleaved({name: lambda name=name: read(name) for name in ("no_budget", *policies)}, rounds)
+        ways = {name: lambda name=name: read(name) for name in ("no_budget", *policies)}
+        times = time_interleaved(ways, rounds, "prompts")
     whole, rows = caches["no_budget"], []
     for name, ts in times.items():
         row = dict(what="prefill", cache=name, dtype=dtype, context=context, rounds=rounds, **timing_stats(ts))

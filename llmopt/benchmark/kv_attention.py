@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from .clock import bandwidth_probe, fill_random_kv, time_interleaved, timing_stats, torch_threads
+from .clock import bandwidth_probe, fill_random_kv, shown, time_interleaved, timing_stats, torch_threads
 from .kv import cut_at_random, random_llama, step_bytes
 from .larosa_decode_step import fastest_dense
 from .larosa_products import DENSE
@@ -74,7 +74,8 @@ def benchmark_attention(
     q = torch.randn(1, heads, 1, head_size, generator=gen).to(number)
     ways = _ways(q, [tuple(layer) for layer in kv.unbind()])
     with torch_threads(n_threads):
-        times = time_interleaved({n: f for n, (f, _) in ways.items()} | dict(read=bandwidth_probe()), rounds)
+        each = {n: f for n, (f, _) in ways.items()} | dict(read=bandwidth_probe())
+        times = time_interleaved(each, rounds, f"attention, {dtype}")
     read, rows = 2**28 / statistics.median(times.pop("read")), []
     for name, ts in times.items():
         row = dict(way=name, dtype=dtype, context=context, n_threads=n_threads, **timing_stats(ts))
@@ -142,7 +143,7 @@ def benchmark_steps(
 
     with torch_threads(n_threads):
         variants = {name: partial(step, name) for name in caches}
-        times = time_interleaved(variants | dict(read=bandwidth_probe()), rounds)
+        times = time_interleaved(variants | dict(read=bandwidth_probe()), rounds, f"steps, {dtype}")
     about = dict(context=context, held=held or context, dtype=dtype, n_threads=n_threads, dense=way)
     return _step_rows(times, model, caches, about)
 
@@ -201,7 +202,7 @@ def benchmark_short(
     seconds = {name: [] for name in configs}
     ways = {name: partial(_answer_times, model, c, ids, new, seconds[name]) for name, c in configs.items()}
     with torch_threads(n_threads):
-        time_interleaved(ways, rounds)
+        time_interleaved(ways, rounds, f"{tokens} tokens")
     rows = []
     for name, ts in seconds.items():
         row = dict(cache=name, tokens=tokens, new=new)
@@ -235,7 +236,7 @@ def benchmark_peak(
     rows, whole = [], SlabCache(model.config)
     model(ids[:, :64], past_key_values=whole, logits_to_keep=1)
     token = whole.kv_bytes().live // 64
-    for chunk, policy in ((c, p) for c in chunks for p in policies):
+    for chunk, policy in shown([(c, p) for c in chunks for p in policies], "peak"):
         cache = EvictingCache(model.config, EvictionConfig(budget, policy))
         for piece in ids.split(chunk, 1):
             model(piece, past_key_values=cache, logits_to_keep=1)

@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 import torch
 
+from .clock import shown
 from ..core import ASSETS, fidelity, user
+from ..core.progress import announce
 from ..errors import BudgetError, ConfigError
 from ..kv_cache.attention import packed
 from ..kv_cache.budget import EvictionConfig
@@ -251,7 +253,7 @@ def quality_rows(
     for when in whens:
         held = p.context if when == "before" else torch.cat([p.context, p.question])
         whole = whole_bytes(lm, len(held))
-        for method in methods:
+        for method in shown(methods, f"{p.name}, {when} the question"):
             cache, seconds = filled(lm, method, held)
             for share in shares if method.policy else (1.0,):
                 rows.append(dict(kind=p.kind, prompt=p.name, when=when, method=str(method), budget=share))
@@ -333,4 +335,8 @@ def benchmark_quality(
     asked += [needle(lm, i, 300 if short else 1000) for i in range(n[1])]
     fits = [p for p in asked if 2.2 * len(p.context) + 100 < lm.context]  # a second pass reads it again
     shares = (0.25,) if quick else (0.5, 0.25, 0.1)
-    return [r for p in fits for r in quality_rows(lm, p, usable, shares)], left_out
+    rows = []
+    for i, p in enumerate(fits, 1):
+        announce(f"{p.name}, prompt {i} of {len(fits)}: {len(p.context)} tokens, {len(usable)} methods")
+        rows += quality_rows(lm, p, usable, shares)
+    return rows, left_out

@@ -26,6 +26,7 @@ from .kv_quality import OURS, PUBLIC, benchmark_quality, quality_targets
 from .restore import benchmark_restore
 from .targets import Targets
 from ..core import TINY, load
+from ..core.progress import announce
 from ..errors import ConfigError
 from ..kv_cache.attention import PACKED
 
@@ -121,12 +122,15 @@ def _taken_apart(context, shape, quick):
     rounds, heads = 2 if quick else 15, {k: v for k, v in shape.items() if k != "hidden"}
     rows = dict(attention=[], steps=[])
     for dtype in ("float32", "bfloat16"):
+        announce(f"timing attention and steps at {context} tokens, {dtype}")
         rows["attention"] += benchmark_attention(context, dtype, rounds, **heads)
         rows["steps"] += benchmark_steps(context, None, dtype, rounds, **shape)
+    announce(f"timing steps after a cut to {context // 8} tokens, and answers to 20 tokens")
     rows["steps"] += benchmark_steps(context, context // 8, "float32", rounds, **shape)
     rows["short"] = benchmark_short(load(TINY, "cpu").model, rounds=2 if quick else 30)
     ids = torch.randint(0, 1024, (1, 512 if quick else 4096), generator=torch.Generator().manual_seed(0))
     chunks = (64,) if quick else (256, 512, 1024)
+    announce(f"reading {ids.shape[1]} tokens in pieces under a budget")
     return rows | dict(peak=benchmark_peak(twin_of(random_llama(**shape), PACKED), ids, chunks=chunks))
 
 # %% ../../nbs/10_benchmark/19_kv_suite.ipynb #3bc24e4f
@@ -152,13 +156,18 @@ def _times(quick) -> dict:  # table -> rows
     decode, evict, context, dtypes = [], [], 512 if quick else 8192, ("float32", "bfloat16")
     shape = dict(layers=2, hidden=256, heads=4, kv_heads=2) if quick else {}
     for dtype in dtypes:
+        announce(f"timing decoding at {context} tokens, {dtype}")
         r = benchmark_decode(context, dtype, rounds=2 if quick else 15, **shape)
         shared = {k: v for k, v in r.items() if k not in ("variants", "config")}
         decode += [dict(cache=name, **r["config"], **times, **shared) for name, times in r["variants"].items()]
+    announce("timing appends")
     append = benchmark_append((256, 512) if quick else (1024, 4096, 16384, 32768))
     for dtype in dtypes:
+        announce(f"timing steps after an eviction of {context} tokens, {dtype}")
         evict += benchmark_eviction(context, dtype=dtype, rounds=2 if quick else 9, **shape)
+    announce("timing prompts under a budget; `h2o` takes longest")
     prefill = benchmark_prefill(512 if quick else 4096, rounds=1 if quick else 3, **shape)
+    announce("timing the restoring of a known prefix")
     restore = benchmark_restore(256, 64, (1,), 1, **shape) if quick else benchmark_restore(1024, 64)
     fronts = [(r["speed"], *event) for r in restore for event in r.pop("trace")]
     return dict(

@@ -59,7 +59,7 @@ def time_three_ways(bench: RestoreBench, speed: float, compute: float, rounds: i
         load=lambda: bench.prefill(0),
         both=lambda: reports.append(bench.prefill()),
     )
-    times = time_interleaved(ways, rounds)
+    times = time_interleaved(ways, rounds, f"restoring, loading at {speed} x")
 
     def ratio(f):
         return statistics.median(map(f, times["compute"], times["load"], times["both"]))  # of the same round

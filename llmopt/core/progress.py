@@ -17,7 +17,7 @@ def announce(what: str) -> None:
     "Say on stderr what begins now; silent where nobody can read it."
     with suppress(OSError):
         if sys.stderr is not None:
-            print(f"llmopt: {what} ...", file=sys.stderr, flush=True)
+            tqdm.write(f"llmopt: {what} ...", file=sys.stderr)  # above a bar, if there is one
 
 # %% ../../nbs/00_core/14_progress.ipynb #29275195
 def return_freed_memory() -> None:

@@ -7,6 +7,11 @@ from transformers import DynamicCache, LlamaConfig
 from llmopt.benchmark.clock import *
 
 
+def test_a_progress_bar():
+    "A measurement that takes minutes says on stderr how far it is:"
+    test_eq([n + 1 for n in shown(range(3), "counting")], [1, 2, 3])
+
+
 def test_interleaving():
     "Every variant has its turn in each round, and the first round is not timed."
     log = []
