@@ -234,7 +234,8 @@ def _read_twice(self: AnsweringModel, inputs, cache):
     evictor = getattr(cache, "evictor", None)
     if evictor is None or evictor.policy.needs != "second_pass" or evictor.rounds:
         return
-    if "input_ids" in inputs.inputs and len(inputs.ids) > 1:
+    evictor.paused = len(inputs.ids) < 2  # of one token nothing can be said again, and so nothing is judged
+    if not evictor.paused:
         compress(self.lm, cache, inputs.ids[: max(1, len(inputs.ids) - self.reuse.unread)])
 
 # %% ../../nbs/05_engine/14_answering.ipynb #ea3ff2a6

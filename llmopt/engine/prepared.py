@@ -21,7 +21,7 @@ from .decoding import checkpoint_decoding
 from .prompt_cache import weights_seen
 from .queue import queue_of
 from .recipe import Recipe
-from ..errors import ContextError, LlmoptError, UnsupportedModelError, warn_once
+from ..errors import ContextError, LlmoptError, UnsupportedModelError, one_line, warn_once
 from ..kv_cache.presets import POLICIES
 from ..larosa import in_stream_basis, sparse_shapes
 from ..word_removal import model_surprisal
@@ -80,6 +80,8 @@ class PreparedModel:
         self.converted = self.lm.model is not plain
         if self.converted and self.reader:
             self.reader = _turned(self.reader, self.lm.model)
+        if recipe.cache:
+            self._check_cache()
         self.sparse = _sparse_prefill(self.lm, self.recipe)
         self.stop_ids = self.lm.stop_ids
 
@@ -264,3 +266,18 @@ def make_cache(self: PreparedModel):
 def attention(self: PreparedModel):
     "Context manager: inside it the model runs with the attention that the cache asks for."
     return self.recipe.cache.attach(self.lm) if self.recipe.cache else nullcontext()
+
+# %% ../../nbs/05_engine/13_prepared.ipynb #e17348cd
+@patch
+def _check_cache(self: PreparedModel):
+    "Raise `UnsupportedModelError` for a cache that this model cannot have, or that cannot read phrases."
+    eviction = self.recipe.cache.eviction
+    if self.reader and eviction and POLICIES[eviction.policy].needs == "second_pass":
+        raise UnsupportedModelError(
+            f"policy '{eviction.policy}' lets the model say its prompt again, and a phrase of vocab is no token to "
+            "say; use policy=foreseen or leave vocab out"
+        )
+    try:
+        self.make_cache().close()
+    except LlmoptError as e:
+        raise UnsupportedModelError(one_line(e)) from None

@@ -4,7 +4,7 @@
 from fastcore.test import expect_fail, test_eq
 from llmopt.core import load, user
 from llmopt.engine.recipe import Recipe
-from llmopt.errors import ContextError
+from llmopt.errors import ContextError, UnsupportedModelError
 from llmopt.engine.prepared import *
 
 
@@ -29,8 +29,23 @@ def test_sparse_prefill():
     assert engine.reading(prompt, engine.inputs(prompt.ids)) is None
 
 
+def test_caches_that_do_not_fit():
+    """Some caches do not fit some models: heads that 4 bits cannot divide, sliding layers, a policy whose map nobody
+    has fitted. Making one takes no time, so it is tried at once. And phrases are no tokens, so a prompt that has
+    some cannot be said again."""
+    lm = load("llmopt-tiny", "cpu")
+    for recipe, why in (
+        ("vocab+kv:policy=kvzip,budget=25%", "no token"),
+        ("larosa:when=always+kv:policy=foreseen,budget=25%", "needs a map"),
+    ):
+        with expect_fail(UnsupportedModelError, why):
+            PreparedModel(lm, Recipe.parse(recipe))
+
+
 def test_what_the_model_is_fed():
-    "What is left out is a part of the passage, and the question is read whole."
+    """Some caches do not fit some models: heads that 4 bits cannot divide, sliding layers, a policy whose map nobody
+    has fitted. Making one takes no time, so it is tried at once. And phrases are no tokens, so a prompt that has
+    some cannot be said again."""
     lm = load("llmopt-tiny", "cpu")
     q = "Please tell me why the sky is blue and why the sunset is red."
     plain, short = (PreparedModel(lm, Recipe.parse(r)) for r in ("baseline", "words:n=2"))

@@ -217,6 +217,13 @@ def test_an_engine_reads_twice_where_the_policy_wants_it():
     assert engine.score(LONG, whole.output_ids).shape == full.score(LONG, whole.output_ids).shape
 
 
+def test_a_prompt_of_one_token_is_not_said_again():
+    "There is nothing to judge it by; the answer, longer than what always stays, is whole."
+    engine = EnhancedFusedLLMEngine("llmopt-tiny", device="cpu", recipe=Recipe.parse("kv:budget=10%,policy=kvzip"))
+    assert len(engine.run([400], max_new_tokens=60, fixed=True).output_ids) == 60
+    assert len(engine.run([400, 401], max_new_tokens=60, fixed=True).output_ids) == 60
+
+
 def test_compress_takes_any_policy():
     "Read and cut in one call."
     lm = tiny()
