@@ -98,7 +98,7 @@ class EvictionConfig:
         if b.kind == "tokens" and b.amount < self.first + self.window:
             raise BudgetError(
                 f"budget of {b.amount} tokens is less than the {self.first} first and {self.window} latest ones "
-                "that are always kept; raise it or lower window"
+                "that are always kept; raise it, or lower `EvictionConfig.window`"
             )
 
     @functools.cached_property
@@ -152,7 +152,7 @@ def _too_small(self: EvictionConfig, most, unit, need) -> BudgetError:
     "The error of a budget in bytes that holds only `most` tokens in a row, when `need` bytes are needed."
     return BudgetError(
         f"budget of {self.parsed.amount:,} bytes holds {most} tokens (pages of {unit}) in each row of this model, but "
-        f"{self.first + self.window} are always kept, which take {need:,}; raise it or lower window"
+        f"{self.first + self.window} are always kept, which take {need:,}; raise it, or lower `EvictionConfig.window`"
     )
 
 # %% ../../nbs/04_kv_cache/23_budget.ipynb #b17c0004
@@ -175,7 +175,8 @@ def low_bit_limit(
         raise self._too_small(most, unit, least * token_bytes + spare_bytes)
     if b.kind == "share" and most >= total:
         return max(most, least), max(most, least)  # everything fits
-    return max(most - -(-self.spare(most) // unit) * unit, least), max(most, least)
+    spare = -(-self.spare(most) // unit) * unit
+    return max(most - spare, least), max(most, least + spare if b.kind == "share" else least)
 
 # %% ../../nbs/04_kv_cache/23_budget.ipynb #fff6e3b0
 def apportion(

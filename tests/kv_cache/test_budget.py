@@ -48,11 +48,13 @@ def test_a_share_of_the_bytes():
     """Where tokens are held in [8 or 4 bits](26_low_bit_slab.ipynb), a share means **bytes**: `"25%"` is a quarter
     of what the text so far would take in full precision, and at 8 bits nearly half of the tokens fit. Such a
     budget is a ceiling like one in bytes, and what it holds is not rounded to pages as a mean over the layers:
-    only their sizes are. The newest tokens, in full precision, are paid for first."""
+    only their sizes are. The newest tokens, in full precision, are paid for first. Of a short text a share is
+    less than what is always kept. That and the slack stay then, or every new token would cost an eviction."""
     e = EvictionConfig("25%", slack=16)
     test_eq(e.low_bit_limit(1000, 136, 16, 0, 256), (454, 470))  # 64,000 bytes
     test_eq(e.low_bit_limit(1000, 136, 16, 136 * 20, 256), (434, 450))
-    test_eq(e.low_bit_limit(20, 136, 16, 0, 256), (48, 48))  # a short text: what is always kept
+    test_eq(e.low_bit_limit(20, 136, 16, 0, 256), (48, 64))  # a short text: what is always kept, and the slack
+    test_eq(e.low_bit_limit(110, 136, 16, 0, 256), (48, 64))
     test_eq(EvictionConfig("60%").low_bit_limit(1000, 136, 16, 0, 256), (1129, 1129))  # all of it
     test_eq(EvictionConfig(500).low_bit_limit(1000, 136, 1, 0, 256), EvictionConfig(500).row_limit(1000, 136, 1))
     with expect_fail(BudgetError, "6,628"):

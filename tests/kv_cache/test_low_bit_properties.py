@@ -160,9 +160,22 @@ def test_no_step_ends_above_its_budget_of_bytes(model, bits, held, policy, budge
             assert "always kept" in str(error) and e.parsed.kind == "bytes"
             return
         at += q
-        slab, rows = cache.slabs[0], 3 * 2 * 2
-        tokens = min(-(-(first + window) // cache.evictor.unit) * cache.evictor.unit, at)
+        slab, rows, u = cache.slabs[0], 3 * 2 * 2, cache.evictor.unit
+        kept = -(-(first + window) // u) * u
+        tokens = min(kept + -(-e.spare(2 * kept) // u) * u, at)  # of a short text the slack stays, too
         least = rows * (tokens * slab.slot_bytes + slab.spare_bytes)
         amount = e.parsed.amount if e.parsed.kind == "bytes" else max(e.parsed.amount * at * rows * 256, least)
         assert cache.kv_bytes().live <= amount
     assert cache.get_seq_length() == n
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_text_too_short_for_its_share_is_not_cut_at_every_token(model, bits):
+    "Forty tokens that always stay are more than a quarter: an answer of 64 takes a few rounds, and not 64."
+    cache = LowBitEvictingCache(model.config, EvictionConfig("25%", window=36, slack=16, unit=16), bits)
+    ids = torch.randint(0, 64, (1, 104), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), packed(model):
+        model(ids[:, :40], past_key_values=cache)
+        for at in range(40, 104):
+            model(ids[:, at : at + 1], past_key_values=cache)
+    assert 1 <= cache.evictor.rounds <= 5
