@@ -45,7 +45,7 @@ class KVCacheConfig:
     policy: str | None = None  # who stays, see `llmopt.kv_cache.policies`; None is `cake` where there is a budget
     page_after: int = 128  # tokens; without a budget, shorter sequences lie in ordinary memory: pages would only cost
     bits: int = 16  # of each number: 16 is the model's own precision, 8 or 4 are rounded (then `25%` is of the bytes)
-    window: int | None = None  # newest tokens in full precision; None is none at 8 bits and 32 at 4
+    window: int | None = None  # newest tokens in full precision, while groups of 16 or 32 fill more; None: 0 or 32
     share: str | None = None  # who competes for room: `layers`, `heads` or `model`; None is what the policy says
 
     def __post_init__(self):
@@ -171,6 +171,7 @@ class HybridKVCacheOptimizer:
         config: KVCacheConfig | None = None,  # `max_seq_len` in it is replaced
         budget: int | str | None = None,  # instead of the one in `config`, see `KVCacheConfig`
         policy: str | None = None,
+        bits: int | None = None,  # as `budget`
         store=None,  # a `PrefixStore`, for `prefill`
     ):
         self.num_layers, self.num_heads = check_count("num_layers", num_layers), check_count("num_heads", num_heads)
@@ -188,6 +189,8 @@ class HybridKVCacheOptimizer:
         settings = asdict(config or KVCacheConfig()) | dict(max_seq_len=max_seq_len)
         if budget is not None or policy is not None:
             settings |= dict(budget=budget, policy=policy)
+        if bits is not None:
+            settings |= dict(bits=bits)
         self.config = KVCacheConfig(**settings)
 
 # %% ../../nbs/04_kv_cache/38_hybrid.ipynb #fddca229

@@ -108,6 +108,16 @@ def test_optimizer_with_a_budget():
     assert savings["saved_vs_dynamic"] > 0.65 and savings["saved_vs_static_exact"] > 0.65
 
 
+def test_optimizer_with_few_bits():
+    "The bundled model computes in float32, so 8 bits save nearly three quarters, and no token is dropped."
+    lm = load("llmopt-tiny", "cpu")
+    opt = HybridKVCacheOptimizer(**cache_shape(lm.model), max_batch_size=1, max_seq_len=4096, bits=8)
+    cache = opt.make_cache(lm)
+    with torch.no_grad(), opt.attach(lm):
+        lm.model(torch.full((1, 2000), 9), past_key_values=cache)
+    assert opt.get_memory_savings()["saved_vs_dynamic"] > 0.65 and opt.get_memory_usage()["evictions"] == 0
+
+
 def test_optimizer_with_a_store():
     "An optimizer with a store writes what one without it writes, when the prompt is new and when it is known."
     lm = load("llmopt-tiny", "cpu")
