@@ -147,6 +147,7 @@ def _add_serve(sub):
 # %% ../../nbs/09_cli/02_parser.ipynb #3c6ae356
 BENCHMARKS = dict(
     words="what texts keep, whether budgets hold, what answers lose; takes --texts and --model; 3 minutes",
+    prefill="what answers lose and how soon they begin when later layers read less; takes --model; 1 minute",
     vocab="tokens saved, speed, phrases read, tuned and as drafts; takes --texts and --model; 14 minutes",
     kv="decoding, appends, eviction and restoring beside stock caches, on random weights; takes neither; 7 minutes",
     larosa="sparse products beside dense ones, and what answers lose; takes --texts and --model; 9 minutes",

@@ -39,7 +39,7 @@ def check_layered(
     if any(DynamicCache(config=model.config).is_sliding):
         raise UnsupportedModelError(f"{what} is not for sliding windows, as {type(model).__name__} has them here")
 
-# %% ../../nbs/00_core/20_late_reading.ipynb #fe9538d7
+# %% ../../nbs/00_core/20_late_reading.ipynb #b4d187c3
 class LateReading:
     "Hooks that let layers see only some tokens of the first forward."
 
@@ -61,7 +61,9 @@ class LateReading:
         if i in self.choices:
             go_on = self.choices[i]().to(x.device)
             x, self.kept = x[:, go_on], self.kept[go_on]
-        kw["position_embeddings"] = tuple(t[:, self.kept] for t in kw["position_embeddings"])
+        if i == self.start or i in self.choices:
+            self.turn = tuple(t[:, self.kept] for t in kw["position_embeddings"])
+        kw["position_embeddings"] = self.turn
         if kw.get("position_ids") is not None:
             kw["position_ids"] = kw["position_ids"][:, self.kept]
         if mask is not None:

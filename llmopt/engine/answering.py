@@ -40,7 +40,7 @@ from ..errors import ConfigError, ContextError, warn_once
 from ..kv_cache import KVCacheConfig
 from ..kv_cache.second_pass import compress
 from ..larosa import traffic
-from ..word_removal.sparse_prefill import sparse_view
+from ..word_removal.sparse_reading import sparse_view
 
 # %% ../../nbs/05_engine/14_answering.ipynb #86fe611a
 class AnsweringModel(PreparedModel):

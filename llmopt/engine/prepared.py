@@ -27,7 +27,8 @@ from ..larosa import in_stream_basis, sparse_shapes
 from ..word_removal import model_surprisal
 from ..word_removal.config import FLOOR
 from ..word_removal.prompt_passages import free_tokens
-from ..word_removal.sparse_prefill import SparsePrefill, SparseReading
+from ..word_removal.sparse_prefill import SparsePrefill
+from ..word_removal.sparse_reading import SparseReading
 
 # %% ../../nbs/05_engine/13_prepared.ipynb #6db0977e
 class Shortened:

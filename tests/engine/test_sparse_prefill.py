@@ -8,7 +8,7 @@ from llmopt.core import LM, load
 from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.errors import ConfigError, UnsupportedModelError
 from llmopt.kv_cache import PrefixStore
-from llmopt.word_removal.sparse_prefill import sparse_view
+from llmopt.word_removal.sparse_reading import sparse_view
 
 TEXT = "The heart pumps blood through the body. The tide rises twice a day. A boat has a mast. " * 8
 QUESTION = f"{TEXT}\n\nWhat does the heart pump?"
