@@ -436,7 +436,7 @@ def _by_step(cfg, lm, notes):
 
     plain, whole, *dropped = _kept_decode_times(lm.model, cfg, measure)
     said = f"{cfg.bits} bits decode in {whole:.2f} ms a token by one compiled step, the plain model in {plain:.2f}"
-    if min(whole, *dropped) > CLEARLY * plain:
+    if min([whole, *dropped]) > CLEARLY * plain:
         notes.append(
             f"LaRoSA: {said}: no gain, so the model is the plain one; larosa:when=always converts it all the same"
         )
