@@ -10,13 +10,14 @@ __all__ = ['Answer', 'ChatMetrics', 'ComprehensiveChatEngine', 'DecodeStep', 'En
 # %% ../../nbs/05_engine/index.ipynb #118aa735
 from .answer import Answer, Piece
 from .comprehensive import ComprehensiveChatEngine
-from .decode_step import DecodeStep, step_of, why_no_step, with_step
+from .decode_step import DecodeStep, why_no_step
 from .decoding import checkpoint_decoding
 from .fused import EnhancedFusedLLMEngine
 from .metrics import ChatMetrics, Events
 from .prompt_cache import PromptCache
 from .recipe import SLOTS, Recipe, known_methods
 from .sampling import Sampling, TokenLogprob
+from .step_model import step_of, with_step
 from .streaming import text_pieces
 
 # %% ../../nbs/05_engine/index.ipynb #ee11404e

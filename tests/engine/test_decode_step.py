@@ -4,10 +4,10 @@
 import torch
 from importlib.util import find_spec
 from fastcore.test import test_close, test_eq
+from transformers import DynamicCache
 from llmopt.core import TINY, load
 from llmopt.engine.decode_step import *
 from llmopt.larosa import BUNDLED, SimpleLaRoSA, load_calibration
-from transformers.cache_utils import DynamicCache
 
 
 def test_room():
@@ -48,47 +48,3 @@ def test_equals_the_model():
                 want = plain(torch.tensor([[7]]), past_key_values=copies).logits[0, -1]
                 test_close(step(7, position, cache), want, eps=2e-4)
             test_close(cache.layers[3].values, copies.layers[3].values, eps=1e-4)
-
-
-def test_other_passes():
-    """What the step cannot do goes on as before, and gives the same tokens: two sequences, padding, beams, a cache
-    of another kind."""
-    if find_spec("numba"):
-        from transformers import StaticCache
-
-        lm, ids = load(TINY, "cpu", dtype="float32"), torch.arange(5, 13)[None]
-        larosa, calibration = SimpleLaRoSA(0.4, bits=8), load_calibration(BUNDLED)
-        plain, model = larosa.apply(lm.model, calibration), with_step(larosa.apply(lm.model, calibration))
-        two, mask = ids.expand(2, -1), torch.ones(2, ids.shape[1], dtype=torch.long)
-        mask[1, :2] = 0
-        for kw in (dict(num_beams=2), dict(num_return_sequences=2, do_sample=True), dict(prompt_lookup_num_tokens=3)):
-            torch.manual_seed(0)
-            a = model.generate(ids, max_new_tokens=8, **dict(do_sample=False) | kw)
-            torch.manual_seed(0)
-            assert torch.equal(a, plain.generate(ids, max_new_tokens=8, **dict(do_sample=False) | kw)), kw
-        a, b = (m.generate(two, attention_mask=mask, max_new_tokens=8, do_sample=False) for m in (model, plain))
-        assert torch.equal(a, b)
-        caches = [StaticCache(lm.model.config, max_cache_len=64) for _ in range(2)]
-        a, b = (
-            m.generate(ids, past_key_values=c, max_new_tokens=8, do_sample=False)
-            for m, c in zip((model, plain), caches)
-        )
-        assert torch.equal(a, b)
-
-
-def test_the_loop():
-    "The tokens are those of the usual loop, and they end where these end."
-    if find_spec("numba"):
-        lm, ids = load(TINY, "cpu", dtype="float32"), torch.tensor([[500, 600, 700, 800]])
-        model = with_step(SimpleLaRoSA(0.4, bits=8).apply(lm.model, load_calibration(BUNDLED)))
-        kw = dict(max_new_tokens=12, do_sample=False)
-        usual = model.generate(ids, **kw)
-        assert torch.equal(
-            model.generate(ids, past_key_values=(cache := DynamicCache()), custom_generate=step_loop, **kw), usual
-        )
-        test_eq(cache.get_seq_length(), usual.shape[1] - 1)
-        end = int(usual[0, -2])
-        a, b = (
-            model.generate(ids, eos_token_id=end, pad_token_id=0, **kw, **more) for more in ({}, loop_for(model, cache))
-        )
-        assert torch.equal(a, b) and a.shape[1] < usual.shape[1]

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from helpers import small_model, tiny
 from llmopt.core.compilation import numba
 from llmopt.engine import EnhancedFusedLLMEngine
-from llmopt.engine.decode_step import DecodeStep, loop_for, step_of, why_no_step, with_step, without_step
+from llmopt.engine.decode_step import DecodeStep, why_no_step
+from llmopt.engine.step_model import loop_for, step_of, with_step, without_step
 from llmopt.errors import UnsupportedModelError
 from llmopt.larosa import SimpleLaRoSA, dense, projections, set_sparsity
 
