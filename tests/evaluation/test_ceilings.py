@@ -32,6 +32,13 @@ def test_phases():
     test_eq(len(phase_times(Results())), 0)
 
 
+def test_a_compiled_step_has_no_ceiling():
+    "A compiled step can take all of a token's time away, so nothing is left of any phase of decoding."
+    nothing = dict(linear=0.0, attention=0.0, rest=0.0)
+    test_eq(phases_left(dict(larosa=dict(sparsity=0.0, bits=8))), nothing)
+    test_eq(phases_left(dict(larosa=dict(sparsity=0.4, when="always"))), nothing)
+
+
 def test_ceilings():
     """With the made-up times, half of the prompt's tokens leave at least a quarter of the prefill and half of the
     attention: 70 % of the whole, so the answer is 1.43 times as fast at most. LaRoSA at 40 % leaves 80 %, and can
