@@ -160,9 +160,10 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
     if maker:
         maker.end(meter)
     end = self._end(meter.ids, r.settings.max_new_tokens, text)
+    metrics = self._metrics(prompt, inputs, meter, text, end, held, reading)
     if again:
         self._keep(inputs, meter, prompt.notes)
-    return self._metrics(prompt, inputs, meter, text, end, held, reading)
+    return metrics
 
 # %% ../../nbs/05_engine/15_answering.ipynb #d7396256
 @patch

@@ -17,7 +17,9 @@ from ..core.threads import for_threads, name_thread_functions, thread_barrier, t
 from .step_parts import add_parts, attend_bfloats, attend_floats, gated, normalize, rotate, to_bfloat16
 from ..larosa.axpy import add_packed, add_stripes, list_channels
 from ..larosa.low_bits import GROUP
-from ..larosa.selection import select_bits
+
+if numba:
+    from llmopt.larosa.selection import select_bits
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #53fd507b
 SIZES = "layers width heads kv_heads head_size inner vocabulary slot room threads bfloat head_norms".split()

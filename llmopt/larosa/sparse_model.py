@@ -193,8 +193,7 @@ def set_sparsity(
             raise ConfigError(f"the sparsity of {name} must lie between 0 and 1, not {sparsity!r}")
     for name, sparsity in allocation.items():
         known[name].sparsity = float(sparsity)
-    if allocation:
-        selector_of(model).changes += 1
+        known[name].selector.changes += 1
     return model
 
 # %% ../../nbs/03_larosa/07_sparse_model.ipynb #7026b689
