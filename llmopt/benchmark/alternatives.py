@@ -47,7 +47,7 @@ def alternative_engines(
             engines[a.id] = engine
     return engines, refused
 
-
+# %% ../../nbs/10_benchmark/22_alternatives.ipynb #1256e0be
 ROUNDED = "larosa:sparsity=0,bits=8", "larosa:sparsity=0,bits=4"  # of `larosa`: weights in fewer bits, nothing dropped
 
 
@@ -106,7 +106,7 @@ def _measured(name, lm, ids, quick, chosen):
         dict(model=name, id=k, why=w) for k, w in refused.items()
     ]
 
-
+# %% ../../nbs/10_benchmark/22_alternatives.ipynb #e3487bee
 def benchmark_alternatives(
     quick: bool = False,  # two rounds, answers of four tokens, one model, nothing compiled
     model=TINY,  # see `load`; with the bundled one SmolLM2 is measured too, where it is installed

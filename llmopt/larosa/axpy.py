@@ -268,7 +268,7 @@ def _check_product(rows, kept, x, n_threads):
     if n_threads < 1:
         raise ConfigError(f"n_threads must be at least 1, not {n_threads}")
 
-
+# %% ../../nbs/03_larosa/03_axpy.ipynb #65e08065
 def axpy_product(
     rows: PackedRows,
     kept: torch.Tensor,  # (B, k) int64 channels, ascending, each at most once

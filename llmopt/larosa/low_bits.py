@@ -141,7 +141,7 @@ def _half(bits):  # of a float16, as uint16
     size = np.uint32((wide & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
     return -size if wide & np.uint32(0x8000) else size
 
-
+# %% ../../nbs/03_larosa/02_low_bits.ipynb #2dfe7fb4
 @compiled
 def _unpack_8(data, scales, out):  # (D', N') int8, (groups, N') uint16, (D', N') float32
     steps = np.empty(out.shape[1], np.float32)
@@ -153,7 +153,7 @@ def _unpack_8(data, scales, out):  # (D', N') int8, (groups, N') uint16, (D', N'
         for j in range(len(channel)):
             channel[j] = steps[j] * np.float32(row[j])
 
-
+# %% ../../nbs/03_larosa/02_low_bits.ipynb #482d83ce
 @compiled
 def _unpack_4(words, scales, minima, out):  # (D', N' / 4) uint16
     steps, lows = np.empty(out.shape[1], np.float32), np.empty(out.shape[1], np.float32)
@@ -167,7 +167,7 @@ def _unpack_4(words, scales, minima, out):  # (D', N' / 4) uint16
             for j in range(16):
                 channel[j] = step[j] * np.float32(some[j] >> shift & np.uint16(15)) + low[j]
 
-
+# %% ../../nbs/03_larosa/02_low_bits.ipynb #f1247346
 def quick_unpack(rows: PackedRows, dtype=torch.float32) -> torch.Tensor:  # (N, D) of `dtype`
     "As `unpack_rows`, for 8 and 4 bits; compiled where numba is installed."
     if numba is None or rows.data.device.type != "cpu":

@@ -76,7 +76,7 @@ def _no_tables():
     "What stands for scales and minima where there are none."
     return torch.zeros(1, 1, dtype=torch.int16), torch.zeros(1, 1, dtype=torch.int16)
 
-
+# %% ../../nbs/03_larosa/04_sparse_linear.ipynb #b0ba31d4
 class SparseLinear(nn.Module):
     """A linear layer that, on a CPU, can read the weights of chosen channels only; its weights are frozen. Raises
     `ConfigError` for a quantized weight, a bias of another size, and a kernel that is not there."""
@@ -101,37 +101,43 @@ class SparseLinear(nn.Module):
             self.rows, self.scales, self.minima = map(_frozen, (packed.data, packed.scales, packed.minima))
         self.bias = None if bias is None else _frozen(bias.detach().clone())
 
-    @property
-    def kernel(self) -> str:
-        "`axpy` or `bags`, by the type that the weights have now: `half()` and its like change it."
-        return _choose_kernel(torch.float32 if self.bits < 16 else self.rows.dtype, self.asked)
+# %% ../../nbs/03_larosa/04_sparse_linear.ipynb #c6b4cfba
+@patch(as_prop=True)
+def kernel(self: SparseLinear) -> str:
+    "`axpy` or `bags`, by the type that the weights have now: `half()` and its like change it."
+    return _choose_kernel(torch.float32 if self.bits < 16 else self.rows.dtype, self.asked)
 
-    @property
-    def packed(self) -> PackedRows:
-        "The rows as `axpy_product` reads them."
-        size = self.out_features, self.in_features
-        if self.bits < 16:
-            return PackedRows(self.bits, self.rows, self.scales, self.minima, *size)
-        return PackedRows(_AXPY[self.rows.dtype], self.rows.view(torch.uint8), *_no_tables(), *size)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        "The weight (N, D) as in `nn.Linear`: a view of `rows`, or what they stand for, made anew."
-        if self.bits < 16:
-            return quick_unpack(self.packed, self.dtype)
-        return self.rows[:, : self.out_features].t()
+@patch(as_prop=True)
+def packed(self: SparseLinear) -> PackedRows:
+    "The rows as `axpy_product` reads them."
+    size = self.out_features, self.in_features
+    if self.bits < 16:
+        return PackedRows(self.bits, self.rows, self.scales, self.minima, *size)
+    return PackedRows(_AXPY[self.rows.dtype], self.rows.view(torch.uint8), *_no_tables(), *size)
 
-    @property
-    def nbytes(self) -> int:
-        "Bytes of the weight as it is stored, without padding of outputs."
-        if self.bits < 16:
-            return self.packed.nbytes * self.out_features // self.packed.width
-        return self.in_features * self.out_features * self.rows.itemsize
 
-    def extra_repr(self):
-        "What `print` shows of the layer."
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, bias={self.bias is not None}, bits={self.bits}, kernel={self.kernel}"
+@patch(as_prop=True)
+def weight(self: SparseLinear) -> torch.Tensor:
+    "The weight (N, D) as in `nn.Linear`: a view of `rows`, or what they stand for, made anew."
+    if self.bits < 16:
+        return quick_unpack(self.packed, self.dtype)
+    return self.rows[:, : self.out_features].t()
+
+
+@patch(as_prop=True)
+def nbytes(self: SparseLinear) -> int:
+    "Bytes of the weight as it is stored, without padding of outputs."
+    if self.bits < 16:
+        return self.packed.nbytes * self.out_features // self.packed.width
+    return self.in_features * self.out_features * self.rows.itemsize
+
+
+@patch
+def extra_repr(self: SparseLinear):
+    "What `print` shows of the layer."
+    shape = f"in_features={self.in_features}, out_features={self.out_features}"
+    return f"{shape}, bias={self.bias is not None}, bits={self.bits}, kernel={self.kernel}"
 
 # %% ../../nbs/03_larosa/04_sparse_linear.ipynb #27a9fdb1
 @patch

@@ -6,7 +6,7 @@ from llmopt.benchmark.alternatives import *
 
 
 def test_alternatives_get_a_row_each_and_what_cannot_run_says_why():
-    "The prompt's own answer by the baseline is what every alternative is teacher-forced on."
+    "With the bundled model, SmolLM2 is measured, too, where it is installed: a model that a user would choose."
     from llmopt.benchmark.alternatives import benchmark_alternatives
 
     tables = benchmark_alternatives(quick=True, ids=["static_cache", "llama_cpp"])
