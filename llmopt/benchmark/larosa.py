@@ -23,6 +23,7 @@ from ..core import LM, TINY, kl, load, speculative_decode
 from ..errors import ConfigError
 from ..evaluation import keyword_recall
 from ..larosa import default_texts, windows
+from ..larosa.basis import STEPS
 
 # %% ../../nbs/10_benchmark/14_larosa.ipynb #15829e05
 def _where(row):
@@ -177,17 +178,18 @@ def _speed(quick):
 
 def _ablation(lm, rows, quick):
     "The ablation of `lm`, tested on the texts of `rows`."
-    width, n_calibration, n_test = (64, 16, 4) if quick else (256, 64, 24)
+    width, n_calibration, n_test, steps = (64, 16, 4, 4) if quick else (256, 64, 24, STEPS)
     test = windows([r["text"] for r in rows], lm.tokenizer, width, n_test)
     if not len(test):
         raise ConfigError(f"the ablation needs texts of at least {width} tokens together")
-    return Ablation(lm.model, windows(default_texts(lm.tokenizer), lm.tokenizer, width, n_calibration), test)
+    calibration = windows(default_texts(lm.tokenizer), lm.tokenizer, width, n_calibration)
+    return Ablation(lm.model, calibration, test, steps=steps)
 
 # %% ../../nbs/10_benchmark/14_larosa.ipynb #c75f6cdf
 def benchmark_larosa(
     texts=None,  # see `read_texts`: what the ablation is tested on, and asked about
     model=TINY,  # see `load`
-    quick: bool = False,  # small shapes and few texts
+    quick: bool = False,  # small shapes, few texts, and a basis hardly learned
     processes: int | None = None,  # of ablation and answers; None is one a core for the bundled model, else one
 ) -> dict:  # table -> rows: `targets`, `kernel`, `step`, `ablation`, `answers`
     """LaRoSA's speed beside dense products and the byte bound, what each part of it loses at equal bytes, and what its

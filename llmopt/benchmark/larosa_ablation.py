@@ -35,6 +35,7 @@ from llmopt.larosa import (
     traffic,
     value_bases,
 )
+from ..larosa.basis import STEPS
 from ..larosa.rotation import rotates
 
 # %% ../../nbs/10_benchmark/13_larosa_ablation.ipynb #d6384be4
@@ -113,9 +114,10 @@ class Ablation:
         ids: torch.Tensor,  # (n, length): calibration
         test: torch.Tensor,  # (n, length)
         costs: torch.Tensor | None = None,  # (n, length): for channel costs; None: the first four of `ids`
+        steps: int = STEPS,  # of the descent to the learned basis
     ):
         self.model, self.ids, self.test, self.costs_of, self.last = model, ids, test, {}, (None, None)
-        self.cost_ids = ids[:4] if costs is None else costs
+        self.cost_ids, self.steps = ids[:4] if costs is None else costs, steps
 
     @cached_property
     def reference(self):
@@ -137,7 +139,7 @@ class Ablation:
         "The learned basis, for all blocks."
         one = choose_rotations(self.moments, "model")
         costs = self.costs("model", True)
-        return dict.fromkeys(one, learn_basis(self.model, self.ids, next(iter(one.values())), costs))
+        return dict.fromkeys(one, learn_basis(self.model, self.ids, next(iter(one.values())), costs, steps=self.steps))
 
     def __getstate__(self):
         return self.__dict__ | dict(last=(None, None))  # no converted model travels to another process
