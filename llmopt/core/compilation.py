@@ -17,6 +17,7 @@ try:
     import numba
     from numba.core.caching import FunctionCache, NullCache
     from numba.core.ccallback import CFunc
+    from numba.core.serialize import dumps
 except ImportError:
     numba = None
 
@@ -27,12 +28,21 @@ _NOT_KEPT = (
 )
 
 # %% ../../nbs/00_core/18_compilation.ipynb #c15fa246
+def _python_of(thing):
+    "The Python function of one that numba compiled, or of an intrinsic; None for all else."
+    return getattr(thing, "py_func", None) or getattr(thing, "_defn", None)
+
+
+def _held(function):
+    "What `function` holds in its closure."
+    return [cell.cell_contents for cell in function.__closure__ or ()]
+
+
 def _with_called(function, found):
-    "`function` and all compiled functions that it calls by name, and so on, as the keys of `found`."
+    "`function` and all compiled functions that it calls, and so on, as the keys of `found`."
     found[function] = None
-    for name in function.__code__.co_names:
-        found_name = function.__globals__.get(name)
-        called = getattr(found_name, "py_func", None) or getattr(found_name, "_defn", None)  # or of an intrinsic
+    for thing in [*map(function.__globals__.get, function.__code__.co_names), *_held(function)]:
+        called = _python_of(thing)
         if called is not None and called not in found:
             _with_called(called, found)
     return found
@@ -42,6 +52,21 @@ def _sources(function) -> list:
     "Hashes of the files that the code of `function` is compiled from."
     files = sorted({f.__code__.co_filename for f in _with_called(function, {})})
     return [sha256(Path(p).read_bytes()).hexdigest() for p in files if Path(p).is_file()]
+
+# %% ../../nbs/00_core/18_compilation.ipynb #4d3c0e24
+def _made_of(function):
+    "What tells `function` from others made by the same lines: its code, and what it holds in its closure."
+    held = [_made_of(_python_of(x)) if _python_of(x) else x for x in _held(function)]
+    return function.__qualname__, function.__code__.co_code, held
+
+
+if numba:
+
+    class _SteadyCache(FunctionCache):
+        "numba's cache on disk for one function, with keys that are the same in every process."
+
+        def _index_key(self, sig, codegen):  # private, and so is `_py_func`: numba's own key holds a random number
+            return sig, codegen.magic_tuple(), sha256(dumps(_made_of(self._py_func))).hexdigest()
 
 # %% ../../nbs/00_core/18_compilation.ipynb #4d3c0e25
 if numba:
@@ -57,7 +82,7 @@ if numba:
                 return None
             try:
                 if self._files is None:
-                    self._files = FunctionCache(self._function)
+                    self._files = _SteadyCache(self._function)
                     index = self._files._cache_file  # private: numba has no way to name further files
                     index._source_stamp = index._source_stamp, _sources(self._function)
                 return getattr(self._files, method)(*args)

@@ -8,6 +8,7 @@ __all__ = ['SIZES', 'LINEAR', 'ADDRESSES', 'PARTS', 'WEIGHTS', 'Work', 'make_wor
            'step_function']
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #52ed6fd0
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -234,6 +235,7 @@ def run_head(p, t, n, w):
     add_stripes(line[0], rows, w.channels, w.inputs, w.ends, groups, scales, minima, logits, at, end)
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #7fc7ca7e
+@cache
 def step_function():
     "What all threads call for a token, compiled when it is first needed."
     run_layer = _layer_loop()

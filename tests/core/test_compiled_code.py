@@ -52,22 +52,34 @@ def test_code_for_callers_in_c_is_kept_too(function):
     assert [f.cache_hits for f in made] == [0, 1]
 
 
-def added(path, factor):
+BY_NAME = "def caller(x):\n    return helper(x) + 1\n"
+IN_A_CLOSURE = """
+def make(held):
+    def caller(x):
+        return held(x) + 1
+    return caller
+caller = make(helper)
+"""
+
+
+def added(path, factor, source):
     "A compiled function of another file, which multiplies, and one that calls it and adds one."
     spaces = {}
-    sources = dict(
-        helper=f"def helper(x):\n    return {factor} * x\n", caller="def caller(x):\n    return helper(x) + 1\n"
-    )
-    for name, source in sources.items():
-        (path / f"{name}.py").write_text(source)
-        exec(compile(source, str(path / f"{name}.py"), "exec"), spaces)
+    for name, text in dict(helper=f"def helper(x):\n    return {factor} * x\n", caller=source).items():
+        (path / f"{name}.py").write_text(text)
+        exec(compile(text, str(path / f"{name}.py"), "exec"), spaces)
         spaces[name] = compiled(spaces[name])
     return spaces["caller"]
 
 
-def test_code_of_another_file_is_part_of_it(function, tmp_path):
-    "The caller's own file is the same, but what it calls is not."
-    assert [added(tmp_path, 2)(5), added(tmp_path, 3)(5)] == [11, 16]
+@pytest.mark.parametrize("source", [BY_NAME, IN_A_CLOSURE])
+def test_code_of_another_file_is_part_of_it(function, tmp_path, source):
+    "The caller's own file is the same, but what it calls is not; where that is the same too, the code is read."
+    found = []
+    for factor in (2, 3, 3):
+        f = added(tmp_path, factor, source)
+        found.append((f(5), sum(f.stats.cache_hits.values())))
+    assert found == [(11, 0), (16, 0), (16, 1)]
 
 
 @pytest.mark.parametrize("damage", ["index cut", "index is a folder", "code cut"])

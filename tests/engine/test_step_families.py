@@ -11,6 +11,7 @@ from helpers import small_model, tiny
 from llmopt.core.compilation import numba
 from llmopt.engine import EnhancedFusedLLMEngine
 from llmopt.engine.decode_step import DecodeStep, why_no_step
+from llmopt.engine.step_loops import step_function
 from llmopt.engine.step_model import loop_for, step_of, with_step, without_step
 from llmopt.errors import UnsupportedModelError
 from llmopt.larosa import SimpleLaRoSA, dense, projections, set_sparsity
@@ -94,6 +95,12 @@ def test_sparsities_may_change_and_dense_is_dense():
                 with dense(model, context):
                     logits.append(m(input_ids=ids[:, :1], past_key_values=cache).logits)
             assert (logits[0] - logits[1]).abs().max() < 1e-4, (share, context)
+
+
+def test_compiled_once():
+    "For all models of a process; another one, which begins without, reads it from disk."
+    assert step_function() is step_function()
+    assert step_function.__wrapped__().compiled.cache_hits == 1
 
 
 def test_copies_begin_without_a_step():
