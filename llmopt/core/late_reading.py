@@ -10,6 +10,7 @@ import copy
 import sys
 
 import torch
+from fastcore.basics import patch
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -70,22 +71,26 @@ class LateReading:
             kw["attention_mask"] = mask[:, :, self.kept][..., self.kept]
         return x, kw
 
-    def before(self, i):
-        "The hook in front of layer `i`."
+# %% ../../nbs/00_core/20_late_reading.ipynb #dca00d00
+@patch
+def before(self: LateReading, i):
+    "The hook in front of layer `i`."
 
-        def hook(module, args, kw):
-            x, kw, cache, mask = args[0], dict(kw), kw.get("past_key_values"), kw.get("attention_mask")
-            if self.first:
-                x, kw = self.narrow(i, x, kw)
-            elif mask is not None:
-                kw["attention_mask"] = mask[..., -(cache.layers[i].get_seq_length() + x.shape[1]) :]
-            return (x, *args[1:]), kw
+    def hook(module, args, kw):
+        x, kw, cache, mask = args[0], dict(kw), kw.get("past_key_values"), kw.get("attention_mask")
+        if self.first:
+            x, kw = self.narrow(i, x, kw)
+        elif mask is not None:
+            kw["attention_mask"] = mask[..., -(cache.layers[i].get_seq_length() + x.shape[1]) :]
+        return (x, *args[1:]), kw
 
-        return hook
+    return hook
 
-    def after(self, module, args, output):
-        "The hook behind all layers: later forwards are parts of the answer."
-        self.first = False
+
+@patch
+def after(self: LateReading, module, args, output):
+    "The hook behind all layers: later forwards are parts of the answer."
+    self.first = False
 
 # %% ../../nbs/00_core/20_late_reading.ipynb #b8d6e558
 _WATCHED = "llmopt_watched"

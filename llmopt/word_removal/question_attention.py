@@ -60,7 +60,7 @@ class Pilot(NamedTuple):
     passage: tuple  # (start, end) of the tokens before the question
     fact: tuple  # (start, end) of the tokens of the fact
 
-
+# %% ../../nbs/01_word_removal/12_question_attention.ipynb #8a487c46
 def _between(offsets, start, end):
     "The tokens that overlap the characters from `start` to `end`."
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]

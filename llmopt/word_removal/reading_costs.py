@@ -81,7 +81,7 @@ class Curve(NamedTuple):
         "Milliseconds of `n` tokens."
         return self.fixed + self.token * n + self.pair * n * n
 
-
+# %% ../../nbs/01_word_removal/15_reading_costs.ipynb #85440b39
 class ReadingCosts(NamedTuple):
     "What reading a prompt consists of."
 
@@ -115,7 +115,7 @@ def _view_works(lm, n):
 
     return lambda: read(lm.model), through_view
 
-
+# %% ../../nbs/01_word_removal/15_reading_costs.ipynb #11bd2bba
 @torch.inference_mode()
 def measure_costs(lm) -> ReadingCosts:  # an `LM` built as Llama is
     "Time some layers and looks at four lengths, and the model and a view of it at one; about a second."
@@ -138,7 +138,7 @@ def costs_of(lm) -> ReadingCosts:  # an `LM`
         _costs[lm.model] = threads, measure_costs(lm)
     return _costs[lm.model][1]
 
-
+# %% ../../nbs/01_word_removal/15_reading_costs.ipynb #91d7e52f
 def break_even(
     costs: ReadingCosts,
     looks,  # `Looks` of the model

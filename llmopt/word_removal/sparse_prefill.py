@@ -8,6 +8,8 @@ __all__ = ['SparsePrefill']
 # %% ../../nbs/01_word_removal/16_sparse_prefill.ipynb #58ea2a69
 import math
 
+from fastcore.basics import patch
+
 from ..errors import BudgetError
 from .config import WordRemovalConfig
 from .question_attention import best_looks
@@ -43,16 +45,20 @@ class SparsePrefill:
         rate = c.rate if c.target_tokens is None else c.target_tokens / self.lm.context
         return break_even(self.costs, self.looks, rate, self.lm.context)
 
-    def reading(self, free: list) -> tuple:  # (`SparseReading` or None, why the prompt is read whole or None)
-        "How a prompt is read, of which `free` says which tokens may be left out."
-        n = len(free)
-        if self.budget(n) == n or not any(free):
-            return None, None
-        floor = self.floor()
-        if floor is None or n < floor:
-            pays = "nowhere" if floor is None else f"from {floor:,} tokens on"
-            return None, f"read whole: sparse prefill pays {pays} on this machine, and the prompt has {n:,}"
-        try:
-            return SparseReading(self.lm.model, self.looks, free, self.budget(n)), None
-        except BudgetError as e:
-            return None, f"read whole: {e}"
+# %% ../../nbs/01_word_removal/16_sparse_prefill.ipynb #daed5e47
+@patch
+def reading(
+    self: SparsePrefill, free: list
+) -> tuple:  # (`SparseReading` or None, why the prompt is read whole or None)
+    "How a prompt is read, of which `free` says which tokens may be left out."
+    n = len(free)
+    if self.budget(n) == n or not any(free):
+        return None, None
+    floor = self.floor()
+    if floor is None or n < floor:
+        pays = "nowhere" if floor is None else f"from {floor:,} tokens on"
+        return None, f"read whole: sparse prefill pays {pays} on this machine, and the prompt has {n:,}"
+    try:
+        return SparseReading(self.lm.model, self.looks, free, self.budget(n)), None
+    except BudgetError as e:
+        return None, f"read whole: {e}"

@@ -9,6 +9,7 @@ __all__ = ['SparseReading', 'sparse_view']
 import math
 
 import torch
+from fastcore.basics import patch
 
 from ..core.late_reading import late_view
 from ..errors import BudgetError, ConfigError
@@ -40,34 +41,42 @@ class SparseReading:
         last = int(self.free.nonzero().max()) if self.free.any() else -1
         self.asked, self.now, self.scores = min(MOST_ASKED, self.n - 1 - last), torch.arange(self.n), None
 
-    def look(self, query, key, scaling):
-        "Note where the question looks."
-        self.scores = question_scores(query, key, scaling, self.asked).cpu()
+# %% ../../nbs/01_word_removal/14_sparse_reading.ipynb #90ca88af
+@patch
+def look(self: SparseReading, query, key, scaling):
+    "Note where the question looks."
+    self.scores = question_scores(query, key, scaling, self.asked).cpu()
 
-    def choose(self, size: int) -> torch.Tensor:
-        "Which of the tokens that were read last go on: `size` of them."
-        free = self.free[self.now]
-        best = free.nonzero()[:, 0][choose_tokens(self.scores[free], size - self.fixed)]
-        go_on = torch.cat([(~free).nonzero()[:, 0], best]).sort().values
-        self.now = self.now[go_on]
-        return go_on
 
-    def read_by(self) -> list:  # tokens for each layer
-        "How many tokens of the prompt each layer reads."
-        first, second = self.looks.early + 1, self.looks.middle + 1
-        layers = len(self.model.model.layers)
-        return [self.n] * first + [self.middle] * (second - first) + [self.budget] * (layers - second)
+@patch
+def choose(self: SparseReading, size: int) -> torch.Tensor:
+    "Which of the tokens that were read last go on: `size` of them."
+    free = self.free[self.now]
+    best = free.nonzero()[:, 0][choose_tokens(self.scores[free], size - self.fixed)]
+    go_on = torch.cat([(~free).nonzero()[:, 0], best]).sort().values
+    self.now = self.now[go_on]
+    return go_on
 
-    @property
-    def rate(self) -> float:
-        "Share of the tokens that the last layers read."
-        return self.budget / self.n
+# %% ../../nbs/01_word_removal/14_sparse_reading.ipynb #f11db1bb
+@patch
+def read_by(self: SparseReading) -> list:  # tokens for each layer
+    "How many tokens of the prompt each layer reads."
+    first, second = self.looks.early + 1, self.looks.middle + 1
+    layers = len(self.model.model.layers)
+    return [self.n] * first + [self.middle] * (second - first) + [self.budget] * (layers - second)
 
-    @property
-    def mean_read(self) -> int:
-        "How many tokens of the prompt a layer reads, in the mean."
-        read = self.read_by()
-        return round(sum(read) / len(read))
+
+@patch(as_prop=True)
+def rate(self: SparseReading) -> float:
+    "Share of the tokens that the last layers read."
+    return self.budget / self.n
+
+
+@patch(as_prop=True)
+def mean_read(self: SparseReading) -> int:
+    "How many tokens of the prompt a layer reads, in the mean."
+    read = self.read_by()
+    return round(sum(read) / len(read))
 
 # %% ../../nbs/01_word_removal/14_sparse_reading.ipynb #3b27e212
 def _check_prompt(n):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..errors import BudgetError
 
 # %% ../../nbs/01_word_removal/11_token_choice.ipynb #4b4a1d0e
-WIDTH, CHUNK = 13, 32  # tokens; chosen on validation prompts, see `nbs/10_benchmark/21_prefill.ipynb`
+WIDTH, CHUNK = 13, 32  # tokens; chosen on validation prompts, see `nbs/10_benchmark/22_prefill.ipynb`
 
 
 def smoothed(

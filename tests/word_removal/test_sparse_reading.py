@@ -11,12 +11,17 @@ from llmopt.word_removal.sparse_reading import *
 from llmopt.errors import BudgetError, ConfigError
 
 
+def asked_prompt(lm):
+    "Token ids of a prompt, and which of them may be left out: all but the first 9 and the last 16."
+    passage = "The heart pumps blood through the body. The tide rises twice a day. " * 12
+    ids = lm.encode_chat([dict(role="user", content=f"{passage}\n\nWhat does the heart pump?")])
+    return ids, [8 < i < len(ids) - 16 for i in range(len(ids))]
+
+
 def test_caches():
     "What each layer has read stands in the cache. The question is there, in all of them."
     lm = load(TINY, "cpu")
-    passage = "The heart pumps blood through the body. The tide rises twice a day. " * 12
-    ids = lm.encode_chat([dict(role="user", content=f"{passage}\n\nWhat does the heart pump?")])
-    free = [8 < i < len(ids) - 16 for i in range(len(ids))]
+    ids, free = asked_prompt(lm)
     reading, cache = SparseReading(lm.model, best_looks(lm), free, len(ids) // 3), DynamicCache(config=lm.model.config)
     inputs = prompt_inputs(ids).inputs
     sparse_view(reading)(**inputs, past_key_values=cache)
@@ -28,9 +33,7 @@ def test_caches():
 def test_lossless():
     "With a budget of all tokens nothing is left out, and the predictions are those of the model, bit for bit."
     lm = load(TINY, "cpu")
-    passage = "The heart pumps blood through the body. The tide rises twice a day. " * 12
-    ids = lm.encode_chat([dict(role="user", content=f"{passage}\n\nWhat does the heart pump?")])
-    free = [8 < i < len(ids) - 16 for i in range(len(ids))]
+    ids, free = asked_prompt(lm)
     view = sparse_view(SparseReading(lm.model, best_looks(lm), free, len(ids)))
     inputs = prompt_inputs(ids).inputs
     got = teacher_forced_logprobs(view, inputs, [5, 6, 7], DynamicCache(config=lm.model.config))
