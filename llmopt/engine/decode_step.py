@@ -41,7 +41,7 @@ def _bad_config(c):
         return "a sliding window"
     return None
 
-
+# %% ../../nbs/05_engine/12_decode_step.ipynb #26fbc4a2
 def _bad_weights(model):
     "What keeps the weights of `model` from the kernel, whatever form they have; None if there is nothing."
     if numba is None:
@@ -105,22 +105,24 @@ class CacheRoom:
         for layer, keys, values in zip(layers, *self.shown):
             layer.keys, layer.values = keys, values
 
-    def holds(self, layers) -> bool:
-        "Are the tokens of these layers those of the buffers, or the first of them? Then `length` says how many."
-        if all(layer.keys is k and layer.values is v for layer, k, v in zip(layers, *self.shown)):
-            return True
-        n = layers[0].keys.shape[-2]
-        if n > self.length or not all(self._is_part(layer, i, n) for i, layer in enumerate(layers)):
-            return False
-        self.show(layers, n)
+# %% ../../nbs/05_engine/12_decode_step.ipynb #944bb5bd
+@patch
+def holds(self: CacheRoom, layers) -> bool:
+    "Are the tokens of these layers those of the buffers, or the first of them? Then `length` says how many."
+    if all(layer.keys is k and layer.values is v for layer, k, v in zip(layers, *self.shown)):
         return True
+    n = layers[0].keys.shape[-2]
+    if n > self.length or not all(self._is_part(layer, i, n) for i, layer in enumerate(layers)):
+        return False
+    self.show(layers, n)
+    return True
 
-    def _is_part(self, layer, i, n):
-        "Does layer `i` show the first `n` tokens of the buffers?"
-        pairs = zip((layer.keys, layer.values), self.buffers)
-        return all(
-            t.data_ptr() == b[i].data_ptr() and t.shape[-2] == n and t.stride() == b[i].stride() for t, b in pairs
-        )
+
+@patch
+def _is_part(self: CacheRoom, layer, i, n):
+    "Does layer `i` show the first `n` tokens of the buffers?"
+    pairs = zip((layer.keys, layer.values), self.buffers)
+    return all(t.data_ptr() == b[i].data_ptr() and t.shape[-2] == n and t.stride() == b[i].stride() for t, b in pairs)
 
 # %% ../../nbs/05_engine/12_decode_step.ipynb #e7accea1
 def _matrices(model):

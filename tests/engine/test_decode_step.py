@@ -11,10 +11,9 @@ from llmopt.larosa import BUNDLED, SimpleLaRoSA, load_calibration
 
 
 def test_room():
-    """The step writes keys and values of a token in place. A stock cache has no room for them: torch copies all of
-    them at each token. So at the first step we move them into a buffer with room, and let the layers of the cache
-    show the part that is filled. The cache stays a `DynamicCache`: whoever crops or copies it needs to know
-    nothing, and what somebody else has put there is noticed, and moved again."""
+    """`show` narrows the buffers to the first tokens, and each layer of the cache then holds views of them. `holds`
+    finds out whether it still does. After a crop the views are shorter, which is as good: what they show is the
+    beginning of the buffers."""
 
     def filled(n):
         cache = DynamicCache()
