@@ -77,7 +77,7 @@ class PreparedModel:
         self.reader = self.recipe.vocab.reader(self.lm) if self.recipe.vocab else None
         self.notes, plain = [], self.lm.model  # what whoever reads an answer must know
         if self.recipe.larosa:
-            self.lm = _sparse(self.recipe.larosa, self.lm, self.notes)
+            self.lm = _sparse(self.recipe, self.lm, self.notes)
         self.converted = self.lm.model is not plain
         if self.converted and self.reader:
             self.reader = _turned(self.reader, self.lm.model)
@@ -97,12 +97,12 @@ class PreparedModel:
         return sparse_shapes(self.lm.model) if self.converted else []
 
 # %% ../../nbs/05_engine/14_prepared.ipynb #8868adee
-def _sparse(cfg, lm, notes):
+def _sparse(recipe, lm, notes):
     "`lm` with a converted copy of its model. An artifact was named by the user: a bad one is no property of the model."
     try:
-        return prepare_larosa(cfg, lm, notes)
+        return prepare_larosa(recipe.larosa, lm, notes, stock=recipe.cache is None)
     except LlmoptError as e:
-        if cfg.artifact:
+        if recipe.larosa.artifact:
             raise
         raise UnsupportedModelError(str(e)) from None
 

@@ -114,7 +114,7 @@ def phases_left(
         left["attention"] = 0.0
     if "larosa" in params and larosa.get("tokens", "decode") != "none":
         left["linear"] = 1 - larosa.get("sparsity", 0.4)
-        if larosa.get("bits", 16) < 16 or larosa.get("when") == "always":  # a step of its own may do all of it
+        if "cache" not in params or larosa.get("bits", 16) < 16:  # a step of its own may do all of it
             left |= dict(linear=0.0, attention=0.0, rest=0.0)
         if larosa.get("tokens") == "all":
             left["prefill"] = left.get("prefill", 1.0) * left["linear"]

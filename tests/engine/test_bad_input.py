@@ -253,7 +253,7 @@ def test_a_model_that_fails_inside():
 def test_a_method_that_breaks_costs_itself_alone(monkeypatch):
     "An unforeseen error while one engine is made becomes the reason that this engine gives."
 
-    def broken(self, lm, notes):
+    def broken(self, lm, notes=None):
         raise RuntimeError("no memory left")
 
     config = Recipe.parse("larosa").larosa

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from helpers import small_model, tiny
 from llmopt.core.compilation import numba
-from llmopt.engine import EnhancedFusedLLMEngine
+from llmopt.engine import EnhancedFusedLLMEngine, step_model
 from llmopt.engine.decode_step import DecodeStep, why_no_step
 from llmopt.engine.step_loops import step_function
 from llmopt.engine.step_model import loop_for, step_of, with_step, without_step
@@ -164,7 +164,7 @@ def test_a_plain_model_and_other_precisions():
 
 
 @pytest.mark.parametrize(
-    "recipe", ["larosa:sparsity=0,bits=8,when=always", "larosa:sparsity=0.4,bits=8", "vocab+larosa:bits=4"]
+    "recipe", ["larosa", "larosa:sparsity=0,bits=8,when=always", "larosa:sparsity=0.4,bits=8", "vocab+larosa:bits=4"]
 )
 def test_in_an_engine(recipe, tmp_path, monkeypatch):
     "The engine says what decodes, and answers as the same model does by its modules, sampled too."
@@ -179,3 +179,17 @@ def test_in_an_engine(recipe, tmp_path, monkeypatch):
     without_step(e.lm.model)
     assert answers == [e.run(question).output_ids, e.run(question, temperature=0.8, seed=3).output_ids]
     with_step(e.lm.model)
+
+
+def test_the_faster_of_plain_and_step(monkeypatch, tmp_path):
+    "By times given here: all channels, some, or the plain model; another cache takes the modules' way."
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
+    lm, said = tiny(), {}
+    for times in ([9.0, 3.0, 2.99], [9.0, 3.0, 2.0], [2.0, 3.0, 2.5]):
+        monkeypatch.setattr(step_model, "_kept_decode_times", lambda *a, times=times: times)
+        said[str(times)] = e = EnhancedFusedLLMEngine(lm, recipe="larosa")
+    whole, some, plain = said.values()
+    assert step_of(whole.lm.model) and not whole.sparse_shapes and "none is dropped" in whole.notes[0]
+    assert step_of(some.lm.model) and some.sparse_shapes and plain.lm.model is lm.model
+    e = EnhancedFusedLLMEngine(lm, recipe="larosa:when=always+kv")
+    assert step_model.OTHER_CACHE in e.notes and step_of(e.lm.model) is None

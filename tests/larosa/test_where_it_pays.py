@@ -46,6 +46,9 @@ def faster(cache, monkeypatch):
         return [2.0, 1.0] if shape in wins else [1.0, 2.0]
 
     monkeypatch.setattr(measured, "product_times", times)
+    monkeypatch.setattr(
+        "llmopt.engine.step_model.why_not_converted", lambda model: "here products are chosen one by one"
+    )
     return wins, asked
 
 
