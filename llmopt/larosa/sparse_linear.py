@@ -7,6 +7,7 @@ __all__ = ['FEW', 'check_bits', 'SparseLinear', 'fused']
 
 # %% ../../nbs/03_larosa/04_sparse_linear.ipynb #75489394
 import math
+import threading
 from functools import cache
 from numbers import Integral
 
@@ -148,7 +149,21 @@ def forward(
     "The dense product."
     if self._own_dense(x):
         return self.sparse(x, torch.arange(self.in_features))
-    return F.linear(x, self.weight.to(x.dtype) if self.bits < 16 else self.weight, self.bias)
+    return F.linear(x, self._whole(x) if self.bits < 16 else self.weight, self.bias)
+
+
+_buffers = threading.local()  # of each thread, in which the weight of a product is unpacked
+
+
+@patch
+def _whole(self: SparseLinear, x):
+    "The weight of low-bit rows for a product with `x`; the next product of this thread may overwrite it."
+    if torch.is_grad_enabled() or x.dtype != torch.float32:
+        return self.weight.to(x.dtype)
+    size = self.packed.data.shape[0] * self.packed.width
+    if getattr(_buffers, "numbers", None) is None or len(_buffers.numbers) < size:
+        _buffers.numbers = torch.empty(size)
+    return quick_unpack(self.packed, buffer=_buffers.numbers)
 
 
 FEW = 4  # tokens that packed rows are read for, one after the other
