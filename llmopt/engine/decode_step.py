@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.compilation import numba
 from ..core.threads import run_in_threads, usable_threads
-from .step_loops import ADDRESSES, SIZES, WEIGHTS, step_function
+from .step_loops import ADDRESSES, MOST, SIZES, WEIGHTS, step_function
 from ..errors import UnsupportedModelError
 from ..larosa import SparseLinear, SparsifiedLinear, projections
 from ..larosa.low_bits import CHUNK, GROUP
@@ -160,7 +160,7 @@ def _lines(matrices):
 
 # %% ../../nbs/05_engine/12_decode_step.ipynb #54e42b10
 def _scratch(sizes, lines, floats, gains) -> dict:  # name in `ADDRESSES` -> array
-    "The arrays that a step works with; most have a row for each thread."
+    "The arrays that a step works with; most have a row for each thread, and in it one for each token."
     s = dict(zip(SIZES, sizes.tolist()))
     T, width, heads = s["threads"], s["width"], s["heads"] * s["head_size"]
     listed = max(width, s["inner"], heads) + 2 * GROUP
@@ -169,11 +169,13 @@ def _scratch(sizes, lines, floats, gains) -> dict:  # name in `ADDRESSES` -> arr
     def zeros(*shape, dtype=np.float32):
         return np.zeros(shape, dtype)
 
-    arrays = dict(sizes=sizes, linears=lines, floats=floats, gains=gains, scores=zeros(T, 1))
-    arrays |= dict(stream=zeros(T, width), sums=zeros(T, outputs), more_sums=zeros(T, width + CHUNK))
+    arrays = dict(
+        sizes=sizes, linears=lines, floats=floats, gains=gains, scores=zeros(T, 1), cos=zeros(1), sin=zeros(1)
+    )
+    arrays |= dict(stream=zeros(T, MOST, width), sums=zeros(T, MOST, outputs), more_sums=zeros(T, MOST, width + CHUNK))
     arrays |= {name: zeros(T, listed, dtype=np.int64) for name in ("channels", "ends", "kept")}
-    arrays |= dict(inputs=zeros(T, listed), hidden=zeros(T, listed), shared=zeros(max(heads, s["inner"])))
-    arrays |= dict(logits=zeros(lines[-1, 3]), cos=zeros(s["head_size"]), sin=zeros(s["head_size"]))
+    arrays |= dict(inputs=zeros(T, listed), hidden=zeros(T, MOST, listed), masked=zeros(T, MOST, listed))
+    arrays |= dict(shared=zeros(MOST, listed), logits=zeros(MOST, lines[-1, 3]))
     return {name: arrays[name] for name in ADDRESSES}
 
 
@@ -190,8 +192,8 @@ def _addresses_of(matrices) -> tuple:  # addresses, arrays that must live as lon
 
 # %% ../../nbs/05_engine/12_decode_step.ipynb #dc34bd05
 class DecodeStep:
-    """One token through a model, by one compiled function: `step(token, position, cache)`. Raises
-    `UnsupportedModelError` with the reason where `why_no_step` has one.
+    """One token through a model, by one compiled function: `step(token, position, cache)`; or up to `MOST`:
+    `step.several(tokens, position, cache)`. Raises `UnsupportedModelError` with the reason where `why_no_step` has one.
 
     Sums are of float32, whatever the precision of the model."""
 
@@ -205,7 +207,7 @@ class DecodeStep:
         half = self.embed.weight.dtype == torch.bfloat16
         c, heads = model.config, model.model.layers[0].self_attn
         sizes = [c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, heads.head_dim]
-        sizes += [c.intermediate_size, c.vocab_size, 0, 0, self.threads, half, _has_head_norms(model)]
+        sizes += [c.intermediate_size, c.vocab_size, 0, 0, self.threads, half, _has_head_norms(model), 1]
         self.sizes, norm = np.array(sizes, np.int64), model.model.norm
         floats = np.array([getattr(norm, "variance_epsilon", None) or norm.eps, heads.scaling, 0, 0], np.float32)
         self.arrays = _scratch(self.sizes, _lines(self.matrices), floats, _gains(model))
@@ -217,30 +219,29 @@ class DecodeStep:
 # %% ../../nbs/05_engine/12_decode_step.ipynb #b910c3c4
 @patch
 def _set_angles(self: DecodeStep, position):
-    "Let the function see the angles of `position`; a table of them grows as needed."
-    if self.angles is None or position >= self.angles[0].shape[0]:
-        ids = torch.arange(max(512, 2 * position))[None]
+    "Let the function see the angles from `position` on; a table of them grows as needed."
+    if self.angles is None or position + MOST > self.angles[0].shape[0]:
+        ids = torch.arange(max(512, 2 * (position + MOST)))[None]
         self.angles = [t[0].float().contiguous() for t in self.rotary(torch.zeros(1, 1, 1), ids)]
     for name, table in zip(("cos", "sin"), self.angles):
         self.addresses[ADDRESSES.index(name)] = table[position].data_ptr()
 
 
 @patch
-def _set_kept(self: DecodeStep):
-    "Let each weight keep as many channels as it is to now."
-    now = self.selector.mode, self.selector.changes
+def _set_kept(self: DecodeStep, sparse):
+    "Let each weight keep as many channels as it is to now, or all of them."
+    now = sparse, self.selector.changes
     if now != self.changes:
-        sparse = now[0] != "none"
         kept = [m.k if sparse and isinstance(m, SparsifiedLinear) else n for m, n in zip(self.matrices, self.dense)]
         self.arrays["linears"][:, 5] = kept
         self.changes = now
 
 # %% ../../nbs/05_engine/12_decode_step.ipynb #95017d7b
 @patch
-def _room_of(self: DecodeStep, cache):
-    "The `CacheRoom` of `cache`, with a free slot, whose addresses the function sees."
+def _room_of(self: DecodeStep, cache, n):
+    "The `CacheRoom` of `cache`, with `n` free slots, whose addresses the function sees."
     room = self.rooms.get(cache)
-    if room is None or not room.holds(cache.layers) or room.length == room.room:
+    if room is None or not room.holds(cache.layers) or room.length + n > room.room:
         room = self.rooms[cache] = CacheRoom(cache.layers)
     first = len(ADDRESSES)
     for i, buffer in enumerate(room.buffers):
@@ -255,18 +256,27 @@ def _room_of(self: DecodeStep, cache):
 
 # %% ../../nbs/05_engine/12_decode_step.ipynb #ba65af52
 @patch
-def __call__(
+def several(
     self: DecodeStep,
-    token: int,
-    position: int,  # of the token; need not be its slot
+    tokens: list,  # at most `MOST`
+    position: int,  # of the first one; need not be its slot
     cache,  # `DynamicCache` that holds the tokens before
-) -> torch.Tensor:  # (V,) float32 logits
-    "Read a token after those in `cache`, which has its keys and values then."
+    alone: bool = True,  # does each token choose its channels, as it does alone? Else as in a pass of several
+) -> torch.Tensor:  # (tokens, V) float32 logits
+    "Read some tokens after those in `cache`, which has their keys and values then; weights are read once for all."
+    n, mode = len(tokens), self.selector.mode
     with self.lock, torch.inference_mode():
-        room = self._room_of(cache)
+        room = self._room_of(cache, n)
         self._set_angles(position)
-        self._set_kept()
-        self.arrays["stream"][:] = self.embed.weight[token].float().numpy()
+        self._set_kept(mode == "all" or mode == "decode" and (alone or n == 1))
+        self.sizes[SIZES.index("tokens")] = n
+        self.arrays["stream"][:, :n] = self.embed.weight[tokens].float().numpy()
         run_in_threads(self.function, self.addresses, min(self.threads, usable_threads(torch.get_num_threads())))
-        room.show(cache.layers, room.length + 1)
-        return torch.from_numpy(self.arrays["logits"][: self.matrices[-1].out_features].copy())
+        room.show(cache.layers, room.length + n)
+        return torch.from_numpy(self.arrays["logits"][:n, : self.matrices[-1].out_features].copy())
+
+
+@patch
+def __call__(self: DecodeStep, token: int, position: int, cache) -> torch.Tensor:  # (V,) float32 logits
+    "As `several`, for one token."
+    return self.several([token], position, cache)[0]

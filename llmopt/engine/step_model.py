@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core import LM
 from .decode_step import DecodeStep, why_no_step, why_not_converted
+from .step_loops import MOST
 from ..larosa import projections, set_sparsity
 from ..larosa.choice import CLEARLY, kept_times, machine_of
 
@@ -30,8 +31,13 @@ _KNOWN |= {"return_dict", "logits_to_keep"}
 def _takes(model, given) -> bool:
     "Is the pass with the arguments `given` one that the step can do?"
     ids, cache = given.get("input_ids"), given.get("past_key_values")
-    if ids is None or tuple(ids.shape) != (1, 1) or not isinstance(cache, DynamicCache) or torch.is_grad_enabled():
+    if ids is None or len(ids) != 1 or not isinstance(cache, DynamicCache) or torch.is_grad_enabled():
         return False
+    n, keep = ids.shape[1], given.get("logits_to_keep", 0)
+    if not 0 < n <= MOST or not isinstance(keep, int) or not _in_order(given.get("position_ids"), n):
+        return False
+    if n > 1 and step_of(model).selector.first:
+        return False  # whose first tokens are dense in a pass of several
     if (
         any(v is not None and v is not False for k, v in given.items() if k not in _KNOWN)
         or given.get("use_cache") is False
@@ -47,7 +53,15 @@ def _takes(model, given) -> bool:
         return False  # later layers have read fewer tokens
     if layers[0].keys.dtype != model.get_input_embeddings().weight.dtype or layers[0].keys.shape[0] != 1 or not n:
         return False
-    return (mask is None or tuple(mask.shape) == (1, n + 1) and bool(mask.all())) and not _watched(model)
+    n += ids.shape[1]
+    return (mask is None or tuple(mask.shape) == (1, n) and bool(mask.all())) and not _watched(model)
+
+# %% ../../nbs/05_engine/13_step_model.ipynb #5c44a309
+def _in_order(positions, n) -> bool:
+    "Do the positions of `n` tokens follow each other?"
+    if positions is None:
+        return True
+    return tuple(positions.shape) == (1, n) and bool((positions.diff() == 1).all())
 
 
 def _watched(model):
@@ -76,9 +90,10 @@ def with_step(model):  # what `SimpleLaRoSA.apply` returned
         step = step_of(self)
         if step is not None and not args and _takes(self, kwargs):
             cache, position = kwargs["past_key_values"], kwargs.get("position_ids")
-            at = cache.layers[0].keys.shape[-2] if position is None else int(position)
-            logits = step(int(kwargs["input_ids"]), at, cache).view(1, 1, -1)
-            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+            at = cache.layers[0].keys.shape[-2] if position is None else int(position[0, 0])
+            logits = step.several(kwargs["input_ids"][0].tolist(), at, cache, alone=False)
+            last = kwargs.get("logits_to_keep") or len(logits)
+            return CausalLMOutputWithPast(logits=logits[None, -last:], past_key_values=cache)
         return usual.forward(self, *args, **kwargs)
 
     _STEPS[model.model] = DecodeStep(model)

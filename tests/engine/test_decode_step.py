@@ -47,3 +47,22 @@ def test_equals_the_model():
                 want = plain(torch.tensor([[7]]), past_key_values=copies).logits[0, -1]
                 test_close(step(7, position, cache), want, eps=2e-4)
             test_close(cache.layers[3].values, copies.layers[3].values, eps=1e-4)
+
+
+def test_several_tokens():
+    """Several tokens at once give the logits that they have one after another, whether channels are dropped or not;
+    what turns out wrong is cropped."""
+    if find_spec("numba"):
+        torch.manual_seed(0)
+        lm, ids = load(TINY, "cpu", dtype="float32"), torch.randint(5, 900, (1, 20))
+        plain = SimpleLaRoSA(0.4, bits=8).apply(lm.model, load_calibration(BUNDLED))
+        step, cache, other = DecodeStep(plain), DynamicCache(), DynamicCache()
+        with torch.inference_mode():
+            for some in (cache, other):
+                plain(ids[:, :4], past_key_values=some)
+            alone = torch.stack([step(int(t), 4 + i, other) for i, t in enumerate(ids[0, 4:])])
+            for tokens in (ids[0, 4:], ids[0, 4:11]):
+                together = step.several(tokens.tolist(), 4, cache)
+                assert (together - alone[: len(tokens)]).abs().max() < 1e-4 * alone.abs().max()
+                cache.crop(-len(tokens))
+            test_eq(cache.get_seq_length(), 4)

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from helpers import small_model, tiny
+from llmopt.core import speculative_decode
 from llmopt.core.compilation import numba
 from llmopt.engine import EnhancedFusedLLMEngine, step_model
 from llmopt.engine.decode_step import DecodeStep, why_no_step
@@ -32,8 +33,9 @@ def converted(model, bits=16):
 
 @torch.inference_mode()
 def worst(model, steps=5, before=4):
-    "The largest difference of logits between the step and the modules, over some tokens, by their size."
-    step, usual, found = DecodeStep(model), without_step(copy.copy(model)), 0
+    """The largest difference of logits between the step and the modules, over some tokens, by their size; and between
+    one token after another and all at once."""
+    step, usual, found, alone = DecodeStep(model), without_step(copy.copy(model)), 0, []
     caches = DynamicCache(), DynamicCache()
     ids = torch.randint(5, 90, (1, before + steps), generator=torch.Generator().manual_seed(0))
     for cache in caches:
@@ -41,10 +43,14 @@ def worst(model, steps=5, before=4):
     for i in range(before, before + steps):
         want = usual(ids[:, i : i + 1], past_key_values=caches[0]).logits[0, -1].float()
         got = step(int(ids[0, i]), i, caches[1])
+        alone.append(got)
         found = max(found, float((got - want).abs().max() / want.abs().max()))
     same = [torch.allclose(a.keys, b.keys, atol=2e-2) for a, b in zip(caches[0].layers, caches[1].layers)]
     assert all(same) and caches[1].get_seq_length() == before + steps
-    return found
+    caches[1].crop(-steps)
+    together = step.several(ids[0, before:].tolist(), before, caches[1])
+    assert caches[1].get_seq_length() == before + steps
+    return max(found, float((together - torch.stack(alone)).abs().max() / together.abs().max()))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -101,6 +107,24 @@ def test_compiled_once():
     "For all models of a process; another one, which begins without, reads it from disk."
     assert step_function() is step_function()
     assert step_function.__wrapped__().compiled.cache_hits == 1
+
+
+@torch.inference_mode()
+def test_drafts_are_verified_by_the_step(monkeypatch):
+    "A pass of a few tokens over a cache goes through the step, dense as by modules; what is wrong is cropped."
+    model = converted(small_model(), 8)
+    set_sparsity(model, dict.fromkeys(projections(model), 0.4))
+    ids, passes, several = list(range(5, 12)), [], DecodeStep.several
+    with dense(model):
+        want = speculative_decode(model, ids, lambda *a: [], 20)
+    monkeypatch.setattr(DecodeStep, "several", lambda s, t, *a, **kw: passes.append(len(t)) or several(s, t, *a, **kw))
+
+    def propose(text, cache, room):  # the third of four is wrong
+        return [t + (i == 2) for i, t in enumerate(want.ids[len(text) - len(ids) :][:4])]
+
+    with dense(with_step(model)):
+        got = speculative_decode(model, ids, propose, 20)
+    assert got.ids == want.ids and got.passes < want.passes and max(passes) == 5
 
 
 def test_copies_begin_without_a_step():
@@ -192,4 +216,4 @@ def test_the_faster_of_plain_and_step(monkeypatch, tmp_path):
     assert step_of(whole.lm.model) and not whole.sparse_shapes and "none is dropped" in whole.notes[0]
     assert step_of(some.lm.model) and some.sparse_shapes and plain.lm.model is lm.model
     e = EnhancedFusedLLMEngine(lm, recipe="larosa:when=always+kv")
-    assert step_model.OTHER_CACHE in e.notes and step_of(e.lm.model) is None
+    assert step_model.OTHER_CACHE in e.notes
