@@ -96,10 +96,9 @@ def _add_rest(data, words, at, step, first, n, W, kind, weights, w_step, b_step,
                     weight = weights[r * w_step + (half * W + j) // SHARED * b_step + t] * scale
                     row[j] += weight * _number(data, words, place, j, half, W, kind)
 
-# %% ../../nbs/04_kv_cache/10_row_loops.ipynb #6305a37c
-@cache
-def block_loops(kind: int):  # of rows
-    "Two callbacks, `score` and `add`, for blocks of rows of one kind."
+# %% ../../nbs/04_kv_cache/10_row_loops.ipynb #554b2b29
+def _score_loop(kind):
+    "The callback `score` of `block_loops`."
     address, i, about = types.voidptr, types.int64, "attention over many tokens"
     halves = 2 if kind in (PAIRS, NIBBLES) else 1
 
@@ -120,6 +119,14 @@ def block_loops(kind: int):  # of rows
                 score_nibbles(rows, at, step, done, W, q, r * K, more * K, s, r * T, more * T, ahead)
         _score_rest(rows, words, at, step, done, n, W, kind, q, G, s, T)
 
+    return score
+
+# %% ../../nbs/04_kv_cache/10_row_loops.ipynb #6305a37c
+def _add_loop(kind):
+    "The callback `add` of `block_loops`."
+    address, i, about = types.voidptr, types.int64, "attention over many tokens"
+    halves = 2 if kind in (PAIRS, NIBBLES) else 1
+
     @compiled_callback(types.void(address, i, i, i, i, address, i, i, i, address, i), about)
     def add(data, at, step, n, W, weights, G, w_step, b_step, sums, ahead):
         end, K, done = at + n * step + 4 * W, halves * W, n // TOKENS * TOKENS if W % LANES == 0 else 0
@@ -137,7 +144,13 @@ def block_loops(kind: int):  # of rows
                 add_nibbles(rows, at, step, done, W, w, r * w_step, more * w_step, b_step, y, r * K, more * K, ahead)
         _add_rest(rows, words, at, step, done, n, W, kind, w, w_step, b_step, y, G)
 
-    return score, add
+    return add
+
+
+@cache
+def block_loops(kind: int):  # of rows
+    "Two callbacks, `score` and `add`, for blocks of rows of one kind."
+    return _score_loop(kind), _add_loop(kind)
 
 # %% ../../nbs/04_kv_cache/10_row_loops.ipynb #caeb9948
 @compiled(inner=True)
