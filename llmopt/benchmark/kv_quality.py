@@ -23,6 +23,7 @@ from .clock import shown
 from ..core import ASSETS, fidelity, user
 from ..core.progress import announce
 from ..errors import BudgetError, ConfigError
+from ..kv_cache.allotted_cache import AllottedCache, choices_for
 from ..kv_cache.attention import packed
 from ..kv_cache.budget import EvictionConfig
 from ..kv_cache.cache import SlabCache
@@ -96,7 +97,7 @@ class Method(NamedTuple):
 
     policy: str | None  # None keeps all tokens
     share: str | None = None  # see `EvictionConfig`
-    bits: int = 16
+    bits: int | str = 16  # `auto`: in each layer what loses least
     window: int | None = None  # latest tokens that stay; None is what the policy says
 
     def __str__(self):
@@ -120,17 +121,21 @@ OURS = (
     Method("foreseen", bits=4),
     Method("kvzip", bits=8),
     Method("kvzip", bits=4),
+    Method("foreseen", bits="auto"),
 )
 
 
-def cache_for(lm, method: Method):
+def cache_for(lm, method: Method, share: float = 1.0):  # of the bytes, which `bits="auto"` has to know beforehand
     "An empty cache for `method`, with a budget of everything, on a system of single tokens."
     if method.policy is None:
         return LowBitCache(lm.model.config, bits=method.bits)
     newest = method.window or POLICIES[method.policy].newest
-    newest = newest if method.bits == 16 else max(newest, WINDOWS[method.bits])
+    newest = max(newest, WINDOWS.get(method.bits, 0))
     cfg = EvictionConfig("100%", method.policy, newest, slack=0, unit=1, share=method.share)
     scores = map_of(lm.model) if POLICIES[method.policy].needs == "map" else None
+    if method.bits == "auto":
+        cfg = replace(cfg, budget=f"{100 * share}%")
+        return AllottedCache(lm.model.config, cfg, choices_for(lm.model, cfg), map=scores)
     if method.bits == 16:
         return EvictingCache(lm.model.config, cfg, scores)
     return LowBitEvictingCache(lm.model.config, cfg, map=scores, bits=method.bits)
@@ -154,9 +159,9 @@ def keeping_all(cache):
     return cache.paused() if hasattr(cache, "paused") else nullcontext()
 
 
-def filled(lm, method: Method, ids: torch.Tensor, chunk: int = 2048) -> tuple:  # cache, seconds
+def filled(lm, method: Method, ids: torch.Tensor, share: float = 1.0, chunk: int = 2048) -> tuple:  # cache, seconds
     "A cache that holds `ids`, whole, and knows all that its policy wants to know; and what that took."
-    cache, start = cache_for(lm, method), time.perf_counter()
+    cache, start = cache_for(lm, method, share), time.perf_counter()
     with keeping_all(cache):
         read(lm, cache, ids)
         if method.policy and POLICIES[method.policy].needs == "second_pass":
@@ -171,8 +176,9 @@ def cut_to(cache, share: float, whole: int) -> tuple:  # a copy; seconds
     if not hasattr(new, "evictor"):
         return new, 0.0
     e, start = new.evictor, time.perf_counter()
-    e.cfg = replace(e.cfg, budget=f"{int(share * whole)}B")
-    e.budget = e.cfg.parsed
+    if not isinstance(new, AllottedCache):  # which was made for its share
+        e.cfg = replace(e.cfg, budget=f"{int(share * whole)}B")
+        e.budget = e.cfg.parsed
     new.evict()
     return new, time.perf_counter() - start
 
@@ -254,11 +260,13 @@ def quality_rows(
         held = p.context if when == "before" else torch.cat([p.context, p.question])
         whole = whole_bytes(lm, len(held))
         for method in shown(methods, f"{p.name}, {when} the question"):
-            cache, seconds = filled(lm, method, held)
+            made = None
             for share in shares if method.policy else (1.0,):
+                if made is None or method.bits == "auto":
+                    made = filled(lm, method, held, share)
                 rows.append(dict(kind=p.kind, prompt=p.name, when=when, method=str(method), budget=share))
                 try:
-                    rows[-1] |= _row(lm, p, asked, when, *cut_to(cache, share, whole), whole, seconds)
+                    rows[-1] |= _row(lm, p, asked, when, *cut_to(made[0], share, whole), whole, made[1])
                 except BudgetError:  # less than is always kept
                     rows[-1] |= NOTHING
     return rows

@@ -280,5 +280,7 @@ def _check_cache(self: PreparedModel):
         )
     try:
         self.make_cache().close()
+        chosen = self.recipe.cache.chosen(self.lm.model)
     except LlmoptError as e:
         raise UnsupportedModelError(one_line(e)) from None
+    self.notes += [chosen] if chosen else []

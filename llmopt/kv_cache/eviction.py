@@ -113,7 +113,7 @@ def after(self: Evictor, layer: EvictingLayer, query, visible, scaling: float):
     layer.remember(query)
     if self.policy.history:
         layer.receive(query, visible, scaling)
-    if layer.index == 0:
+    if layer is self.layers[0]:
         self.active = not self.paused and self.due(query.shape[2], visible)
         if self.active:
             self.begin(visible)
