@@ -29,7 +29,7 @@ def test_sparse_answers():
 def test_benchmark_larosa():
     "A quick run has all tables, and a target holds what they say."
     r = benchmark_larosa(quick=True)
-    test_eq([*r], ["targets", "kernel", "step", "ablation", "answers"])
+    test_eq([*r], ["targets", "kernel", "step", "engine", "ablation", "answers"])
     test_eq([x["arm"] for x in r["answers"]], ["dense", "top-k", "published", "basis learned"])
     test_eq([x["arm"] for x in r["ablation"]], ["threshold", "top-k", "published", "basis learned"])
     assert all(x["median_ms"] > 0 for x in r["kernel"] + r["step"])

@@ -28,7 +28,7 @@ def test_generate_variants_equal_sparse_steps():
 def test_step_benchmark():
     "A small run shows what comes out; its times mean nothing."
     rows = benchmark_step(
-        (0.5,), "float32", 1, rounds=2, context=5, hidden=32, layers=1, intermediate=64, heads=4, kv_heads=2, vocab=64
+        (0.5,), "float32", 1, 2, context=5, bits=(), hidden=32, layers=1, intermediate=64, heads=4, kv_heads=2, vocab=64
     )
     found = pd.DataFrame(rows)
     test_eq([*found.arm], ["stock", "linear", "best_dense", "sparse", "sparse", "generate", "generate"])
