@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from transformers import DynamicCache
 
-from .engine import FEWEST, bare_generate, engine_answer, in_turn, time_rows
 from .larosa_ablation import Ablation
 from .larosa_products import benchmark_kernel
 from .larosa_step import benchmark_step
@@ -214,16 +213,26 @@ def _ablation(lm, rows, quick):
     return Ablation(lm.model, calibration, test, steps=steps)
 
 # %% ../../nbs/10_benchmark/14_larosa.ipynb #c9ced976
+def _engine_row(name, times, **about):
+    "Median time of a token in ms, and its ratio to the engine without LaRoSA within a round, with quartiles."
+    q1, ratio, q3 = statistics.quantiles([a / b for a, b in zip(times[name], times["baseline"])], n=4)
+    found = dict(tpot_ms=statistics.median(times[name]), tpot_ratio=ratio, tpot_q1=q1, tpot_q3=q3)
+    return dict(**about, variant=name, beside=None if name == "baseline" else "baseline", **found)
+
+
 def engine_rows(
     quick: bool = False,  # the first recipe, answers of four tokens, two rounds
-) -> list:  # see `time_rows`
-    "Times of the bundled model with LaRoSA at 40 % beside the same engine without it, in turn."
-    lm, n = load(TINY, "cpu"), 4 if quick else 32
+) -> list:  # of rows, `baseline` first
+    "Times of a token of the bundled model with LaRoSA at 40 % beside the same engine without it, in turn."
+    lm, n, rounds = load(TINY, "cpu"), 4 if quick else 32, 2 if quick else 39
     ids = lm.encode_chat([user("What is rain?")])
     engines = {r: EnhancedFusedLLMEngine(lm, recipe=r) for r in ("baseline", *RECIPES[: 1 if quick else None])}
-    variants = {"generate": bare_generate(lm, ids, n)} | {r: engine_answer(e, ids, n) for r, e in engines.items()}
-    readings = in_turn(variants, 0 if quick else 20, (2 if quick else FEWEST, 40), title="engine")
-    return time_rows(readings, threads=torch.get_num_threads(), rounds=len(readings["baseline"]))
+    times = {name: [] for name in engines}
+    for i in range(rounds + 1):
+        for name, engine in engines.items():
+            took = engine.run(ids, max_new_tokens=n, fixed=True).tpot_ms
+            times[name] += [took] * (i > 0)
+    return [_engine_row(name, times, threads=torch.get_num_threads(), rounds=rounds) for name in engines]
 
 # %% ../../nbs/10_benchmark/14_larosa.ipynb #c75f6cdf
 def benchmark_larosa(
