@@ -30,3 +30,24 @@ def test_a_figure_that_cannot_be_drawn_fails(tmp_path, ends_with):
     "Whether a cell leaves it open or ends with it."
     code, said = run("import matplotlib.pyplot as plt\n_ = plt.title('$\\\\frac$')" + ends_with, tmp_path)
     assert code == 1 and "ParseSyntaxException" in said
+
+
+def test_widgets_call_what_the_page_has_not(tmp_path):
+    "A function that a widget shows is called again only with other arguments; what it raises then fails the page."
+    page = """
+from ipywidgets import IntSlider, fixed, interact
+called, table = [], {}
+def shown(x=1, t=table):
+    "Notes what it is called with."
+    called.append(x)
+    assert x < 3
+shown()
+interact(shown, x=IntSlider(1, 0, 9), t=fixed(table))
+interact(shown, x=IntSlider(2, 0, 9), t=fixed(table))
+interact(shown, x=IntSlider(2, 0, 9), t=fixed({}))
+assert called == [1, 2, 2], called
+"""
+    code, said = run(page, tmp_path)
+    assert code == 0, said
+    code, said = run(page + "interact(shown, x=IntSlider(5, 0, 9), t=fixed({}))", tmp_path)
+    assert code == 1 and "x < 3" in said
