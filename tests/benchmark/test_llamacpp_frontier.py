@@ -112,14 +112,15 @@ def test_an_older_c_library_is_enough(script):
     assert [i for i in range(len(library)) if library[i] != made[i]] == [at] and made[at] == 2
 
 
-def test_the_file_holds_what_a_figure_needs(script):
-    found = script.read_rows()
-    stored = json.loads(script.FILE.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("model, least", [("smollm2", 7e7), ("llmopt-tiny", 2e6)])
+def test_the_file_holds_what_a_figure_needs(script, model, least):
+    found = script.read_rows(script.FILES[model])
+    stored = json.loads(script.FILES[model].read_text(encoding="utf-8"))
     assert {r["name"] for r in found} >= {"Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q4_0", "Q4_1"}
     for r in found:
-        assert r["bytes_per_token"] > 7e7 and r["kl_text"] >= 0 and r["kl_answers"] >= 0
+        assert r["bytes_per_token"] > least and r["kl_text"] >= 0 and r["kl_answers"] >= 0
         assert set(r["tokens_per_second"]) <= {"1", "2"}
     exact = [r for r in found if r["name"] == "F32"]
     assert exact and max(r["kl_text"] for r in exact) < 1e-3
-    for n, best in stored["fastest"].items():
+    for n, best in stored["fastest"].items() if model == "smollm2" else ():  # the other one was not timed
         assert best == script.short(script.fastest(found, threads=n)) and best["tokens_per_second"][n] > 0
