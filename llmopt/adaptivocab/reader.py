@@ -70,8 +70,12 @@ class VocabConfig:
     positions: str = "gapped"  # `gapped`: as in the unfolded text; `contiguous`: one for each token that is read
     segmentation: str | None = None  # `optimal` or `greedy` (prefix-stable); None: as the phrases were saved
     rows: str | None = None  # trained vectors of these phrases, a folder that `save_rows` wrote; None composes them
+    drafts: bool = False  # let phrases, prompt and answer foresee the answer: the same text in fewer passes
+    fold: bool | None = None  # read phrases in the prompt as single tokens; None: unless they are drafts
 
     def __post_init__(self):
+        if not isinstance(self.drafts, bool) or self.fold not in (None, True, False):
+            raise ConfigError(f"drafts and fold are true or false, not {self.drafts!r:.40} and {self.fold!r:.40}")
         object.__setattr__(self, "phrases", _phrase_source(self.phrases))
         if isinstance(self.rows, os.PathLike):
             object.__setattr__(self, "rows", os.fspath(self.rows))
@@ -85,6 +89,11 @@ class VocabConfig:
             raise ConfigError(f"ratio is a positive number, not {self.ratio!r:.40}")
         if not isinstance(self.rows, (str, type(None))):
             raise ConfigError(f"rows are a folder or None, not {type(self.rows).__name__}")
+
+    @property
+    def folds(self) -> bool:
+        "Whether phrases in the prompt are read as single tokens."
+        return not self.drafts if self.fold is None else self.fold
 
 # %% ../../nbs/02_adaptivocab/05_reader.ipynb #1b2abd1b
 def _per_layer_embeddings(model):

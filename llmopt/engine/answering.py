@@ -9,6 +9,7 @@ __all__ = ['AnsweringModel', 'Settings', 'Request', 'skipped_bytes']
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -98,8 +99,11 @@ def decoding(self: AnsweringModel, settings: Settings) -> GenerationConfig:
 @torch.inference_mode()
 def _generate(self: AnsweringModel, inputs, meter, settings, text, stop, model=None):
     "Generate after the prompt; `meter` collects tokens, clock and cache, and `text`, if there is one, the text."
-    config = self.decoding(settings)
-    ends = [StopAtText(text)] if text else []
+    config, ends = self.decoding(settings), [StopAtText(text)] if text else []
+    if self.drafts and model is None:  # `sparse_view` has layers that hold different tokens
+        loop = dict(custom_generate=partial(self.drafts.decode, sink=meter, text=meter.choice.prompt))
+    else:
+        loop = loop_for(model or self.lm.model, meter.cache, meter)
     with self.attention():
         with_config(model or self.lm.model, config).generate(
             **inputs.inputs,
@@ -108,7 +112,7 @@ def _generate(self: AnsweringModel, inputs, meter, settings, text, stop, model=N
             streamer=meter,
             logits_processor=LogitsProcessorList([meter.choice]),
             stopping_criteria=StoppingCriteriaList([*ends, StopFlag(stop)] if stop else ends),
-            **loop_for(model or self.lm.model, meter.cache, meter),
+            **loop,
         )
 
 # %% ../../nbs/05_engine/15_answering.ipynb #18042bb3
@@ -159,7 +163,9 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
         text.end()
     if maker:
         maker.end(meter)
-    end = self._end(meter.ids, r.settings.max_new_tokens, text)
+    end, passes = self._end(meter.ids, r.settings.max_new_tokens, text), len(r.events.counts)
+    if self.drafts and reading is None:
+        prompt.notes.append(f"drafts: {len(meter.ids):,} tokens in {passes:,} passes of the model")
     metrics = self._metrics(prompt, inputs, meter, text, end, held, reading)
     if again:
         self._keep(inputs, meter, prompt.notes)

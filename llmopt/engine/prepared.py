@@ -13,10 +13,10 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from transformers import DynamicCache
 
-from ..adaptivocab import PhraseReader
-from ..core import LM, PromptInputs, prompt_inputs, user
+from ..adaptivocab import Drafts, PhraseReader
+from ..core import LM, PromptInputs, prepare_to_crop, prompt_inputs, user
 from .checks import check_eval_mode, checked_ids, checked_messages, with_cache
-from .decoding import checkpoint_decoding
+from .decoding import checkpoint_decoding, kept_pass_costs, why_no_drafts
 from .prompt_cache import weights_seen
 from .queue import queue_of
 from .recipe import Recipe
@@ -74,7 +74,7 @@ class PreparedModel:
         self.lm, self.recipe, self.system, self.shortened = with_cache(lm), recipe, system, Shortened()
         check_eval_mode(self.lm.model)
         self.checkpoint_decoding = checkpoint_decoding(self.lm.model)  # what the checkpoint asks for, and does not get
-        self.reader = self.recipe.vocab.reader(self.lm) if self.recipe.vocab else None
+        self.reader = self.recipe.vocab.reader(self.lm) if self.recipe.vocab and self.recipe.vocab.folds else None
         self.notes, plain = [], self.lm.model  # what whoever reads an answer must know
         if self.recipe.larosa:
             self.lm = _sparse(self.recipe, self.lm, self.notes)
@@ -84,6 +84,7 @@ class PreparedModel:
         if recipe.cache:
             self._check_cache()
         self.sparse = _sparse_prefill(self.lm, self.recipe)
+        self.drafts = self._drafts() if self.recipe.vocab and self.recipe.vocab.drafts else None
         self.stop_ids = self.lm.stop_ids
 
     @property
@@ -284,3 +285,21 @@ def _check_cache(self: PreparedModel):
     except LlmoptError as e:
         raise UnsupportedModelError(one_line(e)) from None
     self.notes += [chosen] if chosen else []
+
+# %% ../../nbs/05_engine/14_prepared.ipynb #379e49ff
+@patch
+def _drafts(self: PreparedModel):
+    "What foresees answers; None, and a note says why, where they would be others then."
+    if why := why_no_drafts(self.recipe, self.lm.model):
+        self.notes.append(f"no drafts: {why}")
+        return None
+    cache, kv = self.make_cache(), self.recipe.cache
+    prepare_to_crop(cache)
+    with self.attention():
+        costs = kept_pass_costs(self.lm.model, cache, f"{kv} {self.converted and self.recipe.larosa}")
+    if kv:
+        cache.close()
+    self.notes.append(
+        f"drafts: a pass over 5 tokens takes {1 + costs.extra(4):.2f} times as long as one over one token"
+    )
+    return Drafts(self.recipe.vocab.vocab(self.lm.tokenizer).table.pieces, costs=costs)

@@ -108,7 +108,7 @@ class TokenChoice(LogitsProcessor):
         device="cpu",
         prompt=(),  # token ids of the prompt, in the tokenizer's own vocabulary, for the repetition penalty
     ):
-        self.sampling, self.prompt, self.inside, self.row = sampling, prompt, None, None
+        self.sampling, self.prompt, self.inside, self.rows = sampling, prompt, None, []  # a row a token
         self.before, self.after = _processors(sampling)
         if sampling.temperature:
             self.generator = torch.Generator(device)
@@ -122,7 +122,7 @@ class TokenChoice(LogitsProcessor):
                 "with float16, use dtype bfloat16 or float32"
             )
         if self.sampling.logprobs is not None:
-            self.row = scores[0].log_softmax(-1)
+            self.rows.append(scores[0].log_softmax(-1))
         for processor in self.before:
             scores = processor(self._text(input_ids), scores)
         if self.sampling.constraint is not None:
@@ -165,8 +165,9 @@ def _noisy(self: TokenChoice, scores):
 
 @patch
 def logprob(self: TokenChoice, token: int) -> TokenLogprob | None:
-    "What the model thought of `token`, which came out of the last scores; None if nobody asked."
-    if self.row is None:
+    "What the model thought of `token`, the first that was chosen and not asked for yet; None if nobody wanted to know."
+    if not self.rows:
         return None
-    values, ids = self.row.topk(min(self.sampling.logprobs, len(self.row)))
-    return TokenLogprob(token, self.row[token].item(), list(zip(ids.tolist(), values.tolist())))
+    row = self.rows.pop(0)
+    values, ids = row.topk(min(self.sampling.logprobs, len(row)))
+    return TokenLogprob(token, row[token].item(), list(zip(ids.tolist(), values.tolist())))

@@ -28,6 +28,9 @@ def test_configuration():
     config = VocabConfig(mine, embed="mean", positions="contiguous")
     test_eq(VocabConfig(**json.loads(json.dumps(asdict(config)))), config)
     test_eq(len({VocabConfig(), VocabConfig(), config, VocabConfig(mine)}), 3)
+    test_eq(
+        [c.folds for c in (VocabConfig(), VocabConfig(drafts=True), VocabConfig(drafts=True, fold=True))], [1, 0, 1]
+    )
     with expect_fail(ConfigError, "embed is one of"):
         VocabConfig(embed="sum")
 

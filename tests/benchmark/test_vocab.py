@@ -12,7 +12,7 @@ def test_benchmark_vocab():
     "A quick run goes through all of it."
     tables = benchmark_vocab(quick=True)
     test_eq([*tables], ["targets", "saved", "speed", "overhead", "read", "tuned", "drafts"])
-    test_eq([r["identical"] for r in tables["drafts"]], [2] * 4)
+    test_eq([r.get("identical") for r in tables["drafts"]], [2, 2, 2, None])
     assert tables["overhead"][0]["fold_ms"] > 0
     assert {r["way"] for r in tables["read"]} > {"plain", "distilled", "random deletion"}
     test_eq([r["model"] for r in tables["tuned"]], ["as bundled", "no new tokens", "appended, with prior"])

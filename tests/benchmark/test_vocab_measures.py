@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from helpers import tiny
-from llmopt.adaptivocab import PhraseDrafts, PhraseReader, PhraseTable, SimpleAdaptiVocab
-from llmopt.benchmark.drafts import PromptLookup, compare_drafts, measure_draft_cost
+from llmopt.adaptivocab import Drafts, PhraseReader, SimpleAdaptiVocab
+from llmopt.benchmark.drafts import compare_drafts
 from llmopt.benchmark.vocab_reading import delete_tokens, measure_reading, relative_increase, split_document
 from llmopt.benchmark.vocab_tuning import count_tokens, document_bits, measure_tuning
 from llmopt.core import load, user
+from llmopt.core.pass_costs import measure_pass_costs
 from llmopt.errors import ConfigError
 
 DOCS = [
@@ -20,33 +21,15 @@ DOCS = [
 ]
 
 
-def naive_lookup(ids, room, n=4, longest=2):
-    "What followed the end of `ids` where it stood first, by looking at every place"
-    for k in range(longest, 0, -1):
-        for i in range(k, len(ids)):
-            if ids[i - k : i] == ids[-k:]:
-                return ids[i : i + min(n, room)]
-    return []
-
-
-def test_the_lookup_with_an_index_is_the_naive_one():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        lookup, ids = PromptLookup(), []
-        for _ in range(40):
-            ids += rng.integers(0, 6, rng.integers(1, 4)).tolist()
-            assert lookup.propose(ids, None, 3) == naive_lookup(ids, 3)
-
-
 def test_drafts_compared_on_no_prompts_and_empty_answers():
     lm = tiny()
-    d = dict(none=PhraseDrafts(PhraseTable([], lm.rows)))
+    d = dict(none=Drafts())
     for prompts, n in (([], 4), ([lm.encode_chat([user("Why?")])], 0)):
         for r in compare_drafts(lm, prompts, d, n):
             assert (r["tokens"], r["forwards"], r["identical"]) == (0, 0, len(prompts))
-    for bad in (dict(k=1), dict(context=0), dict(rounds=0)):
-        with pytest.raises(ConfigError, match="draft cost needs"):
-            measure_draft_cost(lm.model, **bad)
+    for bad in (dict(context=0), dict(rounds=0)):
+        with pytest.raises(ConfigError, match="costs are measured behind"):
+            measure_pass_costs(lm.model, **bad)
 
 
 def test_drafts_are_compared_on_greedy_text_whatever_the_checkpoint_asks_for():

@@ -48,6 +48,26 @@ def test_seeds():
     assert a != c
 
 
+def test_drafts_in_the_engine():
+    """[Drafts](../02_adaptivocab/07_drafts.ipynb) foresee the answer and change nothing: not the greedy text, not a
+    sampled one, not what the model thought of its tokens, not a conversation. The last note of an answer says how
+    many passes it took."""
+    plain, drafts = (EnhancedFusedLLMEngine("llmopt-tiny", recipe=r) for r in ("baseline", "vocab:drafts=true"))
+    q = "What are the symptoms of high blood pressure?"
+    for more in (
+        dict(logprobs=1),
+        dict(temperature=0.9, seed=1, repetition_penalty=1.1),
+        dict(stop_strings=["pressure"]),
+    ):
+        a, b = (e.run(q, max_new_tokens=24, **more) for e in (plain, drafts))
+        test_eq(b.output_ids, a.output_ids)
+        test_eq(len(b.logprobs or []), len(a.logprobs or []))
+    test_eq([drafts.chat(t, 16) for t in (q, "Why?")], [plain.chat(t, 16) for t in (q, "Why?")])
+    test_eq("".join(drafts.stream(q, 16)), drafts.last.output_text)
+    assert drafts.last.notes[-1] == f"drafts: 16 tokens in {len(drafts.last.itl_ms) + 1} passes of the model"
+    assert len(drafts.last.itl_ms) < 15
+
+
 def test_word_removal_in_the_engine():
     "Word removal shortens what the model reads, and nothing else changes."
     q = "Please tell me why the sky is blue and why the sunset is red."

@@ -4,6 +4,7 @@
 import threading
 import torch
 from fastcore.test import test_eq
+from llmopt.engine.recipe import Recipe
 from llmopt.core import load
 from llmopt.engine.decoding import *
 
@@ -26,3 +27,12 @@ def test_stop_flag():
     before = stop(torch.zeros(1, 3), None)
     flag.set()
     test_eq((before.tolist(), stop(torch.zeros(1, 3), None).tolist()), ([False], [True]))
+
+
+def test_why_no_drafts():
+    """Two methods treat several tokens in a pass otherwise than one. Where a pass over one token is sparse and one
+    over several is not, or where what was read decides what is evicted, drafts would change the answer, and so
+    there are none."""
+    lm = load("llmopt-tiny", "cpu")
+    test_eq(why_no_drafts(Recipe.parse("vocab:drafts=true+kv:bits=8"), lm.model), None)
+    assert "evicted" in why_no_drafts(Recipe.parse("vocab:drafts=true+kv:budget=50%"), lm.model)

@@ -30,9 +30,7 @@ def test_sparse_prefill():
 
 
 def test_caches_that_do_not_fit():
-    """Some caches do not fit some models: heads that 4 bits cannot divide, sliding layers, a policy whose map nobody
-    has fitted. Making one takes no time, so it is tried at once. And phrases are no tokens, so a prompt that has
-    some cannot be said again."""
+    "Drafts know the phrases of the recipe, and [what they cost here](04_decoding.ipynb#with-drafts)."
     lm = load("llmopt-tiny", "cpu")
     for recipe, why in (
         ("vocab+kv:policy=kvzip,budget=25%", "no token"),
@@ -43,9 +41,7 @@ def test_caches_that_do_not_fit():
 
 
 def test_what_the_model_is_fed():
-    """Some caches do not fit some models: heads that 4 bits cannot divide, sliding layers, a policy whose map nobody
-    has fitted. Making one takes no time, so it is tried at once. And phrases are no tokens, so a prompt that has
-    some cannot be said again."""
+    "Drafts know the phrases of the recipe, and [what they cost here](04_decoding.ipynb#with-drafts)."
     lm = load("llmopt-tiny", "cpu")
     q = "Please tell me why the sky is blue and why the sunset is red."
     plain, short = (PreparedModel(lm, Recipe.parse(r)) for r in ("baseline", "words:n=2"))

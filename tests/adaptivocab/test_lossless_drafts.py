@@ -1,4 +1,4 @@
-"Phrase drafts: the text of plain greedy decoding, in every family, for several answers at once, and an honest account."
+"Drafts: the text of plain decoding, in every family, for several answers at once, and an honest account."
 
 import random
 import sys
@@ -10,11 +10,12 @@ import torch
 import transformers as T
 
 from helpers import FAMILIES, random_ids, small_model, tiny
-from llmopt.adaptivocab import PhraseDrafts, PhraseTable, SimpleAdaptiVocab
-from llmopt.adaptivocab.drafts import DraftSession, prefix_counts
+from llmopt.adaptivocab import Drafts
+from llmopt.adaptivocab.drafts import DraftSession
 from llmopt.adaptivocab.reader import VocabConfig
 from llmopt.core import LM, load, speculative_decode, user
-from llmopt.errors import ConfigError, LlmoptError, UnsupportedModelError
+from llmopt.core.pass_costs import costs_of
+from llmopt.errors import ConfigError, UnsupportedModelError
 from llmopt.kv_cache import KVCacheConfig
 
 PROMPTS = [
@@ -23,6 +24,7 @@ PROMPTS = [
     "What causes high blood pressure?",
     "Tell me a story.",
 ]
+FREE = costs_of(0, 0)
 
 
 def plain(model, ids, **kw):
@@ -35,19 +37,12 @@ def right_and_wrong(model, prompts, seed=0, share=0.2, **kw):
     "Drafts that are often right and often wrong: from what the model writes, with a `share` of the tokens changed"
     rng, size = random.Random(seed), model.get_input_embeddings().weight.shape[0]
     told = [p + plain(model, p, **kw) for p in prompts]
-    bent = [[rng.randrange(size) if rng.random() < share else t for t in s] for s in told]
-    pieces = {tuple(s[i : i + k]) for s in bent for i in range(len(s) - 4) for k in (2, 3, 4)}
-    return PhraseDrafts(PhraseTable(sorted(pieces), size), cost=0)
+    return Drafts([[rng.randrange(size) if rng.random() < share else t for t in s] for s in told], costs=FREE)
 
 
-def knows(lm, prompt, said, **kw):
+def knows(prompt, said, **kw):
     "Drafts that know that `said` follows `prompt`"
-    return PhraseDrafts(PhraseTable([tuple(prompt[-2:] + said)], lm.rows), **dict(cost=0) | kw)
-
-
-def hooks(model):
-    "Hooks on any module of `model`"
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return Drafts([prompt[-2:] + said], **dict(costs=FREE) | kw)
 
 
 def test_the_same_text_with_every_cache_and_reading_phrases():
@@ -81,14 +76,26 @@ def test_the_same_text_in_every_family(family):
     assert 0 < d.stats.accepted < d.stats.drafted
 
 
+def test_in_bfloat16_texts_differ_at_ties_only():
+    lm = load("llmopt-tiny", "cpu", dtype="bfloat16")
+    for text in PROMPTS[:2]:
+        p = lm.encode_chat([user(text)])
+        want, got = plain(lm.model, p, max_new_tokens=24), Drafts(costs=FREE).generate(lm, p, 24).ids
+        if want != got:
+            n = next(i for i, (a, b) in enumerate(zip(want, got)) if a != b)
+            with torch.inference_mode():
+                logits = lm.model(torch.tensor([p + want[:n]])).logits[0, -1].float()
+            assert abs(logits[want[n]] - logits[got[n]]) <= 2**-6 * logits[want[n]].abs()
+
+
 def test_the_account_when_every_draft_is_wrong():
-    "Each pass still writes one token, and the drafts cost no more than their limit and what they spared."
+    "Each pass still writes one token, and drafts cost no more than their limit and what they spared."
     lm = tiny()
     prompt, kw = lm.encode_chat([user(PROMPTS[1])]), dict(max_new_tokens=40, min_new_tokens=40)
     out = plain(lm.model, prompt, **kw)
-    wrong = PhraseTable({(t, (n + 1) % lm.rows) for t, n in zip(out, out[1:])}, lm.rows)
+    wrong = [(t, (n + 1) % lm.rows) for t, n in zip(out, out[1:])]
     for cost in (0, 0.1, 0.02):
-        d = PhraseDrafts(wrong, [w for w in wrong.pieces for _ in range(50)], cost=cost)
+        d = Drafts(wrong, [w for w in wrong for _ in range(50)], costs=costs_of(0, cost), limit=0.1)
         assert plain(lm.model, prompt, **kw, **d.using()) == out
         assert d.stats.drafted > 0 and d.stats.forwards == 40 - d.stats.accepted
         assert d.stats.drafted * cost <= d.limit * d.stats.forwards + d.stats.accepted + 1e-9
@@ -98,59 +105,40 @@ def test_the_account_when_every_draft_is_right():
     lm = tiny()
     prompt, kw = lm.encode_chat([user(PROMPTS[1])]), dict(max_new_tokens=40, min_new_tokens=40)
     out, passes = plain(lm.model, prompt, **kw), []
-    d = knows(lm, prompt, out)
+    d = knows(prompt, out)
     hook = lm.model.register_forward_hook(lambda *_: passes.append(1))
     assert plain(lm.model, prompt, **kw, **d.using()) == out
     hook.remove()
-    assert (len(passes), d.stats.forwards, d.stats.accepted) == (2, 2, 38)  # the prompt, and the rest at once
-    assert d.spared == 1 - 2 / 40
-
-
-def test_a_draft_pays_its_start_and_each_of_its_tokens():
-    table, seqs = PhraseTable([(1, 2, 3), (1, 4)], 10), [[1, 2, 3, 0, 1, 2, 3], [1, 2, 3], [1, 4]]
-    d = PhraseDrafts(table, seqs, cost=0.1, start=0.3)
-    path = d.follow([], 1)
-    d.credit = 1.0
-    assert d.draft(path)[0] == [2, 3]
-    d.credit = 0.35
-    assert d.draft(path) == ([], [])
-    d.credit, d.start = 2.0, 0.9
-    assert d.draft(path) == ([], [])  # 1.05 expected, 1.1 to pay
-    d.learn([0.6], 1, 2)
-    assert d.credit == pytest.approx(2 + 0.02 + 1 - 0.9 - 0.1)
-    d.learn([], 0, 1)
-    assert d.credit == pytest.approx(2.04)
+    assert len(passes) == d.stats.forwards == 40 - d.stats.accepted <= 5
+    assert d.spared == 1 - d.stats.forwards / 40
     d.reset()
-    assert (d.credit, d.trust, d.spared, vars(d.stats)) == (
-        0,
-        1,
-        0,
-        dict(forwards=0, tokens=0, drafted=0, accepted=0),
-    )
+    assert (d.credit, d.spared, vars(d.stats)) == (0, 0, dict(forwards=0, tokens=0, drafted=0, accepted=0))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_counts_of_prefixes_are_those_of_a_naive_count(seed):
-    rng = random.Random(seed)
-    table = PhraseTable({tuple(rng.choices(range(4), k=rng.randint(2, 5))) for _ in range(8)}, 4)
-    seqs = [rng.choices(range(4), k=rng.randint(0, 30)) for _ in range(4)]
-    naive = {
-        p[:k]: sum(tuple(s[i : i + k]) == p[:k] for s in seqs for i in range(len(s)))
-        for p in table.pieces
-        for k in range(1, len(p) + 1)
-    }
-    assert prefix_counts(table, seqs) == naive
-    assert prefix_counts(table, map(np.array, seqs)) == naive
+def test_where_the_text_repeats_itself_it_is_foreseen_beyond_its_end():
+    session = DraftSession(Drafts(costs=FREE), [5, 6, 7] * 4)
+    assert session.propose(None, None, 10) == [5, 6, 7, 5, 6, 7, 5, 6, 7, 5]
+    assert session.text.text == [5, 6, 7] * 4  # what was looked ahead is forgotten
 
 
-def test_without_phrases_or_without_credit_nothing_is_drafted():
+def test_guesses_that_are_wrong_are_not_trusted_again():
+    d = Drafts([(1, 2)], costs=costs_of(0, 0.2))
+    d.credit, session = 99.0, DraftSession(d, [1])
+    assert session.propose(None, None, 4) == [2]
+    for _ in range(9):
+        for guess, kind, _ in d.guesses(session.text.text, session.text.match, session.place):
+            d.acceptance.learn(kind, guess == 3)
+    assert session.propose(None, None, 4) == []
+
+
+def test_nothing_that_costs_is_drafted_without_credit():
     lm = tiny()
     prompt = lm.encode_chat([user(PROMPTS[0])])
     out = plain(lm.model, prompt)
-    for d in (PhraseDrafts(PhraseTable([], lm.rows)), knows(lm, prompt, out, limit=0, cost=0.1)):
-        assert d.generate(lm, prompt, 16).ids == out
-        assert plain(lm.model, prompt, **d.using()) == out
-        assert (d.stats.drafted, d.stats.forwards, d.spared) == (0, 2 * len(out), 0)
+    d = knows(prompt, out, limit=0, costs=costs_of(0, 0.1))
+    assert d.generate(lm, prompt, 16).ids == out
+    assert plain(lm.model, prompt, **d.using()) == out
+    assert (d.stats.drafted, d.stats.forwards, d.spared) == (0, 2 * len(out), 0)
 
 
 def test_the_ways_to_stop():
@@ -166,7 +154,7 @@ def test_the_ways_to_stop():
         dict(bad_words_ids=[[out[3]]]),
     )
     for kw in stops:
-        d = knows(lm, p, out)
+        d = knows(p, out)
         assert plain(lm.model, p, **kw, **d.using()) == plain(lm.model, p, **kw)
         assert d.stats.forwards == d.stats.tokens - d.stats.accepted
 
@@ -177,7 +165,7 @@ def test_greedy_is_greedy_whatever_the_checkpoint_asks_for():
     want = speculative_decode(lm.model, prompt, lambda *_: [], 40, lm.stop_ids).ids
     config = lm.model.generation_config
     config.repetition_penalty, config.do_sample, config.temperature, config.max_length = 1.3, True, 0.7, 20
-    d = knows(lm, prompt, want)
+    d = knows(prompt, want)
     assert d.generate(lm, prompt, 40).ids == want
     assert d.stats.accepted > 2
 
@@ -186,33 +174,39 @@ def test_an_answer_ends_at_every_stop_token_of_the_model():
     lm = load("llmopt-tiny", "cpu")
     prompt = lm.encode_chat([user(PROMPTS[0])])
     lm.model.generation_config.eos_token_id = 0  # the template's <|end|> is still one of `stop_ids`
-    got = PhraseDrafts(PhraseTable([], lm.rows)).generate(lm, prompt, 200)
+    got = Drafts().generate(lm, prompt, 200)
     assert got.ids[-1] in lm.stop_ids and len(got.ids) < 200
 
 
 def test_what_drafts_are_not_for_is_refused():
     lm = tiny()
     p = lm.encode_chat([user(PROMPTS[0])])
-    d = PhraseDrafts(PhraseTable([], lm.rows))
-    for kw in (dict(do_sample=True), dict(num_beams=2), dict(use_cache=False), dict(return_dict_in_generate=True)):
+    d = Drafts()
+    for kw in (dict(num_beams=2), dict(use_cache=False), dict(return_dict_in_generate=True)):
         with pytest.raises(ConfigError):
             plain(lm.model, p, **kw, **d.using())
     with pytest.raises(UnsupportedModelError, match="cannot be cropped"):
         plain(lm.model, p, cache_implementation="static", **d.using())
     with pytest.raises(ConfigError, match="one prompt at a time"):
         lm.model.generate(torch.tensor([p, p]), attention_mask=torch.ones(2, len(p)), do_sample=False, **d.using())
-    for bad in (dict(cost=-1), dict(start=float("nan")), dict(limit=float("inf"))):
-        with pytest.raises(ConfigError, match="not negative"):
-            PhraseDrafts(PhraseTable([], 4), **bad)
-    with pytest.raises(LlmoptError):
-        PhraseDrafts(PhraseTable([(1, 2)], 4), [[1, 7]])  # 7 is no token of this table
+    with pytest.raises(ConfigError, match="without padding"):
+        mask = torch.tensor([[0] + [1] * (len(p) - 1)])
+        lm.model.generate(torch.tensor([p]), attention_mask=mask, do_sample=False, **d.using())
+    with pytest.raises(ConfigError, match="one list of token ids"):
+        d.generate(lm, None)
+    for bad in (-1, float("nan"), 2, "much"):
+        with pytest.raises(ConfigError, match="limit of drafts"):
+            Drafts(limit=bad)
+    for bad in (dict(drafts="yes"), dict(drafts=1), dict(fold="no")):
+        with pytest.raises(ConfigError, match="true or false"):
+            VocabConfig(**bad)
 
 
 def test_nothing_one_token_and_numpy_numbers():
     lm = tiny()
     prompt = lm.encode_chat([user(PROMPTS[0])])
     out = plain(lm.model, prompt, max_new_tokens=4)
-    d = knows(lm, prompt, out)
+    d = knows(prompt, out)
     assert d.generate(lm, prompt, 0).ids == [] and d.stats.tokens == 0
     assert d.generate(lm, prompt, np.int64(1)).ids == out[:1]
     assert d.generate(lm, np.array(prompt), 4).ids == out
@@ -221,15 +215,12 @@ def test_nothing_one_token_and_numpy_numbers():
 def test_phrases_of_tokens_that_the_model_has_no_rows_for():
     model = small_model(vocab_size=64)
     tok = type("Tok", (), dict(eos_token_id=None, chat_template=None))
-    lm = LM(model, tok, "small")
-    p = [5, 6, 7]
+    lm, p = LM(model, tok, "small"), [5, 6, 7]
     want = speculative_decode(model, p, lambda *_: [], 12, lm.stop_ids).ids
-    table = PhraseTable([(t, 4000) for t in {*want, *p}], 4096)
-    d = PhraseDrafts(table, [[*q] * 9 for q in table.pieces], cost=0)
+    d = Drafts([(t, 4000) for t in {*want, *p}], costs=FREE)
     assert d.generate(lm, p, 12).ids == want
-    assert plain(model, p, max_new_tokens=12, pad_token_id=0, **d.using()) == plain(
-        model, p, max_new_tokens=12, pad_token_id=0
-    )
+    kw = dict(max_new_tokens=12, pad_token_id=0)
+    assert plain(model, p, **kw, **d.using()) == plain(model, p, **kw)
 
 
 def test_two_answers_in_turn_and_threads_share_one_object():
@@ -262,31 +253,15 @@ def test_two_answers_in_turn_and_threads_share_one_object():
     assert d.stats.forwards == d.stats.tokens - d.stats.accepted
 
 
-def test_an_exception_in_the_middle_leaves_drafts_and_model_usable():
+def test_an_exception_in_the_middle_leaves_drafts_usable():
     lm = tiny()
     prompt = lm.encode_chat([user(PROMPTS[0])])
     want = plain(lm.model, prompt)
-    d, before = knows(lm, prompt, want), hooks(lm.model)
+    d = knows(prompt, want)
 
     def stop(step):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
         d.generate(lm, prompt, 16, on_step=stop)
-    assert hooks(lm.model) == before
     assert d.generate(lm, prompt, 16).ids == want
-
-
-def test_a_session_reads_each_token_once():
-    "Twice the text, twice the steps down the prefixes."
-    v = SimpleAdaptiVocab(tiny().tokenizer)
-    d, steps = PhraseDrafts(v.table), []
-    follow = d.follow
-    d.follow = lambda path, token: steps.append(1) or follow(path, token)
-    for n in (200, 400):
-        steps.clear()
-        session, ids = DraftSession(d), []
-        for i in range(n):
-            ids.append(i % 90)
-            session.propose(ids, None, 10)
-        assert len(steps) == n
