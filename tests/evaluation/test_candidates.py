@@ -29,5 +29,6 @@ def test_ceilings():
     test_close(ceiling(Recipe.parse("larosa:sparsity=0.5+kv"), "total", bound), 200 / 150)
     test_close(ceiling(Recipe.parse("words:rate=0.5+larosa:sparsity=0.5"), "total", bound, 0.5), 200 / 25)
     test_close(ceiling(Recipe.parse("kv"), "memory", bound), 1000 / 900)
+    test_eq(ceiling(Recipe.parse("larosa"), "memory", bound), 1)
     test_eq(ceiling(Recipe.parse("larosa"), "ttft", bound), 1)
     test_eq(ceiling(Recipe.parse("words"), "ttft", bound, 1.0), 1)
