@@ -1,9 +1,8 @@
-"""Bits and tokens chosen for each layer, beside one choice for all layers: python nbs/models/kv_bits_beside.py
+"""Can the sum of what layers lose alone be trusted? python nbs/models/kv_bits_beside.py
 
-Writes data/smollm2/kv_bits.json. `predicted`: on texts that the table was not measured on, what the table expects of
-many choices, and what they lose; beside it what the relative error of each layer's attention output expects. `rows`:
-the prompts of `llmopt benchmark kv`, compressed before the question is known, where every method holds as many bytes as
-it can within the same share. KL does not depend on the machine's load; it takes some twenty minutes on one core.
+Writes data/smollm2/kv_bits.json: on texts that the table of SmolLM2 was not measured on, what many choices lose, and
+what the table expects of them; beside it what the relative errors of the layers' attention outputs expect. KL does not
+depend on the machine's load; it takes some ten minutes on one core.
 """
 
 import json
@@ -14,14 +13,10 @@ import torch
 from kv_bits import READ, SEED
 from kv_maps import texts
 
-from llmopt.benchmark import kv_quality as quality
 from llmopt.core import kl, load, user
 from llmopt.kv_cache import fit_bits as fit
-from llmopt.kv_cache.allotted_cache import AllottedCache, cost_of
+from llmopt.kv_cache.allotted_cache import cost_of
 from llmopt.kv_cache.bit_table import LossTable, choose_bits, table_of
-from llmopt.kv_cache.budget import EvictionConfig
-from llmopt.kv_cache.foreseen import map_of
-from llmopt.kv_cache.low_bit_cache import LowBitEvictingCache
 from llmopt.kv_cache.quantize import BITS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,59 +114,6 @@ def predicted() -> list:
     ]
 
 
-def within(cache, share, whole):
-    "A copy of `cache`, cut to as many bytes as fit into a `share` of `whole`."
-    low, high = 0.9 * share, 1.5 * share
-    for _ in range(5):
-        middle = (low + high) / 2
-        live = (new := quality.cut_to(cache, middle, whole)[0]).kv_bytes().live
-        new.close()
-        low, high = (middle, high) if live <= share * whole else (low, middle)
-    return quality.cut_to(cache, low, whole)[0]
-
-
-def rows_of(lm, p) -> list:
-    "One prompt under each method and budget."
-    asked, whole, rows = quality.ask_full(lm, p), quality.whole_bytes(lm, len(p.context)), []
-    along, n = torch.cat([p.question, torch.tensor(asked.answer)]), len(asked.full["before"])
-    scores, config, table = map_of(lm.model), lm.model.config, table_of(lm.model)
-
-    def judge(method, share, cache):
-        off = quality.forced(lm, cache, along, n) if (live := cache.kv_bytes().live) else None
-        row = quality.judged(asked.full["before"], off, asked.answer, asked.need)
-        rows.append(dict(kind=p.kind, prompt=p.name, method=method, budget=share, bytes=round(live / whole, 4)) | row)
-        cache.close()
-
-    for bits in BITS:
-        cfg = EvictionConfig("100%", "foreseen", 12, slack=0, unit=1)
-        made = quality.cache_for(lm, quality.Method("foreseen"))
-        made = made if bits == 16 else LowBitEvictingCache(config, cfg, bits, 0, map=scores)
-        with made.paused():
-            quality.read(lm, made, p.context)
-        for share in BUDGETS:
-            judge(f"{bits} bits", share, within(made, share, whole))
-    for name, some in {"auto": BITS, "8 bits, tokens by layer": (8,)}.items():
-        for share in BUDGETS:
-            cfg = EvictionConfig(f"{100 * share}%", "foreseen", 12, slack=0, unit=1)
-            chosen = choose_bits(table, share, plain_cost(table.info["tokens"]), some)
-            cache = AllottedCache(config, cfg, chosen, map=scores)
-            with cache.paused():
-                quality.read(lm, cache, p.context)
-            cache.evict()
-            judge(name, share, cache)
-    return rows
-
-
-def main():
-    "Both parts, written as they come."
-    found = dict(command="python nbs/models/kv_bits_beside.py", predicted=predicted(), rows=[])
-    lm = load("smollm2", "cpu", "bfloat16")
-    prompts = [quality.passages(lm, i + 3) for i in range(5)] + [quality.needle(lm, i) for i in range(3)]
-    for p in prompts:
-        found["rows"] += rows_of(lm, p)
-        FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(p.name, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    found = dict(command="python nbs/models/kv_bits_beside.py", predicted=predicted())
+    FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
