@@ -48,9 +48,10 @@ class LateReading:
         self,
         choices: dict,  # layer -> function of nothing: which of the tokens before it go on, (m,) indices in order
         what: str = "late reading",  # begins messages
+        read: bool = False,  # whether the prompt has been read, and the next forward is no first one
     ):
         self.choices, self.what = choices, what
-        self.start, self.kept, self.first = min(choices, default=sys.maxsize), None, True
+        self.start, self.kept, self.first = min(choices, default=sys.maxsize), None, not read
 
     def narrow(self, i, x, kw):
         "Input and arguments of layer `i` in the first forward."
@@ -156,9 +157,10 @@ def late_view(
     watches: dict | None = None,  # layer -> function of queries (1, Hq, n, D), keys (1, Hk, n, D), and scaling
     what: str = "late reading",
     layers: int | None = None,  # the first so many layers only; None: all
+    read: bool = False,  # see `LateReading`
 ) -> PreTrainedModel:
     "A view of `model` for one prompt: its first forward reads as `choices` say, later ones read what that left."
-    late, watches = LateReading(choices, what), watches or {}
+    late, watches = LateReading(choices, what, read), watches or {}
     body, seen = model.model, view_of(model.model.layers)
     seen._modules = {k: m for k, m in seen._modules.items() if layers is None or int(k) < layers}
     for i, m in enumerate(body.layers):

@@ -31,7 +31,7 @@ from .conversation import newest_turns
 from .decoding import Meter, StopAtText, StopFlag, greedy_config, with_config
 from .metrics import ChatMetrics, Events, rates
 from .prepared import PreparedModel, Prompt
-from .prompt_cache import PromptCache, is_whole, reuse_rules, weights_seen
+from .prompt_cache import PromptCache, crop_to, is_whole, reuse_rules, weights_seen
 from .queue import GaveUp
 from .recipe import Recipe
 from .sampling import OPTIONS, Sampling, TokenChoice
@@ -39,6 +39,7 @@ from .step_model import loop_for
 from .streaming import AnswerText
 from ..errors import ConfigError, ContextError, warn_once
 from ..kv_cache import KVCacheConfig
+from ..kv_cache.ragged import load_ragged, save_ragged
 from ..kv_cache.second_pass import compress
 from ..larosa import traffic
 from ..word_removal.sparse_reading import sparse_view
@@ -148,8 +149,7 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
     prompt = self._prompt(r)
     inputs = self.inputs(prompt.ids)
     reading = self._reading(prompt, inputs, r.reuse)
-    again = r.reuse and reading is None  # layers that have read different tokens are nothing to go on from
-    cache, held = self._cache(inputs, prompt.notes) if again else (self.make_cache(), 0)
+    cache, held = self._cache(inputs, prompt.notes, reading) if r.reuse else (self.make_cache(), 0)
     meter = Meter(r.events, cache, r.on_token, TokenChoice(r.settings.sampling, self.lm.device, prompt.ids))
     text = self._text(r)
     maker = r.put and PieceMaker(text, r.put)
@@ -158,7 +158,7 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
     r.events.ready = time.perf_counter_ns()
     if reading is None:
         self._read_twice(inputs, cache)
-    self._generate(inputs, meter, r.settings, text, r.stop, reading and sparse_view(reading))
+    self._generate(inputs, meter, r.settings, text, r.stop, reading and sparse_view(reading, held > 0))
     if text:
         text.end()
     if maker:
@@ -167,8 +167,8 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
     if self.drafts and reading is None:
         prompt.notes.append(f"drafts: {len(meter.ids):,} tokens in {passes:,} passes of the model")
     metrics = self._metrics(prompt, inputs, meter, text, end, held, reading)
-    if again:
-        self._keep(inputs, meter, prompt.notes)
+    if r.reuse:
+        self._keep(inputs, meter, prompt.notes, reading)
     return metrics
 
 # %% ../../nbs/05_engine/15_answering.ipynb #d7396256
@@ -209,11 +209,13 @@ def _prompt(self: AnsweringModel, r: Request) -> Prompt:
 
 # %% ../../nbs/05_engine/15_answering.ipynb #19af531f
 @patch
-def _cache(self: AnsweringModel, inputs, notes) -> tuple:
+def _cache(self: AnsweringModel, inputs, notes, reading=None) -> tuple:
     "A cache for a prompt, and how many tokens of the prompt it holds."
     if self.reuse.never:
         notes.append(f"nothing is kept for the next turn: {self.reuse.never}")
         return self.make_cache(), 0
+    if reading:
+        return self._same(inputs, notes, reading)
     most = len(inputs.ids) - self.reuse.unread
     cache, held = self.kept.take(inputs.ids, most, weights_seen(self.lm.model), self.make_cache)
     if held:
@@ -224,10 +226,12 @@ def _cache(self: AnsweringModel, inputs, notes) -> tuple:
 
 
 @patch
-def _keep(self: AnsweringModel, inputs, meter, notes):
+def _keep(self: AnsweringModel, inputs, meter, notes, reading=None):
     "Keep the cache of an answer: prompt and answer, but the last token, which the model did not read."
     if self.reuse.never:
         return
+    if reading:
+        return self._keep_same(inputs, meter.cache, notes, reading)
     if not is_whole(meter.cache):
         notes.append("the next turn reads the conversation again: the KV budget has evicted tokens")
     prompt, answer = len(inputs.ids), len(meter.ids) - 1 if self.reuse.answers else 0
@@ -261,6 +265,42 @@ def _stored(self: AnsweringModel, inputs, notes) -> tuple:
     except ConfigError as e:  # a cache that cannot be restored exactly
         notes.append(f"the prefix store was not used: {e}")
         return self.make_cache(), 0
+
+# %% ../../nbs/05_engine/15_answering.ipynb #3725d74d
+@patch
+def _same(self: AnsweringModel, inputs, notes, reading) -> tuple:
+    "The cache of this very prompt, read in this very way before, and how many tokens of the prompt it holds."
+    held, how, store = len(inputs.ids) - self.reuse.unread, reading.name(inputs.ids), self.kept.store
+    if self.reuse.unread > reading.asked:  # the end of the passage would be read again, whole
+        return self.make_cache(), 0
+    if (cache := self.kept.take_same(how, weights_seen(self.lm.model))) is not None:
+        if hasattr(cache, "reset_peak"):
+            cache.reset_peak()
+        return cache, held
+    cache, found = self.make_cache(), False
+    if store and "input_ids" in inputs.inputs:
+        try:
+            with self.attention():
+                found = load_ragged(store, self.lm.model, cache, held, how)
+        except ConfigError as e:
+            notes.append(f"the prefix store was not used: {e}")
+    return cache, held if found else 0
+
+
+@patch
+@torch.inference_mode()
+def _keep_same(self: AnsweringModel, inputs, cache, notes, reading):
+    "Keep the prompt of an answer without its end, for the very same prompt, in memory and in the store."
+    held, how, store = len(inputs.ids) - self.reuse.unread, reading.name(inputs.ids), self.kept.store
+    if self.reuse.unread > reading.asked or not is_whole(cache) or not crop_to(cache, held):
+        return
+    if store and "input_ids" in inputs.inputs:
+        try:
+            with self.attention():
+                save_ragged(store, self.lm.model, cache, how)
+        except ConfigError:
+            pass  # said when it was looked for
+    self.kept.put(inputs.ids, cache, held, held, weights_seen(self.lm.model), how)
 
 # %% ../../nbs/05_engine/15_answering.ipynb #a2d1a92d
 @patch
@@ -326,6 +366,7 @@ def skipped_bytes(
 def _metrics(self: AnsweringModel, prompt, inputs, meter, text, end, held=0, reading=None):
     "`ChatMetrics` of one answer."
     read = reading.mean_read if reading else len(inputs.ids)
+    held = read - self.reuse.unread if reading and held else held  # of what a layer reads, in the mean
     ids, times, kv = meter.ids, meter.events.times(), kv_bytes(meter.cache)
     out = self.text_of(ids) if text is None else str(text).strip()
     n, base, n_base = len(ids), self.count_base(prompt), self.lm.count(out)

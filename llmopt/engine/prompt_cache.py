@@ -102,6 +102,7 @@ class Kept(NamedTuple):
     cache: object
     own: int  # tokens that are not cut off for another prompt, but copied
     weights: object  # what `weights_seen` said
+    how: str = ""  # names a whole prompt and how its layers read it, where the later ones read less of it
 
 
 def weights_seen(model) -> tuple:
@@ -163,7 +164,11 @@ def take(
         self.entries = [e for e in self.entries if e.weights == weights]
         found = sorted(((min(common_prefix(e.ids, ids), most), -i) for i, e in enumerate(self.entries)), reverse=True)
         for n, i in found:
-            if n > 0 and (cache := self._part(self.entries[-i], n, make_cache)) is not None:
+            if (
+                n > 0
+                and not self.entries[-i].how
+                and (cache := self._part(self.entries[-i], n, make_cache)) is not None
+            ):
                 return cache, n
     return None, 0
 
@@ -173,7 +178,8 @@ def holds(self: PromptCache, ids, most: int, weights) -> int:  # as for `take`
     "How many of the first tokens of a prompt are kept; nothing is taken out."
     ids = np.asarray(ids)
     with self.lock:
-        return max((min(common_prefix(e.ids, ids), most) for e in self.entries if e.weights == weights), default=0)
+        fit = [e for e in self.entries if e.weights == weights and not e.how]
+        return max((min(common_prefix(e.ids, ids), most) for e in fit), default=0)
 
 
 @patch
@@ -196,6 +202,7 @@ def put(
     n: int,  # keep the first `n`
     own: int,  # do not cut off so many of them for another prompt: copy them
     weights,  # what `weights_seen` says
+    how: str = "",  # see `Kept`
 ) -> bool:
     "Keep `cache`; False if it cannot be used again, or is larger than what may be kept."
     ids = np.asarray(ids[:n])
@@ -203,8 +210,23 @@ def put(
     if not fits or n < 1 or kv_bytes(cache).live > self.max_bytes:
         return False
     with self.lock:
-        others = [e for e in self.entries if common_prefix(e.ids, ids) < len(e.ids)]
-        self.entries = [Kept(ids, cache, own, weights), *others][: self.max_entries]
+        others = [e for e in self.entries if e.how != how or common_prefix(e.ids, ids) < len(e.ids)]
+        self.entries = [Kept(ids, cache, own, weights, how), *others][: self.max_entries]
         while self.live_bytes > self.max_bytes:
             self.entries.pop()
     return True
+
+# %% ../../nbs/05_engine/09_prompt_cache.ipynb #404f59fc
+@patch
+def take_same(
+    self: PromptCache,
+    how: str,  # the name under which it was `put`
+    weights,  # what `weights_seen` says
+):  # a cache, or None
+    "Take the cache of a prompt that was read in this very way."
+    with self.lock:
+        for e in self.entries:
+            if how and e.how == how and e.weights == weights:
+                self.entries = [other for other in self.entries if other is not e]
+                return e.cache
+    return None

@@ -6,6 +6,7 @@
 __all__ = ['SparseReading', 'sparse_view']
 
 # %% ../../nbs/01_word_removal/14_sparse_reading.ipynb #11ed8ffa
+import hashlib
 import math
 
 import torch
@@ -78,6 +79,13 @@ def mean_read(self: SparseReading) -> int:
     read = self.read_by()
     return round(sum(read) / len(read))
 
+# %% ../../nbs/01_word_removal/14_sparse_reading.ipynb #8f610439
+@patch
+def name(self: SparseReading, ids) -> str:  # `ids`: token ids of the whole prompt; hexadecimal
+    "Name the prompt, which of its tokens may be left out, and how many each layer reads."
+    said = repr(([int(i) for i in ids], self.free.tolist(), self.read_by()))
+    return hashlib.sha256(said.encode()).hexdigest()
+
 # %% ../../nbs/01_word_removal/14_sparse_reading.ipynb #3b27e212
 def _check_prompt(n):
     "A hook that refuses anything but one prompt of `n` tokens without padding, the first time."
@@ -97,12 +105,16 @@ def _check_prompt(n):
     return hook
 
 
-def sparse_view(reading: SparseReading):  # -> a transformers model
-    "The model for one prompt: its first forward must be that prompt, with an empty cache or none."
+def sparse_view(
+    reading: SparseReading,
+    read: bool = False,  # whether a cache has all of the prompt but its end, which was read sparsely before
+):  # -> a transformers model
+    "The model for one prompt: its first forward must be that prompt, with an empty cache or none, or its end."
     first, second = reading.looks.early + 1, reading.looks.middle + 1
     choices = {first: lambda: reading.choose(reading.middle), second: lambda: reading.choose(reading.budget)}
     watches = {reading.looks.early: reading.look, reading.looks.middle: reading.look}
     reading.now = torch.arange(reading.n)
-    view = late_view(reading.model, choices, watches, "sparse prefill")
-    view.model.register_forward_pre_hook(_check_prompt(reading.n), with_kwargs=True)
+    view = late_view(reading.model, choices, {} if read else watches, "sparse prefill", read=read)
+    if not read:
+        view.model.register_forward_pre_hook(_check_prompt(reading.n), with_kwargs=True)
     return view

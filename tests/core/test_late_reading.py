@@ -33,6 +33,20 @@ def test_half_is_left_out():
     test_eq([layer.get_seq_length() for layer in cache.layers], [n] * 3 + [len(half)] * 3)
 
 
+def test_going_on():
+    """A prompt that has been read so once needs no second reading. Its cache without the last token goes on from
+    there, through a view that takes the next forward for a later one."""
+    lm = load(TINY, "cpu")
+    inputs = prompt_inputs(lm.encode_chat([user("Why is the sky blue?")])).inputs
+    n, cache = inputs["input_ids"].shape[1], DynamicCache(config=lm.model.config)
+    choices = {3: lambda: torch.arange(n % 2 == 0, n, 2)}
+    want = late_view(lm.model, choices)(**inputs, past_key_values=cache).logits[:, -1]
+    cache.crop(-1)
+    last = dict(input_ids=inputs["input_ids"][:, -1:], attention_mask=torch.ones(1, n, dtype=torch.long))
+    got = late_view(lm.model, choices, read=True)(**last, past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def test_gaps_are_no_borders():
     """To leave tokens out before the first layer is to read fewer tokens at their own positions. But transformers
     takes a gap in `position_ids` for the border between two packed sequences, if there is neither a mask nor a

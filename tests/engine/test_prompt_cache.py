@@ -25,8 +25,21 @@ def test_cropping():
     assert torch.equal(cache.layers[0].keys, k[:, :, :2]) and torch.equal(copied.layers[0].values, k[:, :, :3])
 
 
+def test_read_in_part():
+    "The two kinds are never mixed: what was read in part is no prefix, and a prefix is not what was read in part."
+    kept, caches = PromptCache(), [DynamicCache(), DynamicCache()]
+    for cache, n in zip(caches, (4, 3)):
+        cache.update(torch.zeros(1, 2, n, 4), torch.zeros(1, 2, n, 4), 0)
+    assert kept.put([1, 2, 3, 4], caches[0], 4, 4, "w", "half") and kept.put([1, 2, 3], caches[1], 3, 2, "w")
+    test_eq(kept.holds([1, 2, 3, 4], 4, "w"), 3)
+    test_eq(kept.take_same("whole", "w"), None)
+    test_eq(kept.take_same("half", "other weights"), None)
+    test_eq(kept.take_same("half", "w").get_seq_length(), 4)
+    test_eq((kept.take_same("half", "w"), len(kept)), (None, 1))
+
+
 def test_keeping():
-    "What was used comes back, or comes new; what is a part of it may go."
+    "The two kinds are never mixed: what was read in part is no prefix, and a prefix is not what was read in part."
     tiny = load("llmopt-tiny", "cpu").model.config
 
     def held(n):

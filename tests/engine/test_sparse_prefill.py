@@ -53,7 +53,7 @@ def test_the_budget_is_exact_in_the_last_layers():
 def test_each_question_of_a_chat_chooses_anew_and_short_turns_are_kept():
     e = engine()
     e.chat(QUESTION)
-    assert len(e.kept) == 0  # layers that have read different tokens are nothing to go on from
+    assert [bool(k.how) for k in e.kept.entries] == [True]  # for this very prompt; nothing to go on from
     e.chat("And the tide?")
     assert e.last.cached_prompt_tokens == 0
     prompt = e.prompt([*e.history, dict(role="user", content="And the boat?")])
@@ -74,19 +74,38 @@ def test_going_on_from_a_kept_passage_is_no_sparse_reading():
     assert e.last.cached_prompt_tokens > 200 and any("are new" in n for n in e.last.notes)
 
 
-def test_a_prefix_store_holds_nothing_that_was_read_sparsely(tmp_path):
+@pytest.mark.parametrize("more", ["", "+kv"])
+def test_the_same_prompt_comes_back_and_is_never_taken_for_a_whole_one(tmp_path, more):
+    """From memory, and from the store in another engine: the same answer, though nothing but the end is read. A plain
+    engine at the same store does not see it, nor does another rate."""
     store = PrefixStore(tmp_path, chunk=32)
-    sparse, plain = engine(prefix_store=store), engine("baseline", prefix_store=store)
-    before = engine("baseline").answer([dict(role="user", content=QUESTION)])
-    want = [i for piece in before for i in piece.ids]
-    sparse.chat(QUESTION)
-    assert store.stats()["files"] == 0
+
+    def asked(recipe, n=0, e=None):
+        e = e or engine(recipe, prefix_store=store)
+        e.history.clear()
+        e.chat(QUESTION)
+        assert e.last.cached_prompt_tokens == n
+        return e
+
+    first = asked(SPARSE + more)
+    want, read, files = first.last.output_ids, first.last.prompt_tokens, store.stats()["files"]
+    assert files == 1
+    for e in (first, None):
+        assert asked(SPARSE + more, read - 1, e).last.output_ids == want
+    asked(SPARSE.replace("0.5", "0.6") + more)
+    plain = engine("baseline", prefix_store=store)
     plain.chat(QUESTION)
-    assert plain.last.output_ids == want and store.stats()["files"] > 0
-    files = store.stats()["files"]
-    sparse.reset()
-    sparse.chat(QUESTION)
-    assert store.stats()["files"] == files and sparse.last.cached_prompt_tokens == 0
+    before = engine("baseline").answer([dict(role="user", content=QUESTION)])
+    assert plain.last.output_ids == [i for piece in before for i in piece.ids] and plain.last.cached_prompt_tokens == 0
+    assert asked(SPARSE + more, read - 1).last.output_ids == want
+
+
+def test_a_prompt_in_few_bits_is_not_kept_in_the_store(tmp_path):
+    store = PrefixStore(tmp_path)
+    e = engine(SPARSE + "+kv:bits=8", prefix_store=store)
+    e.chat(QUESTION)
+    assert any("the prefix store was not used: keys and values in few bits" in n for n in e.last.notes)
+    assert store.stats()["files"] == 0
 
 
 def test_what_cannot_be_read_sparsely_says_so():
