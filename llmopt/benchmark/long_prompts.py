@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from .kv_quality import NEEDLES, needed
 from .texts import long_documents, read_texts
 from ..core import TINY, load, prompt_inputs, user
-from ..word_removal.prompt_passages import free_tokens
+from ..word_removal.prompt_passages import passage_tokens
 
 # %% ../../nbs/10_benchmark/21_long_prompts.ipynb #5fdcce5f
 class LongPrompt(NamedTuple):
@@ -109,8 +109,9 @@ class WholeAnswer:
         messages = [user(f"{p.document}\n\n{p.question}")]
         chat = lm.encode_chat(messages)
         ids = chat + lm.tokenizer(p.begun, add_special_tokens=False).input_ids
-        free = free_tokens(lm, messages, chat) + [False] * (len(ids) - len(chat))
-        self.p, self.ids, self.free = p, ids, free
+        more, known = len(ids) - len(chat), passage_tokens(lm, messages, chat)
+        self.free, self.shared = known.free + [False] * more, known.shared + [0.0] * more
+        self.p, self.ids = p, ids
         self.answer = greedy_answer(lm, lm.model, prompt_inputs(ids, lm.device), p.most)
         self.logprobs = told(lm.model, prompt_inputs(ids, lm.device), self.answer)
         self.need = needed(lm, self.answer, p.words)

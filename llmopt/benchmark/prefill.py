@@ -86,7 +86,8 @@ def reading_of(lm, whole: WholeAnswer, way: str, rate: float, reader=None) -> tu
     if way in ("nth", "bundled"):
         stay = _stay(whole, _chosen(lm, whole, way, budget, reader))
         return lm.model, at_positions(whole.ids, stay, lm.device)
-    reading = SparseReading(lm.model, looks, whole.free, budget)
+    shared = None if way == "attention" else whole.shared
+    reading = SparseReading(lm.model, looks, whole.free, budget, shared)
     reading.middle = budget if way == "early" else reading.middle
     if way != "restart":
         return sparse_view(reading), plain
@@ -226,7 +227,7 @@ def where_it_pays(lm, rate: float = 0.3, lengths=_SHORT, rounds: int = 7) -> lis
     return [dict(rate=rate, predicted=said, measured=found, off=abs(said / found - 1) if said and found else None)]
 
 # %% ../../nbs/10_benchmark/22_prefill.ipynb #baa79450
-WAYS = "sparse", "restart", "early", "bundled", "nth"
+WAYS = "sparse", "attention", "restart", "early", "bundled", "nth"
 
 
 def benchmark_prefill(texts=None, model=TINY, quick: bool = False) -> dict:  # table -> rows

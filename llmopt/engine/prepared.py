@@ -26,7 +26,7 @@ from ..kv_cache.presets import POLICIES
 from ..larosa import in_stream_basis, sparse_shapes
 from ..word_removal import model_surprisal
 from ..word_removal.config import FLOOR
-from ..word_removal.prompt_passages import free_tokens
+from ..word_removal.prompt_passages import passage_tokens
 from ..word_removal.sparse_prefill import SparsePrefill
 from ..word_removal.sparse_reading import SparseReading
 
@@ -237,11 +237,12 @@ def reading(
     "How the model reads a prompt; why it is read whole is noted in the prompt."
     if self.sparse is None or prompt.given:
         return None
-    free = free_tokens(self.lm, prompt.messages, prompt.ids)
+    free, shared = passage_tokens(self.lm, prompt.messages, prompt.ids)
     if "inputs_embeds" in inputs.inputs:  # phrases: one may be left out if all its pieces may
         f = self.reader.vocab.fold(prompt.ids)
-        free = [all(free[a : a + n]) for a, n in zip(f.start.tolist(), f.span.tolist())]
-    found, note = self.sparse.reading(free)
+        spans = [slice(a, a + n) for a, n in zip(f.start.tolist(), f.span.tolist())]
+        free, shared = [all(free[s]) for s in spans], [max(shared[s]) for s in spans]
+    found, note = self.sparse.reading(free, shared)
     if not any(free):
         note = UNTOUCHED.replace("shortened nothing", "left nothing out").replace(" it shortens", " it touches")
     if note and note not in prompt.notes:

@@ -48,9 +48,9 @@ class SparsePrefill:
 # %% ../../nbs/01_word_removal/16_sparse_prefill.ipynb #daed5e47
 @patch
 def reading(
-    self: SparsePrefill, free: list
+    self: SparsePrefill, free: list, shared=None
 ) -> tuple:  # (`SparseReading` or None, why the prompt is read whole or None)
-    "How a prompt is read, of which `free` says which tokens may be left out."
+    "How a prompt is read, of which `free` says which tokens may be left out, see `SparseReading`."
     n = len(free)
     if self.budget(n) == n or not any(free):
         return None, None
@@ -59,6 +59,6 @@ def reading(
         pays = "nowhere" if floor is None else f"from {floor:,} tokens on"
         return None, f"read whole: sparse prefill pays {pays} on this machine, and the prompt has {n:,}"
     try:
-        return SparseReading(self.lm.model, self.looks, free, self.budget(n)), None
+        return SparseReading(self.lm.model, self.looks, free, self.budget(n), shared), None
     except BudgetError as e:
         return None, f"read whole: {e}"

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core.late_reading import late_view
 from ..errors import BudgetError, ConfigError
 from .question_attention import MOST_ASKED, question_scores
-from .token_choice import choose_tokens
+from .token_choice import SHARED_WIDTH, choose_tokens, smoothed, weighed
 
 # %% ../../nbs/01_word_removal/14_sparse_reading.ipynb #cc481d9a
 class SparseReading:
@@ -27,8 +27,10 @@ class SparseReading:
         looks,  # its `Looks`
         free: list,  # for each token of the prompt, whether it may be left out
         budget: int,  # tokens that go on to the last layers
+        shared=None,  # for each token how rare its word is, if the question has it too: see `passage_tokens`
     ):
         self.model, self.looks, self.free = model, looks, torch.tensor([*map(bool, free)])
+        self.shared = None if shared is None else smoothed(torch.tensor(shared), SHARED_WIDTH)
         self.n, self.fixed = len(free), len(free) - int(self.free.sum())
         if budget < self.fixed:
             raise BudgetError(
@@ -53,7 +55,8 @@ def look(self: SparseReading, query, key, scaling):
 def choose(self: SparseReading, size: int) -> torch.Tensor:
     "Which of the tokens that were read last go on: `size` of them."
     free = self.free[self.now]
-    best = free.nonzero()[:, 0][choose_tokens(self.scores[free], size - self.fixed)]
+    shared = None if self.shared is None else self.shared[self.now][free]
+    best = free.nonzero()[:, 0][choose_tokens(weighed(self.scores[free], shared), size - self.fixed, width=1)]
     go_on = torch.cat([(~free).nonzero()[:, 0], best]).sort().values
     self.now = self.now[go_on]
     return go_on
@@ -83,7 +86,8 @@ def mean_read(self: SparseReading) -> int:
 @patch
 def name(self: SparseReading, ids) -> str:  # `ids`: token ids of the whole prompt; hexadecimal
     "Name the prompt, which of its tokens may be left out, and how many each layer reads."
-    said = repr(([int(i) for i in ids], self.free.tolist(), self.read_by()))
+    shared = None if self.shared is None else self.shared.tolist()
+    said = repr(([int(i) for i in ids], self.free.tolist(), shared, self.read_by()))
     return hashlib.sha256(said.encode()).hexdigest()
 
 # %% ../../nbs/01_word_removal/14_sparse_reading.ipynb #3b27e212

@@ -20,6 +20,19 @@ def test_free():
     assert "What does the heart pump?" in stays and "<|assistant|>" in stays and sum(free) > 80
 
 
+def test_shared():
+    """The word that the question and the passage share counts, at each place where it stands in the passage; the
+    words between do not."""
+    lm = load(TINY, "cpu")
+    passage = "The heart pumps blood through the body. The tide rises twice a day. " * 6
+    messages = [dict(role="user", content=f"{passage}\n\nWhat do hearts pump?")]
+    ids = lm.encode_chat(messages)
+    free, shared = passage_tokens(lm, messages, ids)
+    words = {lm.tokenizer.decode(i).strip() for i, s in zip(ids, shared) if s}
+    assert "tide" not in words and "the" not in words and "heart" in "".join(words)
+    test_eq(all(f for f, s in zip(free, shared) if s), True)
+
+
 def test_nothing_is_free():
     "A short question has no passage, nor has an answer, however long."
     lm = load(TINY, "cpu")

@@ -15,6 +15,15 @@ def test_smoothing():
     test_eq(smoothed(torch.ones(5)).tolist(), [1.0] * 5)
 
 
+def test_weighed():
+    "Without a shared word it is the attention alone."
+    x = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(weighed(x, torch.zeros(100)), smoothed(x))
+    words = torch.zeros(100)
+    words[70] = 9.0
+    test_eq(int(weighed(x, smoothed(words, 5)).argmax()) in range(68, 73), True)
+
+
 def test_exact():
     "Whatever the scores and the budget, the number of tokens is exact, and the best token is among them."
     gen = torch.Generator().manual_seed(0)
