@@ -24,7 +24,7 @@ from ..core.late_reading import late_view
 from ..errors import BudgetError
 from ..evaluation import bootstrap_interval
 from ..word_removal.question_attention import best_looks, question_scores
-from ..word_removal.reading_costs import break_even, measure_costs
+from ..word_removal.reading_costs import Curve, break_even, fit_cost, measure_costs
 from ..word_removal.sparse_reading import SparseReading, sparse_view
 from ..word_removal.token_choice import choose_tokens
 
@@ -125,7 +125,7 @@ SCORERS = (
 )
 
 
-_FEW_SCORERS = "every_nth", "coverage", "sentences", "sentences, nothing protected"  # at other rates than the first
+_FEW_SCORERS = "every_nth", "coverage", "sentences", "sentences, nothing protected"  # for needles and at other rates
 
 
 def losses_of(lm, prompts, ways, scorers=(), rates=(0.3, 0.5, 0.2)) -> list:  # rows
@@ -138,7 +138,8 @@ def losses_of(lm, prompts, ways, scorers=(), rates=(0.3, 0.5, 0.2)) -> list:  # 
                 model, prompt = reading_of(lm, whole, way, rate, reader)
                 read = math.ceil(rate * len(whole.ids) - 1e-9)
                 rows.append(_row(lm, whole, way, rate, model, prompt, read))
-            for scorer in [s for s in scorers if rate == rates[0] or s in _FEW_SCORERS]:
+            all_of_them = p.kind == "long" and rate == rates[0]
+            for scorer in scorers if all_of_them else [s for s in scorers if s in _FEW_SCORERS]:
                 prompt = _shortened(lm, whole, scorer, rate)
                 if prompt is not None:
                     rows.append(_row(lm, whole, scorer, rate, lm.model, prompt, len(prompt.ids)))
@@ -181,10 +182,10 @@ def against_nth(rows, base: str = "every_nth") -> list:  # a row for each kind, 
     return table
 
 # %% ../../nbs/10_benchmark/22_prefill.ipynb #94064cc6
-_LENGTHS = 48, 96, 192, 448, 1000, 2048
+_LENGTHS = 48, 96, 192, 350, 700, 1000, 2048
 
 
-def _both(lm, ids, free, budget):
+def _both(lm, ids, free, budget, shared):
     "Functions that read a prompt to its first token, whole and sparse."
     plain, looks = prompt_inputs(ids, lm.device), best_looks(lm)
 
@@ -192,38 +193,41 @@ def _both(lm, ids, free, budget):
         model(**plain.inputs, past_key_values=DynamicCache(config=lm.model.config), logits_to_keep=1)
 
     def sparse():
-        read(sparse_view(SparseReading(lm.model, looks, free, budget)))
+        read(sparse_view(SparseReading(lm.model, looks, free, budget, shared)))
 
     return dict(whole=lambda: read(lm.model), sparse=sparse)
 
 
 @torch.inference_mode()
-def first_token_times(lm, rate: float = 0.3, lengths=_LENGTHS, rounds: int = 3) -> list:  # rows
-    "Milliseconds to the first token by length: whole and sparse, measured in turn and predicted."
+def _times_at(lm, n, rate, rounds):
+    "Seconds to the first token of `n` tokens, whole and sparse, in turn; and the share that the last layers read."
+    ids = lm.tokenizer(" ".join(t["text"] for t in read_texts()), verbose=False).input_ids[:n]
+    free, shared = [2 <= i < n - 4 for i in range(n)], [float(i % 40 == 9) for i in range(n)]
+    budget = max(math.ceil(rate * n), n - sum(free))
+    return time_interleaved(_both(lm, ids, free, budget, shared), rounds), budget / n
+
+
+def first_token_times(lm, rate: float = 0.3, lengths=_LENGTHS, rounds: int = 5) -> list:  # rows
+    "Milliseconds to the first token by length: whole and sparse, the fastest of several turns, and predicted."
     costs, looks, rows = measure_costs(lm), best_looks(lm), []
-    text = lm.tokenizer(" ".join(t["text"] for t in read_texts()), verbose=False).input_ids
     for n in [n for n in lengths if n <= lm.context]:
-        ids = text[:n]
-        free = [4 <= i < n - 8 for i in range(n)]
-        budget = max(math.ceil(rate * n), n - sum(free))
-        times = time_interleaved(_both(lm, ids, free, budget), rounds)
-        whole, less = (1000 * statistics.median(times[k]) for k in ("whole", "sparse"))
-        share = costs.sparse(n, looks, budget / n) / costs.whole(n)
+        times, read = _times_at(lm, n, rate, rounds)
+        whole, less = (1000 * min(times[k]) for k in ("whole", "sparse"))
+        share = costs.sparse(n, looks, read) / costs.whole(n)
         row = dict(tokens=n, rate=rate, whole_ms=whole, sparse_ms=less, faster=whole / less, predicted=1 / share)
         rows.append(row | dict(off=abs(less / whole / share - 1)))
     return rows
 
 # %% ../../nbs/10_benchmark/22_prefill.ipynb #e9e45af4
-_SHORT = 32, 40, 48, 56, 64, 80, 96
+_SHORT = 20, 32, 48, 64, 96, 128
 
 
-def where_it_pays(lm, rate: float = 0.3, lengths=_SHORT, rounds: int = 7) -> list:  # one row
-    "The length from which on it pays: as a few layers predict it, and where a line through measured gains is zero."
+def where_it_pays(lm, rate: float = 0.3, lengths=_SHORT, rounds: int = 15) -> list:  # one row
+    "The length from which on it pays: as a few layers predict it, and where a curve through measured times is crossed."
     said = break_even(measure_costs(lm), best_looks(lm), rate, lm.context)
-    times = first_token_times(lm, rate, lengths, rounds)
-    n, gain = [r["tokens"] for r in times], [r["whole_ms"] - r["sparse_ms"] for r in times]
-    slope, start = statistics.linear_regression(n, gain)
-    found = -start / slope if slope > 0 else None
+    times = [_times_at(lm, n, rate, rounds)[0] for n in lengths]
+    whole, sparse = (Curve(*fit_cost(lengths, [min(t[k]) for t in times])) for k in ("whole", "sparse"))
+    found = next((n for n in range(1, lengths[-1]) if sparse(n) < whole(n)), None)
     return [dict(rate=rate, predicted=said, measured=found, off=abs(said / found - 1) if said and found else None)]
 
 # %% ../../nbs/10_benchmark/22_prefill.ipynb #baa79450
@@ -233,9 +237,9 @@ WAYS = "sparse", "attention", "restart", "early", "bundled", "nth"
 def benchmark_prefill(texts=None, model=TINY, quick: bool = False) -> dict:  # table -> rows
     "Sparse prefill: what answers lose beside shortened texts, whether needles are found, and when it pays."
     lm = load(model)
+    lm.model.to(torch.bfloat16)  # all is measured in it; what is compared with what is read in it, too
     times = first_token_times(lm, lengths=_LENGTHS[2:5] if quick else _LENGTHS)
     pays = where_it_pays(lm)
-    lm.model.to(torch.bfloat16)  # a comparison of answers: both sides read in bfloat16
     fits, rates = lm.context >= 4096, (0.3,) if quick else (0.3, 0.5, 0.2)
     scorers = SCORERS[:4] if quick else SCORERS
     rows = losses_of(lm, shown_prompts(quick), ("sparse", "nth"), scorers, rates) if fits else []

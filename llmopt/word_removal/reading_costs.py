@@ -21,20 +21,34 @@ from .sparse_reading import SparseReading, sparse_view
 from .token_choice import choose_tokens
 
 # %% ../../nbs/01_word_removal/15_reading_costs.ipynb #b5af1785
-LENGTHS = 32, 128, 448, 1024  # tokens
-_ROUNDS, _ENOUGH = 6, 150  # runs at most, the first of which is not counted; milliseconds after which two are enough
+LENGTHS = 9, 33, 129, 509, 1531  # tokens: no round numbers, as those of prompts are none
+_ROUNDS, _ENOUGH = 6, 150  # runs at most, the first of which is not counted; milliseconds after which three are enough
+_TURNS = 12  # of a view and its model, whose difference is small; a tenth of a second for each
 
 
 def _fastest(device, work, parts):
     "Milliseconds of one of `parts` in the fastest of several runs of `work()`."
     times = []
-    while len(times) < 2 or len(times) < _ROUNDS and sum(times) < _ENOUGH:
+    while len(times) < 3 or len(times) < _ROUNDS and sum(times) < _ENOUGH:
         start = time.perf_counter()
         work()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         times.append(1000 * (time.perf_counter() - start))
     return min(times[1:]) / parts
+
+
+def _in_turn(device, works):
+    "Milliseconds of each of `works` in its fastest run; they take turns, so that a busy second hits all of them."
+    times, begin = [[] for _ in works], time.perf_counter()
+    while len(times[0]) < 3 or len(times[0]) < _TURNS and time.perf_counter() - begin < _TURNS / 10:
+        for work, taken in zip(works, times):
+            start = time.perf_counter()
+            work()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            taken.append(1000 * (time.perf_counter() - start))
+    return [min(taken[1:]) for taken in times]
 
 
 def _layer_work(model, n):
@@ -104,28 +118,46 @@ class ReadingCosts(NamedTuple):
 
 # %% ../../nbs/01_word_removal/15_reading_costs.ipynb #ebf24062
 def _view_works(lm, n):
-    "Functions that read `n` tokens: with the model, and with a view of it that leaves nothing out and looks twice."
+    "Functions that read `n` tokens: with the model, and with a view of it that leaves out half of them."
     prompt, looks, free = prompt_inputs([5] * n, lm.device).inputs, best_looks(lm), [True] * (n - 8) + [False] * 8
 
     def read(model):
         model(**prompt, past_key_values=DynamicCache(config=lm.model.config), logits_to_keep=1)
 
     def through_view():
-        read(sparse_view(SparseReading(lm.model, looks, free, n)))
+        read(sparse_view(SparseReading(lm.model, looks, free, n // 2)))
 
     return lambda: read(lm.model), through_view
+
+# %% ../../nbs/01_word_removal/15_reading_costs.ipynb #4c7d97ee
+_LONG = 600  # tokens at most of the longer text that the whole model reads
+
+
+def _within(
+    layers: int,
+    layer: Curve,  # of a layer by itself
+    whole: dict,  # tokens -> milliseconds of the model, at two lengths
+) -> tuple:  # the curve of a layer within the model; milliseconds of what is no layer
+    "Fit curve and rest to the times of the model."
+    (short, first), (long, second) = whole.items()
+    slower = max((second - first) / (layers * (layer(long) - layer(short))), 0.5) if layer(long) > layer(short) else 1.0
+    layer = Curve(*(slower * x for x in layer))
+    return layer, max(first - layers * layer(short), 0.0)
 
 # %% ../../nbs/01_word_removal/15_reading_costs.ipynb #11bd2bba
 @torch.inference_mode()
 def measure_costs(lm) -> ReadingCosts:  # an `LM` built as Llama is
-    "Time some layers and looks at four lengths, and the model and a view of it at one; about a second."
+    "Time some layers and looks at five lengths, the model at two, and a view at one; some seconds for SmolLM2."
     lengths, layers = [n for n in LENGTHS if n <= lm.context], len(lm.model.model.layers)
     layer, look = ([_fastest(lm.device, *work(lm.model, n)) for n in lengths] for work in (_layer_work, _look_work))
     layer, look = Curve(*fit_cost(lengths, layer)), Curve(*fit_cost(lengths, look, (0, 1)))
-    n = lengths[0]
-    whole, view = zip(*([_fastest(lm.device, work, 1) for work in _view_works(lm, n)] for _ in range(2)))
-    over = min(view) - min(whole) - 2 * look(n)
-    return ReadingCosts(layers, layer, look, max(min(whole) - layers * layer(n), 0.0), max(over, 0.0))
+    short, long = lengths[1], max(n for n in lengths if n <= _LONG)
+    whole, view = _in_turn(lm.device, _view_works(lm, short))
+    layer, rest = _within(layers, layer, {short: whole, long: _fastest(lm.device, _view_works(lm, long)[0], 1)})
+    known = ReadingCosts(layers, layer, look, rest)
+    spared = known.whole(short) - known.sparse(short, best_looks(lm), short // 2 / short)
+    over = view - whole + spared  # what layers and looks do not explain
+    return known._replace(view=max(over, 0.0))
 
 
 _costs = weakref.WeakKeyDictionary()  # model -> (threads, `ReadingCosts`)

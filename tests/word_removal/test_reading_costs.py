@@ -7,6 +7,7 @@ from llmopt.core import TINY
 from llmopt.core.model import load
 from llmopt.word_removal.question_attention import Looks
 from llmopt.word_removal.reading_costs import *
+from llmopt.word_removal.reading_costs import _within
 
 
 def test_curve():
@@ -15,6 +16,14 @@ def test_curve():
     assert np.allclose(fit_cost(LENGTHS, ms), (2, 0.1, 0.001))
     test_eq(fit_cost(LENGTHS, [3 * n for n in LENGTHS])[2] < 1e-9, True)
     assert min(fit_cost(LENGTHS, [5, 4, 3, 2])) >= 0
+
+
+def test_within():
+    "The factor is found again."
+    alone, layers = Curve(1.0, 0.01, 1e-6), 30
+    whole = {n: 7 + layers * 1.2 * alone(n) for n in (33, 509)}
+    layer, rest = _within(layers, alone, whole)
+    assert np.allclose(layer, [1.2 * x for x in alone]) and np.allclose(rest, 7)
 
 
 def test_break_even():
