@@ -25,7 +25,7 @@ def test_shared():
     words between do not."""
     lm = load(TINY, "cpu")
     passage = "The heart pumps blood through the body. The tide rises twice a day. " * 6
-    messages = [dict(role="user", content=f"{passage}\n\nWhat do hearts pump?")]
+    messages = [dict(role="user", content=f"{passage}\n\nDoes the heart rest?")]
     ids = lm.encode_chat(messages)
     free, shared = passage_tokens(lm, messages, ids)
     words = {lm.tokenizer.decode(i).strip() for i, s in zip(ids, shared) if s}
