@@ -54,19 +54,19 @@ class Work(NamedTuple):
     scores: np.ndarray  # (room,) its own
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #dd086cb3
-@compiled
+@compiled(inner=True)
 def room_of_inputs(s):
     "How many numbers the lists of a product have room for, by the sizes `s`."
     return max(s[1], s[5], s[2] * s[4]) + 2 * GROUP
 
 
-@compiled
+@compiled(inner=True)
 def room_of_outputs(s):
     "How many outputs the weights have that read the stream of a layer, with padding."
     return (s[2] + 2 * s[3]) * s[4] + 2 * s[5] + 8 * 64
 
 
-@compiled
+@compiled(inner=True)
 def make_work(p, t, token):
     "The arrays of thread `t` for `token` of the step."
     s = numba.carray(p[0], 13, np.int64)
@@ -91,7 +91,7 @@ def make_work(p, t, token):
     )
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #b8a59f82
-@compiled
+@compiled(inner=True)
 def choose_channels(x, k, first, last, w):
     "List the `k` channels of largest magnitude of `x` (D,) that lie in groups `first` to `last`."
     if k < len(x):
@@ -102,7 +102,7 @@ def choose_channels(x, k, first, last, w):
     list_channels(w.kept[:k], x, first, last, w.channels, w.inputs, w.ends)
 
 
-@compiled
+@compiled(inner=True)
 def mask_channels(xs, D, k, first, last, w, masked):
     "The first `D` inputs of tokens, zero but for the `k` largest of each, in groups `first` to `last`; into `masked`."
     for b in range(len(xs)):
@@ -114,7 +114,7 @@ def mask_channels(xs, D, k, first, last, w, masked):
                 masked[b, channel] = xs[b, channel]
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #983bd645
-@compiled
+@compiled(inner=True)
 def rows_of(p, a, w):
     "The rows, scales, minima and bias of weight `a`."
     line, first_address = w.linears[a], 18 + 2 * w.sizes[0] + 4 * a
@@ -126,7 +126,7 @@ def rows_of(p, a, w):
     return rows, scales, minima, numba.carray(p[first_address + 3], N, np.float32)
 
 
-@compiled
+@compiled(inner=True)
 def inputs_and_sums(p, a, t, w):
     "What weight `a` reads in thread `t` (tokens, …), and where its sums go (tokens, …)."
     s = w.sizes
@@ -138,7 +138,7 @@ def inputs_and_sums(p, a, t, w):
     return xs, numba.carray(p[4], (T, MOST, room_of_outputs(s)), np.float32)[t]
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #a24b4511
-@compiled
+@compiled(inner=True)
 def multiply(p, a, t, n, w):
     "Thread `t` of `n` adds its groups of weight `a` to its part of the sums, which it begins anew."
     rows, scales, minima, bias = rows_of(p, a, w)
@@ -160,7 +160,7 @@ def multiply(p, a, t, n, w):
     add_for_all(bits, rows, D, first, last, scales, minima, xs, sums[:tokens, place:], 0, N)
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #cb852e87
-@compiled
+@compiled(inner=True)
 def _total(w, place, out):
     "The sum of what the threads found for the outputs from `place` on, into `out`."
     for j in range(len(out)):
@@ -168,7 +168,7 @@ def _total(w, place, out):
     add_parts(w.sums[:, place : place + len(out)], out)
 
 
-@compiled
+@compiled(inner=True)
 def _store(numbers, as_bfloat, floats, bfloats):
     "Write `numbers` into a slot of the cache, of which both views are given."
     for j in range(len(numbers)):
@@ -178,19 +178,19 @@ def _store(numbers, as_bfloat, floats, bfloats):
             floats[j] = numbers[j]
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #c188081f
-@compiled
+@compiled(inner=True)
 def epsilon(p):
     "What keeps norms from dividing by zero."
     return numba.carray(p[2], 4, np.float32)[0]
 
 
-@compiled
+@compiled(inner=True)
 def attention_scale(p):
     "What scores are multiplied with."
     return numba.carray(p[2], 4, np.float32)[1]
 
 
-@compiled
+@compiled(inner=True)
 def head_gain(p, w, layer, of_keys):
     "The gain of the norm of queries or keys in `layer`, which lie behind those of the stream."
     s = w.sizes
@@ -199,7 +199,7 @@ def head_gain(p, w, layer, of_keys):
     return every[begin + (2 * layer + of_keys) * d : begin + (2 * layer + of_keys + 1) * d]
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #edf8fa24
-@compiled
+@compiled(inner=True)
 def store_keys_and_values(p, layer, t, n, token):
     "Thread `t` of `n` puts keys, turned, and values of some heads at the slot of `token`."
     w = make_work(p, t, token)
@@ -218,7 +218,7 @@ def store_keys_and_values(p, layer, t, n, token):
             _store(some, s[10], floats[h, slot], bfloats[h, slot])
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #50d32c8d
-@compiled
+@compiled(inner=True)
 def attend_heads(p, layer, t, n, token):
     "Thread `t` of `n` lets some query heads of `token` attend to all tokens up to it."
     w = make_work(p, t, token)
@@ -239,7 +239,7 @@ def attend_heads(p, layer, t, n, token):
             attend_floats(q, k[g, :tokens], v[g, :tokens], scaling, w.scores, out)
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #4a66e074
-@compiled
+@compiled(inner=True)
 def read_stream(p, norm, add, t, n, token):
     "Add what the last weights wrote to the stream of `token`, and put it, normed, where weights read it."
     w = make_work(p, t, token)
@@ -249,7 +249,7 @@ def read_stream(p, norm, add, t, n, token):
     normalize(w.stream, w.gains[norm], epsilon(p), w.hidden[:D])
 
 
-@compiled
+@compiled(inner=True)
 def gate_inner(p, layer, t, n, token):
     "Thread `t` of `n` computes its part of the inner numbers of `token`."
     w = make_work(p, t, token)
@@ -262,7 +262,7 @@ def _layer_loop():
     "The function that runs a layer in a thread, compiled when it is first needed."
     name_thread_functions()
 
-    @compiled
+    @compiled(inner=True)
     def run_layer(p, layer, t, n, w):
         tokens, a = w.sizes[12], 7 * layer
         for token in range(tokens):
@@ -292,7 +292,7 @@ def _layer_loop():
     return run_layer
 
 # %% ../../nbs/05_engine/11_step_loops.ipynb #fe7d1ca6
-@compiled
+@compiled(inner=True)
 def run_head(p, t, n, w):
     "Thread `t` of `n` computes its part of the logits of all tokens."
     s, a = w.sizes, 7 * w.sizes[0]

@@ -91,7 +91,7 @@ def _row_adder(bits, R):
     return add_rows
 
 # %% ../../nbs/03_larosa/03_axpy.ipynb #9f4458f1
-@compiled
+@compiled(inner=True)
 def list_channels(kept, x, first, last, channels, inputs, ends):
     """List the channels `kept` (k,), ascending, of groups `first` to `last`, and their inputs of `x` (D,). Group g ends
     at `ends[g+1]`, where group g+1 begins; `channels` and `inputs` need room for D + 16 numbers."""
@@ -120,7 +120,7 @@ def _group_adder(bits):
     "The function that adds groups of rows of so many bits."
     add_eight, add_four = _PASSES[bits]
 
-    @compiled
+    @compiled(inner=True)
     def add_groups(rows, channels, inputs, ends, first, last, scales, minima, y, at, n):
         for group in range(first, last):
             i, end = ends[group], ends[group + 1]
@@ -137,7 +137,7 @@ if numba:
     _add_32, _add_16, _add_8, _add_4 = map(_group_adder, (32, 16, 8, 4))
 
 
-@compiled
+@compiled(inner=True)
 def add_packed(bits, rows, channels, inputs, ends, first, last, scales, minima, y, at, n):
     """Add the listed channels of groups `first` to `last` of packed rows, each times its input, to `n` outputs of `y`
     from `at` on, both multiples of `CHUNK`."""
@@ -155,7 +155,7 @@ STRIPE, WIDE = 4096, 16384  # outputs at a time; from so many outputs on, thread
 _SIZES = "channels", "row_bytes", "tokens", "k", "threads", "bits", "width", "wide", "filled", "out_of_range"
 
 
-@compiled
+@compiled(inner=True)
 def add_stripes(bits, rows, channels, inputs, ends, last, scales, minima, y, at, end):
     "As `add_packed` for outputs `at` to `end` of `y`, a stripe at a time, of all groups up to `last`."
     while at < end:

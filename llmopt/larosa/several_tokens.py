@@ -72,7 +72,7 @@ def _all_adder(bits):
     "The function that adds groups of rows of so many bits for all tokens."
     add_four, add_one = _rows_adder(bits, PASS), _rows_adder(bits, 1)
 
-    @compiled
+    @compiled(inner=True)
     def add_groups(rows, channels, first, last, scales, minima, x, y, at, n):
         for group in range(first, last):
             i, end = group * GROUP, min((group + 1) * GROUP, channels)
