@@ -61,7 +61,7 @@ def _ways(lm, makers, n, lookup):
         ways[_LOOKUP] = lambda prompt: transformers_lookup(lm, prompt, n)
     return ways
 
-
+# %% ../../nbs/10_benchmark/08_drafts.ipynb #fb4e2cb9
 def _spared_interval(results):
     "95 % interval of the share of passes spared, from drawing prompts again; None for a single one."
     if len(results) < 2:

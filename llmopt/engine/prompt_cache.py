@@ -181,7 +181,7 @@ def holds(self: PromptCache, ids, most: int, weights) -> int:  # as for `take`
         fit = [e for e in self.entries if e.weights == weights and not e.how]
         return max((min(common_prefix(e.ids, ids), most) for e in fit), default=0)
 
-
+# %% ../../nbs/05_engine/09_prompt_cache.ipynb #e9f6975f
 @patch
 def _part(self: PromptCache, entry, n, make_cache):
     "A cache with the first `n` tokens of `entry`: a copy of a part of its prompt, or its own, which is taken out."

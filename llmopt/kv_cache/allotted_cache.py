@@ -113,8 +113,7 @@ class AllottedEvictor(LowBitEvictor):
         "Write the record of a cut; `rounds` are those of the layer that was cut most often."
         self.rounds = self.cuts[self.alone]
         super().finish()
-        self.cuts[self.alone] = self.rounds
-        self.rounds = max(self.cuts)
+        self.cuts[self.alone], self.rounds = self.rounds, max(*self.cuts, self.rounds)
 
 # %% ../../nbs/04_kv_cache/39_allotted_cache.ipynb #54068ded
 class AllottedCache(EvictingCache):

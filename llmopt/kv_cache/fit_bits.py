@@ -91,7 +91,7 @@ def damage(
         keys.copy_(rounded(keys, bits[i], keys=True))
         values.copy_(rounded(values, bits[i]))
 
-
+# %% ../../nbs/04_kv_cache/40_fit_bits.ipynb #acf57254
 @torch.no_grad()
 def layer_losses(
     lm,  # an `LM`

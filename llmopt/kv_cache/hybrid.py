@@ -106,7 +106,7 @@ def _check_budget(self: KVCacheConfig):
     if self.budget is not None:
         self._evicting()
 
-
+# %% ../../nbs/04_kv_cache/41_hybrid.ipynb #16019dec
 @patch
 def _evicting(self: KVCacheConfig) -> EvictionConfig:
     policy, sizes = self.policy or ("foreseen" if self.auto else "cake"), {16: {}, "auto": dict(unit=8)}

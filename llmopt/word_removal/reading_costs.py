@@ -50,7 +50,7 @@ def _in_turn(device, works):
             taken.append(1000 * (time.perf_counter() - start))
     return [min(taken[1:]) for taken in times]
 
-
+# %% ../../nbs/01_word_removal/15_reading_costs.ipynb #f7453f2a
 def _layer_work(model, n):
     "A function that runs a few layers of `model` on `n` tokens, and how many: one alone would stay in the processor."
     body, like = model.model, model.get_input_embeddings().weight
