@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_PHRASES', 'Drafts', 'Expansion', 'Folded', 'LateMerger', 'PhraseReader', 'PhraseSet', 'PhraseTable',
-           'SimpleAdaptiVocab', 'VocabConfig', 'distill', 'expand', 'expand_tokenizer', 'finetune', 'load_rows',
-           'mine_phrases', 'phrase_costs', 'phrases_below_kl', 'save_model', 'save_rows', 'saved_share']
+           'SimpleAdaptiVocab', 'VocabConfig', 'cheapest_phrases', 'distill', 'expand', 'expand_tokenizer', 'finetune',
+           'load_rows', 'mine_phrases', 'phrase_costs', 'phrases_below_kl', 'save_model', 'save_rows', 'saved_share',
+           'some_phrases']
 
 # %% ../../nbs/02_adaptivocab/index.ipynb #779b961e
-from .costs import phrase_costs, phrases_below_kl
+from .costs import cheapest_phrases, phrase_costs, phrases_below_kl, some_phrases
 from .drafts import Drafts
 from .expansion import Expansion, expand_tokenizer
 from .fine_tuning import finetune, save_model
@@ -17,7 +18,8 @@ from .mining import mine_phrases, saved_share
 from .new_rows import expand
 from .phrase_set import PhraseSet
 from .phrases import Folded, PhraseTable
-from .reader import PhraseReader, VocabConfig, load_rows, save_rows
+from .reader import PhraseReader, VocabConfig
+from .row_files import load_rows, save_rows
 from .rows import distill
 from .tokenizer import DEFAULT_PHRASES, SimpleAdaptiVocab
 
@@ -33,6 +35,7 @@ _all_ = [
     "PhraseTable",
     "SimpleAdaptiVocab",
     "VocabConfig",
+    "cheapest_phrases",
     "distill",
     "expand",
     "expand_tokenizer",
@@ -44,4 +47,5 @@ _all_ = [
     "save_model",
     "save_rows",
     "saved_share",
+    "some_phrases",
 ]

@@ -20,6 +20,7 @@ from scipy.stats import bootstrap
 from ..adaptivocab import LateMerger, PhraseReader, SimpleAdaptiVocab, VocabConfig, distill
 from .words import passage_prompt
 from ..core import LM, PromptInputs, kl, plain_text, prompt_inputs, teacher_forced_logprobs
+from ..core.layer_rows import prompt_view
 from ..engine.decoding import greedy_config, with_config
 from ..errors import ConfigError
 from ..evaluation import bootstrap_interval
@@ -226,7 +227,7 @@ def batch_answers(
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
 
     ones = [torch.ones_like(p) for p in at]
-    model = with_config(lm.model, greedy_config(lm, lm.stop_ids, n))
+    model = with_config(prompt_view(lm.model, *prompts), greedy_config(lm, lm.stop_ids, n))
     inputs = dict(inputs_embeds=padded(xs), attention_mask=padded(ones), position_ids=padded(at))
     answers = model.generate(**inputs).tolist()
     ends = {*lm.stop_ids}

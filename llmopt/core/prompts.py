@@ -19,6 +19,7 @@ class PromptInputs(NamedTuple):
     )
     ids: list  # the m tokens that the model reads; phrases count as one token
     next_position: int  # position of the first token of the answer
+    added: tuple | None = None  # positions (k,) and vectors (k, layers, D) that `prompt_view` lets the layers read
 
 
 def prompt_inputs(

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from ..core import LM, PromptInputs, kv_bytes, teacher_forced_logprobs
+from ..core.layer_rows import prompt_view
 from .answer import PieceMaker
 from llmopt.engine.checks import (
     check_callbacks,
@@ -98,15 +99,16 @@ def decoding(self: AnsweringModel, settings: Settings) -> GenerationConfig:
 # %% ../../nbs/05_engine/15_answering.ipynb #fb2473db
 @patch
 @torch.inference_mode()
-def _generate(self: AnsweringModel, inputs, meter, settings, text, stop, model=None):
+def _generate(self: AnsweringModel, inputs, meter, settings, text, stop, reading=None, held=0):
     "Generate after the prompt; `meter` collects tokens, clock and cache, and `text`, if there is one, the text."
     config, ends = self.decoding(settings), [StopAtText(text)] if text else []
-    if self.drafts and model is None:  # `sparse_view` has layers that hold different tokens
+    model = prompt_view(sparse_view(reading, held > 0) if reading else self.lm.model, inputs)
+    if self.drafts and reading is None:  # `sparse_view` has layers that hold different tokens
         loop = dict(custom_generate=partial(self.drafts.decode, sink=meter, text=meter.choice.prompt))
     else:
-        loop = loop_for(model or self.lm.model, meter.cache, meter)
+        loop = loop_for(model, meter.cache, meter)
     with self.attention():
-        with_config(model or self.lm.model, config).generate(
+        with_config(model, config).generate(
             **inputs.inputs,
             generation_config=config,
             past_key_values=meter.cache,
@@ -158,7 +160,7 @@ def _respond(self: AnsweringModel, r: Request) -> ChatMetrics:
     r.events.ready = time.perf_counter_ns()
     if reading is None:
         self._read_twice(inputs, cache)
-    self._generate(inputs, meter, r.settings, text, r.stop, reading and sparse_view(reading, held > 0))
+    self._generate(inputs, meter, r.settings, text, r.stop, reading, held)
     if text:
         text.end()
     if maker:
@@ -415,5 +417,5 @@ def score(
         if held:
             left = dict(input_ids=left["input_ids"][:, held:])
         with self.attention():
-            model = sparse_view(reading) if reading else self.lm.model
+            model = prompt_view(sparse_view(reading) if reading else self.lm.model, inputs)
             return teacher_forced_logprobs(model, left, answer_ids, cache, inputs.next_position)

@@ -303,7 +303,12 @@ def convert(
 # %% ../../nbs/03_larosa/06_rotation.ipynb #63c2fb37
 def in_stream_basis(
     model,  # that `convert` made
-    vectors: torch.Tensor,  # (n, D) embeddings of the plain model, such as trained vectors of phrases
-) -> torch.Tensor:  # (n, D)
-    "Vectors in place of embeddings, as the converted `model` reads them."
-    return (vectors.double() @ model.stream_basis.to(vectors.device)).to(vectors.dtype)
+    vectors: torch.Tensor,  # (n, D) embeddings of the plain model, such as vectors of phrases; or (n, layers, D)
+) -> torch.Tensor:  # as `vectors`
+    "Vectors in place of embeddings, or added in front of each layer, as the converted `model` reads them."
+    turned = vectors.double() @ model.stream_basis.to(vectors.device)
+    if turned.dim() == 3:
+        for i, layer in enumerate(model.model.layers):  # there are such rows for models built as Llama is
+            if hasattr(layer, "basis_change"):
+                turned[:, i:] = turned[:, i:] @ layer.basis_change.matrix.to(turned)
+    return turned.to(vectors.dtype)

@@ -49,7 +49,7 @@ def test_seeds():
 
 
 def test_drafts_in_the_engine():
-    """[Drafts](../02_adaptivocab/07_drafts.ipynb) foresee the answer and change nothing: not the greedy text, not a
+    """[Drafts](../02_adaptivocab/08_drafts.ipynb) foresee the answer and change nothing: not the greedy text, not a
     sampled one, not what the model thought of its tokens, not a conversation. The last note of an answer says how
     many passes it took."""
     plain, drafts = (EnhancedFusedLLMEngine("llmopt-tiny", recipe=r) for r in ("baseline", "vocab:drafts=true"))

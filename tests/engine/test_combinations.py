@@ -34,6 +34,15 @@ def trained(lm, folder, scale=1.0):
     return dict(phrases=vocab, rows=str(folder))
 
 
+def layered(lm, folder):
+    "The folder with random vectors for `PHRASES`, one for every layer."
+    vocab = SimpleAdaptiVocab(lm.tokenizer, PHRASES)
+    layers, width = lm.model.config.num_hidden_layers, lm.model.get_input_embeddings().weight.shape[1]
+    rows = torch.randn(len(vocab.table), layers, width, generator=torch.Generator().manual_seed(0))
+    save_rows(rows * lm.model.get_input_embeddings().weight.std().item(), PhraseReader(lm.model, vocab), folder)
+    return dict(phrases=vocab, rows=str(folder))
+
+
 def scored(lm, answer, vocab=None, larosa=None):
     "Log-probabilities of `answer`."
     recipe = Recipe(vocab=vocab and VocabConfig(**vocab), larosa=larosa and LaRoSAConfig(**larosa))
@@ -53,6 +62,35 @@ def test_trained_phrases_are_read_by_a_turned_model(family, tmp_path):
     plain, turned = scored(lm, answer, rows), scored(lm, answer, rows, NEUTRAL)
     assert (plain - turned).abs().max() < 5e-4
     assert (plain - scored(lm, answer, dict(phrases=rows["phrases"]))).abs().max() > 5e-3
+
+
+def test_rows_for_every_layer_are_turned_too(tmp_path):
+    lm, answer = lm_of("llama"), [11, 500, 7]
+    rows = layered(lm, tmp_path)
+    plain, turned = scored(lm, answer, rows), scored(lm, answer, rows, NEUTRAL)
+    assert (plain - turned).abs().max() < 5e-4
+    assert (plain - scored(lm, answer, dict(phrases=rows["phrases"]))).abs().max() > 5e-3
+
+
+@pytest.mark.parametrize("more", ["", "+kv", "+words:method=prefill,rate=0.5,floor=1"])
+def test_rows_for_every_layer_are_read_in_every_way(more, tmp_path):
+    "Answers are those that `score` foresees, in a conversation that goes on from what was read, too."
+    lm = tiny()
+    recipe = f"vocab:phrases={tmp_path / 'phrases.json'},rows={tmp_path}{more}"
+    rows = layered(lm, tmp_path)
+    rows["phrases"].save(tmp_path / "phrases.json")
+    engine, first = EnhancedFusedLLMEngine(lm, recipe=recipe), "The end of the river is the sea. " * 6
+    asked = [user(first + QUESTION)]
+    m = engine.run(asked, max_new_tokens=6, fixed=True)
+    assert engine.score(asked, m.output_ids).argmax(-1).tolist() == m.output_ids
+    plain = EnhancedFusedLLMEngine(lm, recipe=recipe.replace(f",rows={tmp_path}", ""))
+    assert (engine.score(asked, m.output_ids) - plain.score(asked, m.output_ids)).abs().max() > 0.05
+    for said in (first + QUESTION, "What is the name of the end of the sea?"):
+        answer = engine.chat(said, max_new_tokens=6)
+    again = EnhancedFusedLLMEngine(lm, recipe=recipe, kept_bytes=0)
+    for said in (first + QUESTION, "What is the name of the end of the sea?"):
+        want = again.chat(said, max_new_tokens=6)
+    assert answer == want
 
 
 def test_both_at_neutral_are_the_baseline(tmp_path):
