@@ -237,9 +237,10 @@ def _check_generate(config, input_ids, kw):
 class _Prepared:
     "What `generate` has prepared for one answer, as `forward` and `choose` for the loop."
 
-    def __init__(self, model, input_ids, processors, stopping, config, kw):
+    def __init__(self, model, input_ids, processors, stopping, config, kw, read):
         self.model, self.input_ids, self.processors, self.stopping = model, input_ids, processors, stopping
         self.config, self.kw, self.cache, self.position = config, kw, kw["past_key_values"], None
+        self.read = read
 
     def forward(self, draft):
         "One pass over what the cache does not hold yet, and over `draft`."
@@ -250,7 +251,7 @@ class _Prepared:
             return out.logits[0, -1:]
         written = self.input_ids.shape[1] - self.start
         last = self.input_ids[0, -1].item()
-        return read_tokens(self.model, self.cache, [last, *draft], self.position + written - 1)
+        return self.read(self.model, self.cache, [last, *draft], self.position + written - 1)
 
     def choose(self, logits):
         "The token that plain decoding would take, and whether a criterion stops there."
@@ -275,12 +276,13 @@ def decode(
     generation_config,
     sink=None,  # a streamer
     text=None,  # token ids of the prompt, where they are not `input_ids`
+    read=read_tokens,  # what reads the last token and a draft, called as `read_tokens` is
     synced_gpus=False,
     **kw,
 ):
     "Decoding with drafts, in the form that `generate` takes as `custom_generate`; see `using`."
     _check_generate(generation_config, input_ids, kw)
-    prepared = _Prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, kw)
+    prepared = _Prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, kw, read)
     ids, limit = input_ids[0].tolist(), generation_config.max_length - input_ids.shape[1]
     session, rows = DraftSession(self, ids if text is None else text), model.get_input_embeddings().weight.shape[0]
     steps = prepared.forward, prepared.choose, session.propose, ids, prepared.cache, limit, rows

@@ -11,12 +11,13 @@ from hashlib import sha256
 from pathlib import Path
 
 from .progress import announce
-from ..errors import warn_once
+from ..errors import LlmoptError, warn_once
 
 try:
     import numba
     from numba.core.caching import FunctionCache, NullCache
     from numba.core.ccallback import CFunc
+    from numba.core.registry import CPUDispatcher
     from numba.core.serialize import dumps
 except ImportError:
     numba = None
@@ -101,6 +102,18 @@ if numba:
         def save_overload(self, sig, data):
             self._try("save_overload", sig, data)
 
+# %% ../../nbs/00_core/18_compilation.ipynb #6d95c518
+if numba:
+
+    class _Part(CPUDispatcher):
+        "A function that only compiled code can call."
+
+        def __call__(self, *args, **kwargs):
+            name = self.py_func.__name__
+            raise LlmoptError(
+                f"{name} is a part of compiled functions: call one of these, or from Python {name}.py_func"
+            )
+
 # %% ../../nbs/00_core/18_compilation.ipynb #bed1236d
 def compiled(
     f=None,  # the function; None if the decorator is given options
@@ -116,7 +129,9 @@ def compiled(
     flags = {"contract", "nsz"} | ({"reassoc"} if reorder else set())
     no_wrapper = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True) if inner else {}
     dispatcher = numba.njit(nogil=True, boundscheck=False, fastmath=flags, **no_wrapper)(f)
-    if not inner:
+    if inner:
+        dispatcher.__class__ = _Part
+    else:
         dispatcher._cache = _OptionalCache(f)  # what `cache=True` sets, but one that may fail
     return dispatcher
 

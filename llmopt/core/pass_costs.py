@@ -47,10 +47,10 @@ ESTIMATE = costs_of(0.0, 0.1)  # where nobody has measured
 TOKENS, ROUNDS, SECONDS = (1, 2, 4, 8, 16), 9, 3.0  # passes that are timed; rounds at most; begin no more after
 
 
-def _seconds(model, cache, n, position):
+def _seconds(read, model, cache, n, position):
     "Seconds of a pass over `n` tokens that are forgotten again."
     start = time.perf_counter()
-    read_tokens(model, cache, [7] * n, position)[-1, 0].item()
+    read(model, cache, [7] * n, position)[-1, 0].item()
     cache.crop(-n)
     return time.perf_counter() - start
 
@@ -61,6 +61,7 @@ def measure_pass_costs(
     cache=None,  # an empty cache for it that can be cropped, which is filled; a `DynamicCache` by default
     context: int = 128,  # tokens in the cache
     rounds: int = ROUNDS,
+    read=read_tokens,  # what reads some tokens in a pass, called as `read_tokens` is
 ) -> PassCosts:
     "What drafts cost on this machine; raises `ConfigError` for a context or rounds below 1."
     if context < 1 or rounds < 1:
@@ -70,7 +71,7 @@ def measure_pass_costs(
     times, begun = {n: [] for n in TOKENS}, time.perf_counter()
     for i in range(rounds + 1):
         for n, seconds in times.items():
-            long, short = _seconds(model, cache, n, context), _seconds(model, cache, 1, context)
+            long, short = (_seconds(read, model, cache, some, context) for some in (n, 1))
             if i:  # the first round warms up
                 seconds.append(long + short)
         if i and time.perf_counter() - begun > SECONDS:

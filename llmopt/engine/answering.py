@@ -97,6 +97,11 @@ def decoding(self: AnsweringModel, settings: Settings) -> GenerationConfig:
     return greedy_config(self.lm, self.stop_ids, settings.max_new_tokens, settings.fixed)
 
 # %% ../../nbs/05_engine/15_answering.ipynb #fb2473db
+def _behind(read, model, view, *args):
+    "What follows a prompt is read by `model`: a `view` of it differs within the prompt alone."
+    return read(model, *args)
+
+
 @patch
 @torch.inference_mode()
 def _generate(self: AnsweringModel, inputs, meter, settings, text, stop, reading=None, held=0):
@@ -104,7 +109,8 @@ def _generate(self: AnsweringModel, inputs, meter, settings, text, stop, reading
     config, ends = self.decoding(settings), [StopAtText(text)] if text else []
     model = prompt_view(sparse_view(reading, held > 0) if reading else self.lm.model, inputs)
     if self.drafts and reading is None:  # `sparse_view` has layers that hold different tokens
-        loop = dict(custom_generate=partial(self.drafts.decode, sink=meter, text=meter.choice.prompt))
+        more = dict(sink=meter, text=meter.choice.prompt, read=partial(_behind, self.read_draft, self.lm.model))
+        loop = dict(custom_generate=partial(self.drafts.decode, **more))
     else:
         loop = loop_for(model, meter.cache, meter)
     with self.attention():

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..core import LM, kv_bytes
 from ..core.pass_costs import TOKENS, PassCosts, measure_pass_costs
+from ..core.speculative import read_tokens
 from .recipe import Recipe
 from ..larosa import SparsifiedLinear
 from ..larosa.choice import kept_times, machine_of
@@ -127,11 +128,12 @@ class StopAtText(StoppingCriteria):
 def why_no_drafts(
     recipe: Recipe,
     model,  # a transformers causal LM, converted as the recipe says
+    alone: bool = False,  # is each token of a draft read as it would be alone?
 ) -> str | None:
     "Why answers would be others with drafts, in a few words; None if they would not."
     if recipe.cache and recipe.cache.eviction:
         return "under a budget of the KV cache, what a wrong draft has read would change what is evicted"
-    if any(isinstance(m, SparsifiedLinear) and m.sparsity > 0 for m in model.modules()):
+    if not alone and any(isinstance(m, SparsifiedLinear) and m.sparsity > 0 for m in model.modules()):
         selector = selector_of(model)
         if selector.tokens != "all" or selector.first:
             return "LaRoSA drops channels in passes over one token, and drafts take passes over several"
@@ -141,7 +143,8 @@ def why_no_drafts(
 def kept_pass_costs(
     model,  # a transformers causal LM
     cache,  # an empty cache of the recipe; it is filled
-    kind: str,  # what the cache and the model are, beside what the model's configuration says
+    kind: str,  # what the cache, the model and `read` are, beside what the model's configuration says
+    read=read_tokens,  # what reads a draft
 ) -> PassCosts:
     "What drafts cost here: the costs that are kept for such a model and cache, or else measured now."
     c = model.config.get_text_config(decoder=True)
@@ -149,7 +152,7 @@ def kept_pass_costs(
     weight = model.get_input_embeddings().weight
 
     def measure():
-        return [[max(t, 1e-3) for t in measure_pass_costs(model, cache).times]]
+        return [[max(t, 1e-3) for t in measure_pass_costs(model, cache, read=read).times]]
 
     about = ["passes", c.model_type, *sizes, *weight.shape, kind, machine_of(weight)]
     return PassCosts(TOKENS, tuple(kept_times(about, 1, measure)[0]))

@@ -15,12 +15,13 @@ from transformers import DynamicCache
 
 from ..adaptivocab import Drafts, PhraseReader
 from ..core import LM, PromptInputs, prepare_to_crop, prompt_inputs, user
+from ..core.speculative import read_tokens
 from .checks import check_eval_mode, checked_ids, checked_messages, with_cache
 from .decoding import checkpoint_decoding, kept_pass_costs, why_no_drafts
 from .prompt_cache import weights_seen
 from .queue import queue_of
 from .recipe import Recipe
-from .step_model import prepare_larosa
+from .step_model import loop_for, prepare_larosa, read_alone
 from ..errors import ContextError, LlmoptError, UnsupportedModelError, one_line, warn_once
 from ..kv_cache.presets import POLICIES
 from ..larosa import in_stream_basis, sparse_shapes
@@ -101,7 +102,7 @@ class PreparedModel:
 def _sparse(recipe, lm, notes):
     "`lm` with a converted copy of its model. An artifact was named by the user: a bad one is no property of the model."
     try:
-        return prepare_larosa(recipe.larosa, lm, notes, stock=recipe.cache is None)
+        return prepare_larosa(recipe.larosa, lm, notes, recipe.cache)
     except LlmoptError as e:
         if recipe.larosa.artifact:
             raise
@@ -291,13 +292,15 @@ def _check_cache(self: PreparedModel):
 @patch
 def _drafts(self: PreparedModel):
     "What foresees answers; None, and a note says why, where they would be others then."
-    if why := why_no_drafts(self.recipe, self.lm.model):
+    cache, kv = self.make_cache(), self.recipe.cache
+    alone = bool(loop_for(self.lm.model, cache))
+    if why := why_no_drafts(self.recipe, self.lm.model, alone):
         self.notes.append(f"no drafts: {why}")
         return None
-    cache, kv = self.make_cache(), self.recipe.cache
+    self.read_draft, about = read_alone if alone else read_tokens, f"{kv} {self.converted and self.recipe.larosa}"
     prepare_to_crop(cache)
     with self.attention():
-        costs = kept_pass_costs(self.lm.model, cache, f"{kv} {self.converted and self.recipe.larosa}")
+        costs = kept_pass_costs(self.lm.model, cache, about + " alone" * alone, self.read_draft)
     if kv:
         cache.close()
     self.notes.append(

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'BEFORE', 'CLEARLY_SPARSE', 'OTHER_CACHE', 'step_of', 'with_step', 'without_step', 'step_loop', 'loop_for',
-           'decode_times', 'prepare_larosa']
+           'read_alone', 'decode_times', 'prepare_larosa']
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #9f2bafb6
 import copy
 import functools
 import time
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core import LM
-from .decode_step import DecodeStep, why_no_step, why_not_converted
+from ..core.speculative import read_tokens
+from .decode_step import LAYERS, DecodeStep, can_read, why_no_step, why_not_converted
 from .step_loops import MOST
+from ..kv_cache import KVCacheConfig
 from ..larosa import projections, set_sparsity
 from ..larosa.choice import CLEARLY, kept_times, machine_of
 
@@ -43,17 +46,9 @@ def _takes(model, given) -> bool:
         or given.get("use_cache") is False
     ):
         return False
-    layers = cache.layers
-    if given.get("return_dict") is False or len(layers) != len(model.model.layers):
+    if given.get("return_dict") is False or not can_read(cache, model):
         return False
-    if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
-        return False
-    n, mask = layers[0].keys.shape[-2], given.get("attention_mask")
-    if any(layer.keys.shape[-2] != n for layer in layers):
-        return False  # later layers have read fewer tokens
-    if layers[0].keys.dtype != model.get_input_embeddings().weight.dtype or layers[0].keys.shape[0] != 1 or not n:
-        return False
-    n += ids.shape[1]
+    n, mask = cache.get_seq_length() + ids.shape[1], given.get("attention_mask")
     return (mask is None or tuple(mask.shape) == (1, n) and bool(mask.all())) and not _watched(model)
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #5c44a309
@@ -90,7 +85,7 @@ def with_step(model):  # what `SimpleLaRoSA.apply` returned
         step = step_of(self)
         if step is not None and not args and _takes(self, kwargs):
             cache, position = kwargs["past_key_values"], kwargs.get("position_ids")
-            at = cache.layers[0].keys.shape[-2] if position is None else int(position[0, 0])
+            at = cache.get_seq_length() if position is None else int(position[0, 0])
             logits = step.several(kwargs["input_ids"][0].tolist(), at, cache, alone=False)
             last = kwargs.get("logits_to_keep") or len(logits)
             return CausalLMOutputWithPast(logits=logits[None, -last:], past_key_values=cache)
@@ -142,11 +137,24 @@ def step_loop(model, input_ids, logits_processor, stopping_criteria, generation_
 def loop_for(model, cache, streamer=None) -> dict:  # further arguments of `generate`
     """The loop above where `model` has a step and `cache` is one that it can use, and nothing elsewhere. It is told of
     the streamer here, as transformers 5.23 hands none to a loop of others."""
-    if step_of(model) is None or type(cache) is not DynamicCache or _watched(model):
+    if step_of(model) is None or not isinstance(cache, DynamicCache) or _watched(model):
         return {}
-    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+    if not all(type(layer) in LAYERS for layer in cache.layers):
         return {}
     return dict(custom_generate=functools.partial(step_loop, streamer=streamer))
+
+# %% ../../nbs/05_engine/13_step_model.ipynb #c3deee6e
+def read_alone(
+    model,  # a transformers causal LM
+    cache,  # KV cache of what stands before; holds the tokens afterwards, too
+    tokens: list,  # n token ids
+    position: int,  # of the first; the others follow
+) -> torch.Tensor:  # (n, V) logits, what follows each token
+    "As `read_tokens`, and each token is read as it would be alone: by the step in passes of `MOST`, or one by one."
+    step, places = step_of(model), range(len(tokens))
+    if step is None or _watched(model) or not can_read(cache, model):
+        return torch.cat([read_tokens(model, cache, [tokens[i]], position + i) for i in places])
+    return torch.cat([step.several(tokens[i : i + MOST], position + i, cache) for i in places[::MOST]])
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #7b130c32
 ROUNDS, BEFORE = 5, 8  # tokens that are timed each way, and tokens in front of them
@@ -160,32 +168,37 @@ def _token_time(model, cache):
 
 
 @torch.inference_mode()
-def decode_times(ways: list) -> list:  # of `(model, function or None)`; milliseconds
+def decode_times(
+    ways: list,  # of `(model, function or None)`
+    kv: KVCacheConfig | None = None,  # how keys and values are kept; None is a stock cache
+) -> list:  # milliseconds
     "The least time of a token for each model, over rounds in which they take turns; the function is called before."
     least, caches = [float("inf")] * len(ways), []
     for model, _ in ways:
-        cache = DynamicCache(config=model.config)
-        model(input_ids=torch.zeros(1, BEFORE, dtype=torch.long), past_key_values=cache, use_cache=True)
+        cache = replace(kv, max_seq_len=None).make_cache(model) if kv else DynamicCache(config=model.config)
+        with kv.attach(model) if kv else nullcontext():
+            model(input_ids=torch.zeros(1, BEFORE, dtype=torch.long), past_key_values=cache, use_cache=True)
         caches.append(cache)
     for i in range(ROUNDS + 1):
         for j, ((model, before), cache) in enumerate(zip(ways, caches)):
             if before:
                 before()
-            took = _token_time(model, cache)
+            with kv.attach(model) if kv else nullcontext():
+                took = _token_time(model, cache)
             least[j] = min(least[j], took) if i else least[j]  # the first round compiles
     return least
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #066250f5
-def _kept_decode_times(model, cfg, measure):
+def _kept_decode_times(model, cfg, kv, measure):
     "The times that are kept for such a model and configuration on this machine, or what `measure` finds."
     c = model.config
     sizes = [c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads]
     weight = model.get_input_embeddings().weight
-    asked = [cfg.bits, round(cfg.sparsity, 2), cfg.when]
+    asked = [cfg.bits, round(cfg.sparsity, 2), cfg.when, *([str(kv)] if kv else [])]
     return kept_times(["a decode step", c.model_type, *sizes, *weight.shape, *asked, machine_of(weight)], 1, measure)[0]
 
 
-def _by_step(cfg, lm, notes):
+def _by_step(cfg, lm, notes, kv):
     "`lm` in rows, with the step where the plain model takes longer; sparse only where that is faster still."
     dense_cfg = replace(cfg, sparsity=0.0, rotation="none", heads=False, when="always")
     dense = dense_cfg.prepare(lm)
@@ -196,11 +209,11 @@ def _by_step(cfg, lm, notes):
             return lambda: set_sparsity(dense.model, dict.fromkeys(projections(dense.model), share))
 
         ways = [(lm.model, None), (dense.model, drop(0.0))] + [(dense.model, drop(cfg.sparsity))] * (cfg.sparsity > 0)
-        times = decode_times(ways)
+        times = decode_times(ways, kv)
         drop(0.0)()
         return [times]
 
-    plain, whole, *dropped = _kept_decode_times(lm.model, cfg, measure)
+    plain, whole, *dropped = _kept_decode_times(lm.model, cfg, kv, measure)
     kind = "weights as they are" if cfg.bits == 16 else f"{cfg.bits} bits"
     said = f"{kind} decode in {whole:.2f} ms a token by one compiled step, the plain model in {plain:.2f}"
     if min([whole, *dropped]) > CLEARLY * plain:
@@ -218,30 +231,32 @@ def _by_step(cfg, lm, notes):
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #aa231480
 CLEARLY_SPARSE = 0.97  # of the time with all channels: what takes longer is not worth what it loses
-OTHER_CACHE = "LaRoSA decodes by modules: its compiled step reads keys and values of a stock cache, not those of kv"
+OTHER_CACHE = "LaRoSA decodes by modules: its compiled step reads keys and values in full precision, of all tokens"
 
 
 def prepare_larosa(
     cfg,  # `LaRoSAConfig`
     lm: LM,
     notes: list,  # is told what was measured, and what was chosen
-    stock: bool = True,  # do keys and values lie in a `DynamicCache`?
+    kv: KVCacheConfig | None = None,  # how keys and values are kept; None is a stock cache
 ) -> LM:
     """`lm` converted as `cfg` says, and decoding by the compiled step where that can be and is faster; or `lm` itself.
     Raises as `LaRoSAConfig.prepare`."""
-    could = stock and why_not_converted(lm.model) is None
+    whole = kv is None or kv.bits == 16 and kv.budget is None
+    could = whole and why_not_converted(lm.model) is None
     if could and cfg.when == "faster" and cfg.tokens != "none" and cfg.artifact is None:
-        return _by_step(cfg, lm, notes)
+        return _by_step(cfg, lm, notes, kv)
     new = cfg.prepare(lm, notes)
     if new.model is lm.model or why_no_step(new.model):
         return new
-    if not stock:
+    if not whole:
         notes.append(OTHER_CACHE)
         return new
     with_step(new.model)
     usual = copy.copy(new.model)  # shares all modules
     usual.__class__ = type(usual).usual_class
-    modules, step = _kept_decode_times(new.model, cfg, lambda: [decode_times([(usual, None), (new.model, None)])])
+    ways = [(usual, None), (new.model, None)]
+    modules, step = _kept_decode_times(new.model, cfg, kv, lambda: [decode_times(ways, kv)])
     if step < CLEARLY * modules:
         notes.append(f"LaRoSA decodes by one compiled step: {step:.2f} ms a token, by modules {modules:.2f}")
     else:

@@ -78,6 +78,13 @@ class SlabLayer(_SlabLengths, CacheLayerMixin):
         self.peak = max(self.peak, self.slab.live)
         return keys_and_values
 
+# %% ../../nbs/04_kv_cache/14_cache.ipynb #7cce40f4
+@patch
+def claim(self: SlabLayer, n: int):
+    "Count `n` more tokens, which the caller writes into the rows of the slab."
+    self.slab.claim(n)
+    self.peak = max(self.peak, self.slab.live)
+
 # %% ../../nbs/04_kv_cache/14_cache.ipynb #e7eac03b
 @patch
 def _make_slab(self: SlabLayer, key_states, value_states):

@@ -115,6 +115,16 @@ def append(
     self.seq_len, self.peak_len = end, max(self.peak_len, end)
     return views if short else (self.keys, self.values)
 
+# %% ../../nbs/04_kv_cache/06_slab.ipynb #cd0ce95d
+@patch
+def claim(self: SimpleVAttention, n: int):  # tokens
+    "Count `n` more tokens in each row. Who calls it writes them behind the others, in `key_rows` and `value_rows`."
+    end = self.seq_len + n
+    self._leave_ordinary_memory(end)
+    for rows in self.storage:
+        rows.resize(max(end, self.reserved_slots))
+    self.seq_len, self.peak_len = end, max(self.peak_len, end)
+
 # %% ../../nbs/04_kv_cache/06_slab.ipynb #0683be5a
 @patch
 def _leave_ordinary_memory(self: SimpleVAttention, n):

@@ -3,8 +3,27 @@
 
 import numpy as np
 from importlib.util import find_spec
-from fastcore.test import test_eq
+from fastcore.test import expect_fail, test_eq
+from llmopt.errors import LlmoptError
 from llmopt.core.compilation import *
+
+
+def test_parts_are_called_by_compiled_code():
+    "A part does its work inside of another function, and refuses a call from Python:"
+
+    @compiled(inner=True)
+    def twice(x):
+        return 2 * x
+
+    @compiled
+    def four_times(x):
+        return twice(twice(x))
+
+    test_eq(four_times(3), 12)
+    if find_spec("numba"):
+        with expect_fail(LlmoptError, "twice is a part of compiled functions"):
+            twice(3)
+        test_eq(twice.py_func(3), 6)
 
 
 def test_sums_may_be_reordered():

@@ -11,9 +11,8 @@ from llmopt.larosa import BUNDLED, SimpleLaRoSA, load_calibration
 
 
 def test_room():
-    """`show` narrows the buffers to the first tokens, and each layer of the cache then holds views of them. `holds`
-    finds out whether it still does. After a crop the views are shorter, which is as good: what they show is the
-    beginning of the buffers."""
+    """That decides which caches can be read: of one sequence, all layers as long as the first, in the precision of
+    the weights."""
 
     def filled(n):
         cache = DynamicCache()
@@ -29,6 +28,9 @@ def test_room():
     test_eq(cache.get_seq_length(), 6)
     cache.crop(-2)
     assert room.holds(cache.layers) and room.length == 4
+    room.take(cache.layers, 2)
+    test_eq((cache.get_seq_length(), room.places.tolist()), (6, [[room.room * 4, 4, 4, 4]] * 2))
+    assert room.holds(cache.layers, room.room - 6) and not room.holds(cache.layers, room.room - 5)
     cache.update(torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4), 0)
     assert not room.holds(cache.layers)  # torch has copied them
 

@@ -32,7 +32,8 @@ def test_stop_flag():
 def test_why_no_drafts():
     """Two methods treat several tokens in a pass otherwise than one. Where a pass over one token is sparse and one
     over several is not, or where what was read decides what is evicted, drafts would change the answer, and so
-    there are none."""
+    there are none. [The compiled step](13_step_model.ipynb#drafts) can read several tokens as it reads each
+    alone; with it, sparse models have drafts, too."""
     lm = load("llmopt-tiny", "cpu")
     test_eq(why_no_drafts(Recipe.parse("vocab:drafts=true+kv:bits=8"), lm.model), None)
     assert "evicted" in why_no_drafts(Recipe.parse("vocab:drafts=true+kv:budget=50%"), lm.model)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from llmopt.engine.decode_step import DecodeStep, why_no_step
 from llmopt.engine.step_loops import step_function
 from llmopt.engine.step_model import loop_for, step_of, with_step, without_step
 from llmopt.errors import UnsupportedModelError
+from llmopt.kv_cache import SlabCache
 from llmopt.larosa import SimpleLaRoSA, dense, projections, set_sparsity
 
 pytestmark = pytest.mark.skipif(numba is None, reason="numba is not installed: pip install numba")
@@ -32,11 +34,11 @@ def converted(model, bits=16):
 
 
 @torch.inference_mode()
-def worst(model, steps=5, before=4):
+def worst(model, steps=5, before=4, make_cache=DynamicCache):
     """The largest difference of logits between the step and the modules, over some tokens, by their size; and between
     one token after another and all at once."""
     step, usual, found, alone = DecodeStep(model), without_step(copy.copy(model)), 0, []
-    caches = DynamicCache(), DynamicCache()
+    caches = DynamicCache(), make_cache()
     ids = torch.randint(5, 90, (1, before + steps), generator=torch.Generator().manual_seed(0))
     for cache in caches:
         usual(ids[:, :before], past_key_values=cache)
@@ -72,6 +74,34 @@ def test_bfloat16(bits):
 def test_any_number_of_threads(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert worst(converted(small_model("qwen3", head_dim=16), 8)) < 1e-4
+
+
+@pytest.mark.parametrize("page_after", [0, 7])
+def test_slabs(page_after):
+    "Keys and values in pages, and in ordinary memory that is left in the middle of an answer."
+    model = converted(small_model("qwen3", head_dim=16), 8)
+    assert worst(model, make_cache=partial(SlabCache, model.config, page_after=page_after)) < 1e-4
+    half = converted(small_model().bfloat16())
+    assert worst(half, make_cache=partial(SlabCache, half.config, page_after=page_after)) < 0.06
+
+
+@torch.inference_mode()
+def test_slabs_live_on():
+    "What was decoded by the step is cropped, copied, read by modules and decoded again, as in a stock cache."
+    model = with_step(converted(small_model()))
+    usual, config, ids = without_step(copy.copy(model)), model.config, torch.arange(5, 55)[None]
+    with_step(model)
+    slab, stock = SlabCache(config, page_after=20), DynamicCache()
+    for m, cache in ((model, slab), (usual, stock)):
+        m(ids[:, :9], past_key_values=cache)
+        for i in range(9, 30):
+            m(input_ids=ids[:, i : i + 1], past_key_values=cache)
+        cache.crop(-4)
+    both = (model, copy.deepcopy(slab)), (usual, slab), (usual, stock)
+    for a, b in ((26, 27), (27, 30), (30, 49), (49, 50)):
+        found = [m(input_ids=ids[:, a:b], past_key_values=cache).logits for m, cache in both]
+        assert max((f - found[-1]).abs().max() for f in found) < 1e-4
+    assert slab.peak == slab.kv_bytes().live
 
 
 @torch.inference_mode()
@@ -125,6 +155,21 @@ def test_drafts_are_verified_by_the_step(monkeypatch):
     with dense(with_step(model)):
         got = speculative_decode(model, ids, propose, 20)
     assert got.ids == want.ids and got.passes < want.passes and max(passes) == 5
+
+
+def test_drafts_of_a_sparse_model(tmp_path, monkeypatch):
+    "Answers are those without drafts where channels are dropped, sampled too; without the step there are no drafts."
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(step_model, "_kept_decode_times", lambda *a: [9.0, 3.0])
+    lm, larosa = tiny(), "larosa:sparsity=0.5,when=always+kv"
+    plain, drafts = (EnhancedFusedLLMEngine(lm, recipe=r) for r in (larosa, f"vocab:drafts=true+{larosa}"))
+    assert step_of(drafts.lm.model) and drafts.sparse_shapes
+    drafts.drafts.extra = [0.0] * len(drafts.drafts.extra)  # free: as many as there can be
+    for more in (dict(), dict(temperature=0.7, seed=2)):
+        a, b = (e.run("One. Two. One. Two. One. Two. One.", 24, True, **more) for e in (plain, drafts))
+        assert a.output_ids == b.output_ids and len(b.itl_ms) < len(a.itl_ms)
+    rounded = EnhancedFusedLLMEngine(lm, recipe=f"vocab:drafts=true+{larosa}:bits=8")
+    assert any("no drafts: LaRoSA drops" in note for note in rounded.notes)
 
 
 def test_copies_begin_without_a_step():
@@ -188,7 +233,8 @@ def test_a_plain_model_and_other_precisions():
 
 
 @pytest.mark.parametrize(
-    "recipe", ["larosa", "larosa:sparsity=0,bits=8,when=always", "larosa:sparsity=0.4,bits=8", "vocab+larosa:bits=4"]
+    "recipe",
+    ["larosa", "larosa:sparsity=0,bits=8,when=always+kv", "larosa:sparsity=0.4,bits=8", "vocab+larosa:bits=4+kv"],
 )
 def test_in_an_engine(recipe, tmp_path, monkeypatch):
     "The engine says what decodes, and answers as the same model does by its modules, sampled too."
@@ -206,7 +252,7 @@ def test_in_an_engine(recipe, tmp_path, monkeypatch):
 
 
 def test_the_faster_of_plain_and_step(monkeypatch, tmp_path):
-    "By times given here: all channels, some, or the plain model; another cache takes the modules' way."
+    "By times given here: all channels, some, or the plain model; a cache that was rounded takes the modules' way."
     monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
     lm, said = tiny(), {}
     for times in ([9.0, 3.0, 2.99], [9.0, 3.0, 2.0], [2.0, 3.0, 2.5]):
@@ -215,5 +261,8 @@ def test_the_faster_of_plain_and_step(monkeypatch, tmp_path):
     whole, some, plain = said.values()
     assert step_of(whole.lm.model) and not whole.sparse_shapes and "none is dropped" in whole.notes[0]
     assert step_of(some.lm.model) and some.sparse_shapes and plain.lm.model is lm.model
+    monkeypatch.setattr(step_model, "_kept_decode_times", lambda *a: [9.0, 3.0])
     e = EnhancedFusedLLMEngine(lm, recipe="larosa:when=always+kv")
+    assert step_of(e.lm.model) and "one compiled step" in e.notes[-1]
+    e = EnhancedFusedLLMEngine(lm, recipe="larosa:when=always+kv:bits=8")
     assert step_model.OTHER_CACHE in e.notes

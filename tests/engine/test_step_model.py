@@ -7,6 +7,7 @@ from fastcore.test import test_eq
 from transformers import DynamicCache
 from llmopt.core import TINY, load
 from llmopt.engine.step_model import *
+from llmopt.kv_cache import SlabCache
 from llmopt.larosa import BUNDLED, SimpleLaRoSA, load_calibration
 from transformers.cache_utils import DynamicCache
 
@@ -38,18 +39,32 @@ def test_other_passes():
 
 
 def test_the_loop():
-    "The tokens are those of the usual loop, and they end where these end."
+    """The tokens are those of the usual loop, over a stock cache and over [slabs](../04_kv_cache/14_cache.ipynb),
+    and they end where these end."""
     if find_spec("numba"):
         lm, ids = load(TINY, "cpu", dtype="float32"), torch.tensor([[500, 600, 700, 800]])
         model = with_step(SimpleLaRoSA(0.4, bits=8).apply(lm.model, load_calibration(BUNDLED)))
         kw = dict(max_new_tokens=12, do_sample=False)
         usual = model.generate(ids, **kw)
-        assert torch.equal(
-            model.generate(ids, past_key_values=(cache := DynamicCache()), custom_generate=step_loop, **kw), usual
-        )
-        test_eq(cache.get_seq_length(), usual.shape[1] - 1)
+        for cache in (DynamicCache(), SlabCache(model.config)):
+            assert torch.equal(model.generate(ids, past_key_values=cache, **loop_for(model, cache), **kw), usual)
+            test_eq(cache.get_seq_length(), usual.shape[1] - 1)
         end = int(usual[0, -2])
         a, b = (
             model.generate(ids, eos_token_id=end, pad_token_id=0, **kw, **more) for more in ({}, loop_for(model, cache))
         )
         assert torch.equal(a, b) and a.shape[1] < usual.shape[1]
+
+
+def test_drafts_are_read_as_tokens_alone():
+    "Twenty tokens at once are read as one after another, by the step and by modules, over slabs, too:"
+    if find_spec("numba"):
+        lm, ids = load(TINY, "cpu", dtype="float32"), torch.arange(5, 33)[None]
+        plain = SimpleLaRoSA(0.4, bits=8).apply(lm.model, load_calibration(BUNDLED))
+        found = []
+        for prepare in (without_step, with_step):
+            model, cache = prepare(plain), SlabCache(plain.config)
+            with torch.inference_mode():
+                model(ids[:, :8], past_key_values=cache)
+                found.append(read_alone(model, cache, ids[0, 8:].tolist(), 8))
+        assert found[0].shape == (20, len(lm.tokenizer)) and (found[0] - found[1]).abs().max() < 1e-3

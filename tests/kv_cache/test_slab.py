@@ -28,6 +28,18 @@ def test_a_short_sequence_needs_no_pages():
     test_eq((type(s.key_rows), s.keys.tolist()), (type(make_rows(1, 1, 1)), k.tolist()))
 
 
+def test_claimed_tokens():
+    "Tokens that were claimed and written are there as if they had been appended, in short sequences and in pages."
+    for page_after in (0, 8):
+        s, k = SimpleVAttention(2, 4, 1, 100, page_after=page_after), torch.randn(1, 2, 10, 4)
+        s.append(k[:, :, :4], k[:, :, :4])
+        for a, b in ((4, 5), (5, 8), (8, 10)):
+            s.claim(b - a)
+            for rows in s.storage:
+                rows.data[:, a:b] = k[0, :, a:b]
+            assert torch.equal(s.keys, k[:, :, :b]) and torch.equal(s.values, k[:, :, :b])
+
+
 def test_select():
     "Sequences are reordered in place, repeated and dropped."
     torch.manual_seed(0)
