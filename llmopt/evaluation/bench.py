@@ -114,9 +114,14 @@ def probe_step(self: ModelBench, context: int) -> dict:
         return {}
 
 # %% ../../nbs/06_evaluation/22_bench.ipynb #83241aea
-def _does_nothing(engine):
-    "Has LaRoSA found, with `when='faster'`, that nothing is?"
-    return engine.recipe.larosa is not None and not getattr(engine, "converted", True)
+def _without_effect(engine) -> str | None:
+    "Why a method of the engine's recipe would change nothing here; None if each does something."
+    recipe, notes = engine.recipe, getattr(engine, "notes", ())
+    if recipe.larosa is not None and not getattr(engine, "converted", True):
+        return next((n.split(";")[0] for n in notes if "the plain one" in n), "LaRoSA would change nothing here")
+    if recipe.vocab is not None and recipe.vocab.drafts and getattr(engine, "drafts", True) is None:
+        return next((n for n in notes if n.startswith("no drafts")), "no drafts")
+    return None
 
 
 @patch
@@ -126,8 +131,8 @@ def prepare(self: ModelBench, recipe: str) -> None:
         return
     make = self.makers.get(recipe)
     engine = make(self.lm) if make else make_engine(self.lm, Recipe.parse(recipe))
-    if not make and _does_nothing(engine):
-        raise LlmoptError("no product of this model is faster when it skips weights here: LaRoSA would change nothing")
+    if not make and (why := _without_effect(engine)):
+        raise LlmoptError(why)
     engine.run("Hello", max_new_tokens=4, fixed=True)  # compiles, and takes its memory
     self.engines[recipe] = engine
 

@@ -16,18 +16,18 @@ from .results import PHASES
 
 # %% ../../nbs/06_evaluation/21_candidates.ipynb #e9de5a44
 SETTINGS = (
-    "words",
     "words:rate=0.7",
     "words:rate=0.5",
     "words:rate=0.3",
-    "words:scorer=coarse_to_fine,rate=0.5",
+    "words:rate=0.3,method=prefill",
     "vocab",
-    "larosa:sparsity=0.25",
-    "larosa",
-    "larosa:sparsity=0.5",
+    "vocab:drafts=true",
+    "larosa:sparsity=0",
+    "larosa:sparsity=0,bits=8",
+    "larosa:sparsity=0,bits=4",
     "kv",
     "kv:bits=8",
-    "kv:budget=25%,bits=8",
+    "kv:budget=25%,bits=auto",
 )
 
 
@@ -93,6 +93,13 @@ class Phases(NamedTuple):
         return {name: self.ms[name] for name in _OF_TIME[goal]}
 
 
+def _bytes_left(acts, kept):
+    "What the methods in `acts` must leave of the bytes: drafts and a compiled step spare time only."
+    bits = acts.get("larosa", {}).get("bits", 16)
+    left = phases_left(dict.fromkeys(acts.keys() - {"larosa"}, {}), kept)
+    return left | (dict(weights=bits / 32) if bits < 16 else {})  # no weight has more than 32 bits
+
+
 def ceiling(
     recipe: Recipe,
     goal: str,  # a name in `GOALS`
@@ -100,9 +107,6 @@ def ceiling(
     kept: float = 1.0,  # share of the prompt's tokens that the recipe reads
 ) -> float:  # at least 1; infinite where nothing bounds it
     "The most that `recipe` can win: baseline over recipe, if it took away all that it acts on."
-    acts = recipe.to_dict()
-    if goal == "memory":
-        acts.pop("larosa", None)  # its step spares the time of attention, and no byte of the cache
-    parts, left = phases.parts(goal), phases_left(acts, kept)
+    parts, left = phases.parts(goal), (_bytes_left if goal == "memory" else phases_left)(recipe.to_dict(), kept)
     whole, after = sum(parts.values()), sum(n * left.get(name, 1.0) for name, n in parts.items())
     return whole / after if after else math.inf if whole else 1.0

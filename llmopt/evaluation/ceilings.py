@@ -112,8 +112,10 @@ def phases_left(
         left |= dict(prefill=kept**2, attention=kept)
     if "cache" in params:
         left["attention"] = 0.0
+    if params.get("vocab", {}).get("drafts"):
+        left |= dict(linear=0.0, attention=0.0, rest=0.0)
     if "larosa" in params and larosa.get("tokens", "decode") != "none":
-        left["linear"] = 1 - larosa.get("sparsity", 0.4)
+        left["linear"] = min(left.get("linear", 1.0), 1 - larosa.get("sparsity", 0.4))
         if "cache" not in params or larosa.get("bits", 16) < 16:  # a step of its own may do all of it
             left |= dict(linear=0.0, attention=0.0, rest=0.0)
         if larosa.get("tokens") == "all":

@@ -34,13 +34,17 @@ from llmopt.evaluation.trial import gain_interval, mean_interval
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 QUERIES = DATA / "advise_queries.jsonl"
-SETTINGS = ["words:rate=0.7", "words:rate=0.5", "words:rate=0.3", "vocab", "kv", "kv:budget=50%"]  # 24 recipes of these
-MORE = ["larosa"]  # alone
+SETTINGS = ["words:rate=0.5", "words:rate=0.3", "vocab:drafts=true", "larosa:sparsity=0,bits=8"]
+SETTINGS += ["larosa:sparsity=0,bits=4", "kv:budget=25%,bits=auto"]  # 36 recipes of these, of which some are refused
 PLAIN = ["plain:int8", "plain:bf16", "plain:static_cache", "plain:prompt_lookup"]
 GOALS, SPLITS, REPEATS = ("ttft", "total", "memory"), 20, 5
 OPTIONS = {  # model -> how many prompts are recorded, tokens of an answer, minutes of a search
     "llmopt-tiny": dict(prompts=40, tokens=24, minutes=3),
     "smollm2": dict(prompts=20, tokens=16, minutes=12),
+}
+RUNS = {  # model -> what `llmopt advise` itself is given
+    "llmopt-tiny": dict(minutes=2.5),
+    "smollm2": dict(minutes=2.6, max_new_tokens=16),
 }
 FLOORS = {  # model -> floors of replays: where recipes begin to be allowed, and where most of them are
     "llmopt-tiny": ("kl=0.05", "kl=1", "kl=2", "kl=3"),
@@ -62,10 +66,15 @@ def write_queries():
 
 
 def candidates():
-    "The 23 recipes of `SETTINGS` and what stands beside them."
+    "The recipes of `SETTINGS` and what stands beside them."
     settings = [candidate(s) for s in SETTINGS]
-    more = [candidate(s) for s in MORE] + [Candidate(p, alternative=True) for p in PLAIN]
-    return settings, combinations(settings), more
+    return settings, combinations(settings), [Candidate(p, alternative=True) for p in PLAIN]
+
+
+def recorded(recording):
+    "The settings and the plain alternatives that a recording knows, or knows to be refused."
+    names = [name for name in [*recording.times, *recording.refused] if "+" not in name]
+    return [Candidate(n, alternative=True) if n.startswith("plain:") else candidate(n) for n in names]
 
 
 def record_all(model):
@@ -78,19 +87,18 @@ def record_all(model):
     record(bench, names, folder(model) / "advise_recording.json", rounds=1, tell=lambda q: announce(f"prompt {q}"), **o)
 
 
-def run_all(model):
-    "`llmopt advise` itself."
-    o = OPTIONS[model]
+def run_all(model, only=None):
+    "`llmopt advise` itself; `only`: some of the kinds below."
     kinds = {
         "1": dict(goal="total", seed=0),
         "2": dict(goal="total", seed=0),
         "ttft": dict(goal="ttft", floor="kl=1", seed=0),
-        "nothing": dict(goal="ttft", methods=["larosa", "kv"], alternatives=(), seed=0),
+        "nothing": dict(goal="ttft", methods=["larosa", "vocab:drafts=true", "kv"], alternatives=(), seed=0),
     }
     for name, kw in kinds.items():
         path = folder(model) / f"advise_{name}.json"
-        if not path.exists():
-            found = advise(model, QUERIES, minutes=o["minutes"], output=path, recipe=None, **kw)
+        if not path.exists() and (only is None or name in only):
+            found = advise(model, QUERIES, output=path, recipe=None, **RUNS[model] | kw)
             print(f"== {path}", advice_text(found), sep="\n", flush=True)
 
 
@@ -123,10 +131,8 @@ def best_allowed(recording, gain, limit, queries, plain):
 
 def searched(recording, goal, limits, queries, seed, minutes, plain):
     "A search on the recording, with the plain alternatives or without."
-    settings, _, more = candidates()
-    usable = [c for c in settings + more if c.id in recording.times or c.id in recording.refused]
     bench = RecordedBench(recording, queries)
-    usable = [c for c in usable if plain or not c.alternative]
+    usable = [c for c in recorded(recording) if plain or not c.alternative]
     return bench, Search(bench, usable, goal, limits, minutes, seed).run()
 
 

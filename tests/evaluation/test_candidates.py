@@ -6,14 +6,10 @@ from llmopt.engine import Recipe
 from llmopt.evaluation.candidates import *
 
 
-def test_a_setting_switches_on_one_method_these():
-    """A *setting* switches on one method. These are the ones that are tried where you name no others: three rates of
-    word removal beside every third word, its second scorer, the default phrases, three sparsities, and the cache
-    whole, in 8 bits, and in 8 bits under a budget. (Half of the tokens in 16 bits take as many bytes as all of
-    them in 8, and [lose more](../04_kv_cache/index.ipynb#what-a-budget-costs).) A recipe takes at most one
-    setting of each method, so that there are 192 of them, with the baseline."""
+def test_a_recipe_takes_at_most_one_setting():
+    "A recipe takes at most one setting of each method, so that there are 240 of them, with the baseline."
     singles = [candidate(s) for s in SETTINGS]
-    test_eq(len(singles) + len(combinations(singles)) + 1, 192)
+    test_eq(len(singles) + len(combinations(singles)) + 1, 240)
     test_eq(sorted(singles + combinations(singles), key=lambda c: c.simplicity)[0].id, "kv")
 
 
@@ -29,6 +25,9 @@ def test_ceilings():
     test_close(ceiling(Recipe.parse("larosa:sparsity=0.5+kv"), "total", bound), 200 / 150)
     test_close(ceiling(Recipe.parse("words:rate=0.5+larosa:sparsity=0.5"), "total", bound, 0.5), 200 / 25)
     test_close(ceiling(Recipe.parse("kv"), "memory", bound), 1000 / 900)
-    test_eq(ceiling(Recipe.parse("larosa"), "memory", bound), 1)
+    test_eq([ceiling(Recipe.parse(r), "memory", bound) for r in ("larosa", "vocab:drafts=true")], [1, 1])
+    test_close(ceiling(Recipe.parse("larosa:sparsity=0,bits=8"), "memory", bound), 1000 / 325)
+    test_eq(ceiling(Recipe.parse("vocab:drafts=true"), "ttft", bound), 1)
+    test_close(ceiling(Recipe.parse("vocab:drafts=true"), "total", bound), 200 / 100)
     test_eq(ceiling(Recipe.parse("larosa"), "ttft", bound), 1)
     test_eq(ceiling(Recipe.parse("words"), "ttft", bound, 1.0), 1)

@@ -32,11 +32,13 @@ def test_phases():
     test_eq(len(phase_times(Results())), 0)
 
 
-def test_a_compiled_step_has_no_ceiling():
-    "A compiled step can take all of a token's time away, so nothing is left of any phase of decoding."
+def test_a_compiled_step_and_drafts_have_no_ceiling():
+    """A compiled step can take all of a token's time away, and drafts can spare its pass, so nothing is left of any
+    phase of decoding."""
     nothing = dict(linear=0.0, attention=0.0, rest=0.0)
     test_eq(phases_left(dict(larosa=dict(sparsity=0.0, bits=8))), nothing)
     test_eq(phases_left(dict(larosa=dict(sparsity=0.4))), nothing)
+    test_eq(phases_left(dict(vocab=dict(drafts=True), cache={})), nothing)
 
 
 def test_ceilings():
