@@ -9,6 +9,7 @@ __all__ = ['COMPARED', 'HUGE', 'by_block', 'log_ratios', 'block_ratios', 'bootst
 
 # %% ../../nbs/06_evaluation/06_statistics.ipynb #st000004
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -268,6 +269,7 @@ def _summaries(df, floors):
 
 # %% ../../nbs/06_evaluation/06_statistics.ipynb #st000016
 _FEW, _FAILED, _NULL = "the intervals speak", "measurements failed", "is null in"
+_DRAFTS = re.compile(r"drafts: ([\d,]+) tokens in ([\d,]+) passes of the model")
 
 
 def _warnings(res, df):
@@ -278,7 +280,7 @@ def _warnings(res, df):
         found.append(f"{queries}: {_FEW} of these prompts, not of prompts in general")
     if failed:
         found.append(f"{failed} {_FAILED}; their rows say why")
-    return found + [*_notes(res.runs), *_unknown(res)]
+    return found + [*_notes(res.runs), *_drafted(res.runs), *_unknown(res)]
 
 
 def _unknown(res):
@@ -294,12 +296,25 @@ def _notes(runs):
     rows, methods = Counter(), {}
     for r in runs:
         for line in dict.fromkeys((r.note or "").splitlines()):
+            if _DRAFTS.fullmatch(line):
+                continue
             rows[line] += 1
             methods.setdefault(line, {})[r.method] = 0
     for line, n in rows.items():
         metric, _, why = line.partition(" is ")
         of, n = ", ".join(methods[line]), f"{n} row{'s' * (n > 1)}"
         yield f"{metric} {_NULL} {n} of {of}: it is {why}" if metric in DEFINITIONS else f"{of}, {n}: {line}"
+
+# %% ../../nbs/06_evaluation/06_statistics.ipynb #ccb07ee1
+def _drafted(runs):
+    "A line for each method with drafts: the tokens of its answers, and the passes that wrote them."
+    found = {}
+    for r in runs:
+        for counts in _DRAFTS.findall(r.note or ""):
+            found.setdefault(r.method, []).append([int(n.replace(",", "")) for n in counts])
+    for method, rows in found.items():
+        of, (tokens, passes) = f"{method}, {len(rows)} row{'s' * (len(rows) > 1)}", map(sum, zip(*rows))
+        yield f"{of}: drafts: {tokens:,} tokens in {passes:,} passes of the model"
 
 # %% ../../nbs/06_evaluation/06_statistics.ipynb #85415c5c
 def summarize(res: Results) -> Results:

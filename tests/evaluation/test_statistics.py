@@ -74,3 +74,17 @@ def test_effects():
     test_close(found[2].log_ratio, math.log(1.25), 1e-9)
     assert found[2].low <= found[2].log_ratio <= found[2].high
     test_eq((found[2].words, found[2].verdict), ("expected x2.50, measured x2.00 [2.00 to 2.00]", "less"))
+
+
+def test_notes_of_drafts_are_added_up():
+    "What drafts spared is another number for each answer, so it is added up over all rows of a method."
+    from llmopt.evaluation.results import Results, Run
+    from llmopt.evaluation.statistics import summarize
+
+    said = [
+        ("a", "drafts: 1,000 tokens in 30 passes of the model"),
+        ("b", "drafts: 8 tokens in 5 passes of the model\nelse"),
+    ]
+    rows = [Run(arm="speed", query=q, method="vocab", note=note) for q, note in said]
+    found = summarize(Results(runs=rows)).warnings
+    test_eq(found[-2:], ["vocab, 1 row: else", "vocab, 2 rows: drafts: 1,008 tokens in 35 passes of the model"])
