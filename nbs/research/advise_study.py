@@ -39,12 +39,12 @@ SETTINGS += ["larosa:sparsity=0,bits=4", "kv:budget=25%,bits=auto"]  # 36 recipe
 PLAIN = ["plain:int8", "plain:bf16", "plain:static_cache", "plain:prompt_lookup"]
 GOALS, SPLITS, REPEATS = ("ttft", "total", "memory"), 20, 5
 OPTIONS = {  # model -> how many prompts are recorded, tokens of an answer, minutes of a search
-    "llmopt-tiny": dict(prompts=40, tokens=24, minutes=3),
+    "llmopt-tiny": dict(prompts=27, tokens=24, minutes=3),
     "smollm2": dict(prompts=20, tokens=16, minutes=12),
 }
 RUNS = {  # model -> what `llmopt advise` itself is given
     "llmopt-tiny": dict(minutes=2.5),
-    "smollm2": dict(minutes=2.6, max_new_tokens=16),
+    "smollm2": dict(minutes=18, max_new_tokens=16, alternatives=["plain:int8", "plain:llama_cpp"]),
 }
 FLOORS = {  # model -> floors of replays: where recipes begin to be allowed, and where most of them are
     "llmopt-tiny": ("kl=0.05", "kl=1", "kl=2", "kl=3"),
