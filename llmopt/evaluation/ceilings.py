@@ -107,7 +107,7 @@ def phases_left(
     kept: float = 1.0,  # share of the prompt's tokens that the model still reads
 ) -> dict:  # phase -> share that must remain; phases that stay whole are left out
     "What a method must leave of each phase."
-    left, larosa = {}, params.get("larosa", {})
+    left, larosa, kv = {}, params.get("larosa", {}), params.get("cache", {})
     if params.keys() & {"words", "vocab"} and kept < 1:
         left |= dict(prefill=kept**2, attention=kept)
     if "cache" in params:
@@ -116,7 +116,8 @@ def phases_left(
         left |= dict(linear=0.0, attention=0.0, rest=0.0)
     if "larosa" in params and larosa.get("tokens", "decode") != "none":
         left["linear"] = min(left.get("linear", 1.0), 1 - larosa.get("sparsity", 0.4))
-        if "cache" not in params or larosa.get("bits", 16) < 16:  # a step of its own may do all of it
+        whole = kv.get("bits", 16) == 16 and kv.get("budget") is None
+        if whole or larosa.get("bits", 16) < 16:  # a step of its own may do all of it
             left |= dict(linear=0.0, attention=0.0, rest=0.0)
         if larosa.get("tokens") == "all":
             left["prefill"] = left.get("prefill", 1.0) * left["linear"]

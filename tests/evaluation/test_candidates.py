@@ -22,7 +22,7 @@ def test_ceilings():
     made_of = dict(preprocess=0, prefill=100, linear=100, attention=0, rest=0)
     bound = Phases(made_of, 900, 100)
     test_eq(ceiling(Recipe(), "total", bound), 1)
-    test_close(ceiling(Recipe.parse("larosa:sparsity=0.5+kv"), "total", bound), 200 / 150)
+    test_close(ceiling(Recipe.parse("larosa:sparsity=0.5+kv:bits=8"), "total", bound), 200 / 150)
     test_close(ceiling(Recipe.parse("words:rate=0.5+larosa:sparsity=0.5"), "total", bound, 0.5), 200 / 25)
     test_close(ceiling(Recipe.parse("kv"), "memory", bound), 1000 / 900)
     test_eq([ceiling(Recipe.parse(r), "memory", bound) for r in ("larosa", "vocab:drafts=true")], [1, 1])

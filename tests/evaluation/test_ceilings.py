@@ -37,7 +37,7 @@ def test_a_compiled_step_and_drafts_have_no_ceiling():
     phase of decoding."""
     nothing = dict(linear=0.0, attention=0.0, rest=0.0)
     test_eq(phases_left(dict(larosa=dict(sparsity=0.0, bits=8))), nothing)
-    test_eq(phases_left(dict(larosa=dict(sparsity=0.4))), nothing)
+    test_eq(phases_left(dict(larosa=dict(sparsity=0.4), cache={})), nothing)
     test_eq(phases_left(dict(vocab=dict(drafts=True), cache={})), nothing)
 
 
