@@ -116,7 +116,7 @@ class TokenChoice(LogitsProcessor):
 
     def __call__(self, input_ids, scores):  # (1, n), (1, V)
         best = scores.amax(-1, keepdim=True)
-        if not best.isfinite().all():
+        if not all(map(math.isfinite, best.flatten().tolist())):
             raise ModelError(
                 "the model's scores are not numbers: its weights are damaged, or float16 overflows; "
                 "with float16, use dtype bfloat16 or float32"

@@ -29,7 +29,7 @@ MOST = 16  # tokens of a step
 SIZES = "layers width heads kv_heads head_size inner vocabulary room threads bfloat head_norms tokens".split()
 LINEAR = "bits rows row_bytes outputs channels kept place".split()  # of a weight; place: of its outputs in the sums
 ADDRESSES = "sizes linears floats stream sums more_sums channels inputs ends kept hidden shared logits cos sin".split()
-ADDRESSES += "gains scores masked places".split()
+ADDRESSES += "gains scores masked places queries".split()
 N_SIZES, FIRST = len(SIZES), len(ADDRESSES)  # behind these: two addresses of each layer's cache, four of each weight
 PARTS = "rows scales minima bias".split()  # addresses of a weight, behind those above and two of each layer's cache
 WEIGHTS = "q k v o gate up down".split()  # of a layer, in this order
@@ -238,6 +238,7 @@ def attend_heads(p, layer, t, n, token):
         if s[10]:
             normalize(q, head_gain(p, w, layer, 0), epsilon(p), q)
         rotate(q, w.cos, w.sin)
+        numba.carray(p[19], (s[0], H, MOST, d), np.float32)[layer, h, token] = q
         g, out = h // (H // kv), w.shared[h * d : (h + 1) * d]
         tokens = at[1 + g] + token + 1
         begin, end = g * at[0], g * at[0] + tokens * d

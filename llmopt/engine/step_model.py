@@ -9,6 +9,7 @@ __all__ = ['ROUNDS', 'BEFORE', 'CLEARLY_SPARSE', 'OTHER_CACHE', 'step_of', 'with
 # %% ../../nbs/05_engine/13_step_model.ipynb #9f2bafb6
 import copy
 import functools
+import math
 import time
 import weakref
 from contextlib import nullcontext
@@ -16,11 +17,12 @@ from dataclasses import replace
 
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MinNewTokensLengthLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core import LM
 from ..core.speculative import read_tokens
-from .decode_step import LAYERS, DecodeStep, can_read, why_no_step, why_not_converted
+from .decode_step import DecodeStep, can_evict, can_read, knows, why_no_step, why_not_converted
 from .step_loops import MOST
 from ..kv_cache import KVCacheConfig
 from ..larosa import projections, set_sparsity
@@ -104,6 +106,25 @@ def without_step(model):
     model.__class__ = getattr(type(model), "usual_class", type(model))
     return model
 
+# %% ../../nbs/05_engine/13_step_model.ipynb #fb4ba37d
+def _quick_stop(stop):
+    "Whether the ids (1, n), whose last one is `token`, end by a stopping criterion: a function of both."
+    if type(stop) is MaxLengthCriteria:
+        return lambda ids, token: ids.shape[1] >= stop.max_length
+    if type(stop) is EosTokenCriteria:
+        ends = {*stop.eos_token_id.tolist()}
+        return lambda ids, token: token in ends
+    return lambda ids, token: bool(stop(ids, None).all())
+
+
+def _quick_processor(process, vocabulary):
+    "A logits processor for scores (1, V), or one that does the same quicker."
+    if type(process) is not MinNewTokensLengthLogitsProcessor:
+        return process
+    least, ends = process.prompt_length_to_skip + process.min_new_tokens, process.eos_token_id
+    ends = ends[ends < vocabulary]
+    return lambda ids, scores: scores if ids.shape[1] >= least else scores.index_fill(-1, ends, -math.inf)
+
 # %% ../../nbs/05_engine/13_step_model.ipynb #ed8451e2
 def _next_position(model_kwargs, cache) -> int:
     "The position of the first new token."
@@ -118,16 +139,20 @@ def step_loop(model, input_ids, logits_processor, stopping_criteria, generation_
         out = model._prefill(input_ids, generation_config, model_kwargs)  # private: there is no public prefill
         cache, step, logits = out.past_key_values, step_of(model), out.logits[:, -1].float()
         position = _next_position(model_kwargs, cache)
+        processors = [_quick_processor(process, logits.shape[1]) for process in logits_processor]
+        stops = [_quick_stop(stop) for stop in stopping_criteria]
         while True:
-            for process in logits_processor:  # a call of the whole list inspects their signatures each time
+            for process in processors:  # a call of the whole list inspects their signatures each time
                 logits = process(input_ids, logits)
-            token = logits.argmax(-1)
+            token = int(logits.numpy().argmax())
+            new = torch.tensor([token])
             if streamer:
-                streamer.put(token)
-            input_ids = torch.cat([input_ids, token[:, None]], 1)
-            if bool(stopping_criteria(input_ids, None).all()):
+                streamer.put(new)
+            input_ids = torch.cat([input_ids, new[None]], 1)
+            ended = [stop(input_ids, token) for stop in stops]  # all are asked: one may follow the text
+            if any(ended):
                 break
-            logits = step(int(token), position, cache)[None]
+            logits = step(token, position, cache)[None]
             position += 1
     if streamer:
         streamer.end()
@@ -137,9 +162,7 @@ def step_loop(model, input_ids, logits_processor, stopping_criteria, generation_
 def loop_for(model, cache, streamer=None) -> dict:  # further arguments of `generate`
     """The loop above where `model` has a step and `cache` is one that it can use, and nothing elsewhere. It is told of
     the streamer here, as transformers 5.23 hands none to a loop of others."""
-    if step_of(model) is None or not isinstance(cache, DynamicCache) or _watched(model):
-        return {}
-    if not all(type(layer) in LAYERS for layer in cache.layers):
+    if step_of(model) is None or not isinstance(cache, DynamicCache) or not knows(cache) or _watched(model):
         return {}
     return dict(custom_generate=functools.partial(step_loop, streamer=streamer))
 
@@ -231,7 +254,7 @@ def _by_step(cfg, lm, notes, kv):
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #aa231480
 CLEARLY_SPARSE = 0.97  # of the time with all channels: what takes longer is not worth what it loses
-OTHER_CACHE = "LaRoSA decodes by modules: its compiled step reads keys and values in full precision, of all tokens"
+OTHER_CACHE = "LaRoSA decodes by modules: its compiled step does not read such a KV cache"
 
 
 def prepare_larosa(
@@ -242,14 +265,14 @@ def prepare_larosa(
 ) -> LM:
     """`lm` converted as `cfg` says, and decoding by the compiled step where that can be and is faster; or `lm` itself.
     Raises as `LaRoSAConfig.prepare`."""
-    whole = kv is None or kv.bits == 16 and kv.budget is None
-    could = whole and why_not_converted(lm.model) is None
+    readable = kv is None or kv.bits == 16 and (kv.eviction is None or can_evict(kv.eviction))
+    could = readable and why_not_converted(lm.model) is None
     if could and cfg.when == "faster" and cfg.tokens != "none" and cfg.artifact is None:
         return _by_step(cfg, lm, notes, kv)
     new = cfg.prepare(lm, notes)
     if new.model is lm.model or why_no_step(new.model):
         return new
-    if not whole:
+    if not readable:
         notes.append(OTHER_CACHE)
         return new
     with_step(new.model)

@@ -116,8 +116,7 @@ def phases_left(
         left |= dict(linear=0.0, attention=0.0, rest=0.0)
     if "larosa" in params and larosa.get("tokens", "decode") != "none":
         left["linear"] = min(left.get("linear", 1.0), 1 - larosa.get("sparsity", 0.4))
-        whole = kv.get("bits", 16) == 16 and kv.get("budget") is None
-        if whole or larosa.get("bits", 16) < 16:  # a step of its own may do all of it
+        if kv.get("bits", 16) == 16 or larosa.get("bits", 16) < 16:  # a step of its own may do all of it
             left |= dict(linear=0.0, attention=0.0, rest=0.0)
         if larosa.get("tokens") == "all":
             left["prefill"] = left.get("prefill", 1.0) * left["linear"]

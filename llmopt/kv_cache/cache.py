@@ -80,10 +80,11 @@ class SlabLayer(_SlabLengths, CacheLayerMixin):
 
 # %% ../../nbs/04_kv_cache/14_cache.ipynb #7cce40f4
 @patch
-def claim(self: SlabLayer, n: int):
+def claim(self: SlabLayer, n: int):  # slots of the first of them
     "Count `n` more tokens, which the caller writes into the rows of the slab."
-    self.slab.claim(n)
+    slots = self.slab.claim(n)
     self.peak = max(self.peak, self.slab.live)
+    return slots
 
 # %% ../../nbs/04_kv_cache/14_cache.ipynb #e7eac03b
 @patch

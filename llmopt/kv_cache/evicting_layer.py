@@ -46,6 +46,12 @@ class EvictingLayer(SlabLayer):
         self.evictor.account(self)
         return tuple(owned(t, self) for t in kv)
 
+    def claim(self, n):
+        "As `SlabLayer.claim`."
+        slots = super().claim(n)
+        self.evictor.account(self)
+        return slots
+
     def reset(self):
         "Forget everything."
         super().reset()

@@ -135,13 +135,18 @@ def append(
     v: torch.Tensor,  # (B, H, q, Dv)
 ) -> tuple:  # all keys and all values, as views
     "As `SimpleVAttention.append`, noting positions once something has been dropped."
-    q = k.shape[2]
     views = SimpleVAttention.append(self, k, v)
-    if self.position_rows is not None:
-        at = torch.arange(self.tokens_seen, self.tokens_seen + q, dtype=torch.int32, device=k.device)
-        self._write(self.position_rows, at[:, None].expand(*k.shape[:3], 1), self.seq_len)
-    self._grow(q)
+    self._see(k.shape[2])
     return views
+
+
+@patch
+def claim(self: EvictingSlab, n: int) -> torch.Tensor:  # (B, H) slot of the first of them in each row
+    "As `SimpleVAttention.claim`, noting positions as `append` does."
+    before = self.lengths
+    SimpleVAttention.claim(self, n)
+    self._see(n)
+    return before
 
 # %% ../../nbs/04_kv_cache/24_evicting_slab.ipynb #66084609
 @patch
@@ -149,6 +154,15 @@ def advance_to(self: EvictingSlab, n: int):  # tokens in place from now on
     "As `SimpleVAttention.advance_to`; nothing has been dropped yet."
     more = n - self.seq_len
     SimpleVAttention.advance_to(self, n)
+    self._grow(more)
+
+
+@patch
+def _see(self: EvictingSlab, more):
+    "Every row holds `more` tokens: note their positions, if positions are stored."
+    if self.position_rows is not None:
+        at = torch.arange(self.tokens_seen, self.tokens_seen + more, dtype=torch.int32, device=self.lengths.device)
+        self._write(self.position_rows, at[:, None].expand(*self.lengths.shape, -1, 1), self.seq_len)
     self._grow(more)
 
 

@@ -334,6 +334,16 @@ def evict(self: EvictingCache):
 
 
 @patch
+def after_step(self: EvictingCache, queries, scaling: float):  # (1, Hq, q, D) of each layer
+    "What was read elsewhere, into slots that were claimed: put its queries aside, and evict if that is due."
+    self.evictor.view = None, scaling
+    for layer, query in zip(self.evictor.layers, queries):
+        layer.remember(query)
+    if not self.evictor.paused and self.evictor.due(0, None):  # all layers hold the new tokens already
+        self.evict()
+
+
+@patch
 @contextmanager
 def paused(self: EvictingCache):
     "Context manager: nothing is evicted inside it."

@@ -117,13 +117,14 @@ def append(
 
 # %% ../../nbs/04_kv_cache/06_slab.ipynb #cd0ce95d
 @patch
-def claim(self: SimpleVAttention, n: int):  # tokens
+def claim(self: SimpleVAttention, n: int) -> int:  # slot of the first of them
     "Count `n` more tokens in each row. Who calls it writes them behind the others, in `key_rows` and `value_rows`."
-    end = self.seq_len + n
+    before, end = self.seq_len, self.seq_len + n
     self._leave_ordinary_memory(end)
     for rows in self.storage:
         rows.resize(max(end, self.reserved_slots))
     self.seq_len, self.peak_len = end, max(self.peak_len, end)
+    return before
 
 # %% ../../nbs/04_kv_cache/06_slab.ipynb #0683be5a
 @patch

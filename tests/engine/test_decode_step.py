@@ -11,8 +11,10 @@ from llmopt.larosa import BUNDLED, SimpleLaRoSA, load_calibration
 
 
 def test_room():
-    """That decides which caches can be read: of one sequence, all layers as long as the first, in the precision of
-    the weights."""
+    """That decides which caches can be read: of one sequence, in the precision of the weights. In a cache that
+    evicts, layers and heads have lengths of their own, and all is well as long as its policy asks for no more
+    than the latest queries, which the step hands over. A budget in bytes is never exceeded, so there modules
+    evict layer by layer."""
 
     def filled(n):
         cache = DynamicCache()

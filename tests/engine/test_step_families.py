@@ -16,7 +16,8 @@ from llmopt.engine.decode_step import DecodeStep, why_no_step
 from llmopt.engine.step_loops import step_function
 from llmopt.engine.step_model import loop_for, step_of, with_step, without_step
 from llmopt.errors import UnsupportedModelError
-from llmopt.kv_cache import SlabCache
+from llmopt.kv_cache import EvictingCache, EvictionConfig, SlabCache
+from llmopt.kv_cache.attention import packed
 from llmopt.larosa import SimpleLaRoSA, dense, projections, set_sparsity
 
 pytestmark = pytest.mark.skipif(numba is None, reason="numba is not installed: pip install numba")
@@ -83,6 +84,32 @@ def test_slabs(page_after):
     assert worst(model, make_cache=partial(SlabCache, model.config, page_after=page_after)) < 1e-4
     half = converted(small_model().bfloat16())
     assert worst(half, make_cache=partial(SlabCache, half.config, page_after=page_after)) < 0.06
+
+
+@pytest.mark.parametrize("policy, share", [("cake", None), ("snapkv", "heads")])
+@torch.inference_mode()
+def test_caches_that_evict(policy, share):
+    "Logits, evictions and the tokens that stay are those of the modules; so they are after a crop and in a copy."
+    model = with_step(converted(small_model()))
+    usual, ids = (
+        without_step(copy.copy(model)),
+        torch.randint(5, 90, (1, 130), generator=torch.Generator().manual_seed(1)),
+    )
+    with_step(model)
+    cfg = EvictionConfig("30%", policy, window=8, slack=4, unit=4, share=share)
+    caches = [EvictingCache(model.config, cfg) for _ in range(2)]
+    for a, b in [(0, 80), *((i, i + 1) for i in range(80, 110)), (110, 114), *((i, i + 1) for i in range(114, 125))]:
+        found = []
+        for m, cache in zip((model, usual), caches):
+            with packed(m):
+                found.append(m(input_ids=ids[:, a:b], past_key_values=cache).logits[:, -1])
+        assert (found[0] - found[1]).abs().max() < 1e-4
+        if a == 110:
+            caches[0] = copy.deepcopy(caches[0])
+            [cache.crop(-1) for cache in caches]
+    for s, t in zip(*(cache.slabs for cache in caches)):
+        assert torch.equal(s.positions[s.filled], t.positions[t.filled])
+    assert caches[0].evictor.rounds == caches[1].evictor.rounds > 3
 
 
 @torch.inference_mode()

@@ -7,4 +7,4 @@ from llmopt.engine.step_loops import *
 
 def test_columns():
     "The head has many outputs, so threads share these, and nothing has to be added up."
-    test_eq((len(SIZES), len(LINEAR), len(ADDRESSES), len(PARTS), len(WEIGHTS)), (12, 7, 19, 4, 7))
+    test_eq((len(SIZES), len(LINEAR), len(ADDRESSES), len(PARTS), len(WEIGHTS)), (12, 7, 20, 4, 7))

@@ -34,7 +34,7 @@ def test_claimed_tokens():
         s, k = SimpleVAttention(2, 4, 1, 100, page_after=page_after), torch.randn(1, 2, 10, 4)
         s.append(k[:, :, :4], k[:, :, :4])
         for a, b in ((4, 5), (5, 8), (8, 10)):
-            s.claim(b - a)
+            test_eq(s.claim(b - a), a)
             for rows in s.storage:
                 rows.data[:, a:b] = k[0, :, a:b]
             assert torch.equal(s.keys, k[:, :, :b]) and torch.equal(s.values, k[:, :, :b])
