@@ -6,7 +6,7 @@ in the same folder OUT; torchao and OpenVINO get folders of their own there:
     python nbs/research/llamacpp_frontier.py prepare OUT   # then `quantize` and `losses`
     python nbs/research/rivals.py prepare OUT              # torchao, OpenVINO
     python nbs/research/rivals.py losses OUT               # KL of each; goes on where it was stopped
-    python nbs/research/rivals.py time OUT 2               # all in turn, on two threads; then with 1
+    python nbs/research/rivals.py time OUT                 # all in turn, on two threads and on one
     python nbs/research/rivals.py write OUT                # data/smollm2/rivals.json
 
 - Each variant has a process of its own, which is stopped while another one answers (`benchmark.alternatives`)
@@ -15,11 +15,11 @@ in the same folder OUT; torchao and OpenVINO get folders of their own there:
   its later tokens itself. Our rows and torch's int8 go through the engine; `generate` and torchao by
   transformers' own loop
 - KL: from the model in float32 with torch, along the texts and answers of `llamacpp_frontier.py`, in nats a token.
-  What goes through the engine reads answers token by token, as it writes them. Where a recipe drops channels, its texts
-  are read densely, so only its answers count
+  Each is read in one pass; but `larosa`, which may drop channels of new tokens, reads answers token by token, and if it
+  does, texts do not count
 - bytes a token: weights that are read for it, without keys and values; a head that is the embedding once
 - the weights lie on the grid of Q4_1, so llama.cpp's Q4_1 and our rows of 4 bits lose next to nothing, which is no
-  merit of their own
+  merit of their own. OpenVINO turns such a file into a grid of its own
 """
 
 import argparse
@@ -60,7 +60,7 @@ LLAMA = [("xllamacpp", f) for f in ("Q8_0", "Q6_K", "Q4_K", "Q4_1")]
 LLAMA += [(frontier.SYNC, f) for f in ("Q8_0", "Q6_K", "Q4_1")]
 LLAMA += [(frontier.REPACKED, f) for f in ("Q8_0", "Q6_K", "Q4_K")]  # its Q4_1 and Q5_1 compute something else
 REFERENCE = "generate, float32"  # what the others are compared with
-FLATTERED = "llmopt, 4 bits", *(f"{w} Q4_1" for w in ("OpenVINO", "xllamacpp", frontier.SYNC))
+FLATTERED = "llmopt, 4 bits", *(f"{w} Q4_1" for w in ("xllamacpp", frontier.SYNC))
 NEW = 24  # tokens
 
 
@@ -108,6 +108,8 @@ def serve(out: Path):
     "Be the process of what runs with llmopt's own torch, or of OpenVINO."
     from dataclasses import replace
 
+    import torch
+
     from llmopt.benchmark import alternatives
     from llmopt.evaluation.plain_engines import bf16_weights
 
@@ -128,6 +130,10 @@ def serve(out: Path):
             super().__init__(replace(lm, name=lm.name), name)
             notes = [str(n) for n in getattr(self.engine, "notes", ())]
             self.made |= dict(bytes_per_token=bytes_read(out, name, self.engine), notes=notes)
+
+        def answer(self, ids, n, threads):
+            torch.set_num_threads(threads)
+            return super().answer(ids, n)
 
         def logits(self, to):
             predict = openvino_logits if self.name.startswith("OpenVINO") else torch_logits
@@ -207,21 +213,16 @@ def write_logits(out, predicted, to):
 
 
 def torch_logits(out, name, engine):
-    "Texts in one pass, answers as the engine writes them, token by token."
+    "Each text, and each prompt with its answer, in one pass; answers token by token where a recipe drops channels."
     import torch
 
-    from llmopt.core.measures import teacher_forced_logprobs
-
-    tokens = frontier.tokens_in(out)
-    for ids in tokens["texts"]:
+    tokens, drops = frontier.tokens_in(out), name == "llmopt, larosa"
+    asked = frontier.sequences(tokens)
+    for ids, n in asked[: len(tokens["texts"])] if drops else asked:
         with torch.inference_mode():
-            yield engine.lm.model(torch.tensor([ids[:-1]]), use_cache=False).logits[0].float().numpy()
-    for prompt, answer in zip(tokens["prompts"], tokens["answers"]):
-        if hasattr(engine, "score"):
-            yield engine.score(prompt, answer)[1:].numpy()
-        else:
-            with torch.inference_mode():
-                yield teacher_forced_logprobs(engine.lm.model, torch.tensor([prompt]), answer)[1:].numpy()
+            yield engine.lm.model(torch.tensor([ids]), use_cache=False, logits_to_keep=n).logits[0].float().numpy()
+    for prompt, answer in zip(tokens["prompts"], tokens["answers"]) if drops else ():
+        yield engine.score(prompt, answer)[1:].numpy()
 
 
 def openvino_logits(out, name, engine):
@@ -277,8 +278,20 @@ def serve_llama(out: Path):
             about = dict(runner=runner, path=frontier.file_of(out, file), threads=job["threads"])
             model, said = frontier.opened(out, about, 512), {}
         else:
+            set_threads(model, job["threads"])
             said = llama_answer(model, job["ids"], job["n"])
         print(json.dumps(said), file=to, flush=True)
+
+
+def set_threads(model, n: int):
+    "Let a model of llama.cpp compute in `n` threads."
+    if isinstance(model, frontier.Fork):
+        import ctypes
+
+        at = model.context if isinstance(model.context, int) else ctypes.cast(model.context, ctypes.c_void_p).value
+        model.api._lib.llama_set_n_threads(ctypes.c_void_p(at), n, n)  # it has no wrapper of its own
+    else:
+        model.lib.llama_set_n_threads(model.context, n, n)
 
 
 def llama_answer(model, prompt: list, n: int) -> dict:
@@ -295,36 +308,47 @@ def llama_answer(model, prompt: list, n: int) -> dict:
     return dict(ttft_ms=1e3 * (first - start), tpot_ms=later / (n - 1), ids=ids)
 
 
-def time_rounds(out: Path, threads: int, names=None, rounds: int = 3, ready=lambda: None):
-    """Let all answer in turn, each alone on the cores. Making them takes minutes, and each answers once before; then
-    `ready` is called."""
+THREADS = 2, 1
+
+
+def opened_all(out: Path, names: list, stack) -> dict:  # (name, threads) -> process
+    "The processes of all: one for each variant, but OpenVINO's has a number of threads that stays."
     from concurrent.futures import ThreadPoolExecutor
+
+    asked = [(name, n) for name in names for n in (THREADS if name.startswith("OpenVINO") else THREADS[:1])]
+    with ThreadPoolExecutor(1) as pool:
+        made = {key: pool.submit(opened, out, *key) for key in asked}
+    for f in made.values():
+        if not f.exception():
+            stack.callback(f.result().close)
+    return {(name, n): made.get((name, n), made[name, THREADS[0]]).result() for name in names for n in THREADS}
+
+
+def time_rounds(out: Path, names=None, rounds: int = 3, ready=lambda: None):
+    """Let all answer in turn, each alone on the cores, first on two threads and then on one. When all are made,
+    which takes minutes, `ready` is called; then each answers once before."""
     from contextlib import ExitStack
 
-    from llmopt.benchmark.alternatives import asked_for
     from llmopt.evaluation import environment
 
     names, prompt = [*(names or variants())], frontier.tokens_in(out)["prompts"][0]
+    readings, begun = {str(n): {name: [] for name in names} for n in THREADS}, time.time()
     with ExitStack() as stack:
-        with ThreadPoolExecutor(2) as pool:
-            made = [pool.submit(opened, out, name, threads) for name in names]
-        for f in made:
-            if not f.exception():
-                stack.callback(f.result().close)
-        seats = {name: f.result() for name, f in zip(names, made)}
-        for seat in seats.values():
-            asked_for(seat, prompt, NEW)
+        seats = opened_all(out, names, stack)
         ready()
-        readings, begun = {name: [] for name in names}, time.time()
-        for i in range(rounds):
-            at = i * len(names) // rounds
-            for name in names[at:] + names[:at]:
-                readings[name].append(asked_for(seats[name], prompt, NEW)[:2])
-            print(f"round {i + 1} of {rounds}: {time.time() - begun:.0f} s", flush=True)
-        notes = {name: s.made["notes"] for name, s in seats.items() if s.made.get("notes")}
+        for (_, n), seat in seats.items():
+            seat.ask("answer", ids=prompt, n=4, threads=n)
+        for n in THREADS:
+            for i in range(rounds):
+                at = i * len(names) // rounds
+                for name in names[at:] + names[:at]:
+                    said = seats[name, n].ask("answer", ids=prompt, n=NEW, threads=n)
+                    readings[str(n)][name].append([said["ttft_ms"], said["tpot_ms"]])
+                print(f"{n} threads, round {i + 1} of {rounds}, {time.time() - begun:.0f} s", flush=True)
+        notes = {name: s.made["notes"] for (name, _), s in seats.items() if s.made.get("notes")}
     measured = stored(out)
-    about = dict(prompt_tokens=len(prompt), answer_tokens=NEW, rounds=rounds, seconds=round(time.time() - begun))
-    measured["times"][str(threads)] = dict(**about, environment=environment(), notes=notes, readings=readings)
+    about = dict(prompt_tokens=len(prompt), answer_tokens=NEW, rounds=rounds, environment=environment(), notes=notes)
+    measured["times"] = dict(**about, readings=readings)
     store(out, measured)
 
 
@@ -334,15 +358,18 @@ def row(out, name, measured, llama) -> dict:
     about = measured["losses"].get(name)
     if name == REFERENCE:
         about = dict(bytes_per_token=frontier.read_rows()[0]["bytes_per_token"], kl_text=0.0, kl_answers=0.0)
+    elif about is None and name in TORCH:
+        about = dict(bytes_per_token=None, kl_text=None, kl_answers=None, notes=[])  # not measured
     elif about is None:
         r = next(r for r in llama if (r["name"], r["wheel"]) == (file, wheel))
         about = {k: r[k] for k in ("bytes_per_token", "kl_text", "kl_answers")}
     drops = name == "llmopt, larosa" and any("channels dropped" in n for n in about["notes"])
-    found = dict(variant=name, bytes_per_token=about["bytes_per_token"], kl_answers=round(about["kl_answers"], 6))
-    found |= dict(kl_text=None if drops else round(about["kl_text"], 6), flattered=name in FLATTERED)
-    for threads, run in sorted(measured["times"].items()):
+    loss = {k: None if about[k] is None else round(about[k], 6) for k in ("kl_text", "kl_answers")}
+    found = dict(variant=name, bytes_per_token=about["bytes_per_token"], **loss, flattered=name in FLATTERED)
+    found["kl_text"] = None if drops else found["kl_text"]
+    for threads, readings in sorted(measured["times"]["readings"].items()):
         for i, kind in enumerate(("ttft_ms", "tpot_ms")):
-            ms = [r[i] for r in run["readings"][name]]
+            ms = [r[i] for r in readings[name]]
             found[f"{kind}_{threads}"] = round(statistics.median(ms), 3)
             found[f"{kind}_{threads}_range"] = [round(min(ms), 3), round(max(ms), 3)]
     return found
@@ -352,12 +379,11 @@ def write(out: Path):
     "The file of the results."
     measured = stored(out)
     llama = frontier.read_rows()
-    runs = {n: {k: v for k, v in run.items() if k != "readings"} for n, run in measured["times"].items()}
     content = dict(
         command=COMMAND,
         packages=[*TORCHAO, *OPENVINO, *frontier.WHEELS],
         units=dict(bytes_per_token="bytes", kl="nats a token", ttft_ms="ms, by threads", tpot_ms="ms, by threads"),
-        runs=runs,
+        run={k: v for k, v in measured["times"].items() if k != "readings"},
         rows=[row(out, name, measured, llama) for name in variants()],
     )
     text = json.dumps(content, ensure_ascii=False).replace('}, {"variant"', '},\n{"variant"')
@@ -369,12 +395,11 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("prepare", "losses", "time", "write", "serve", "serve-llama"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("threads", type=int, nargs="?", default=2, help="of `time`")
     parser.add_argument("--names", nargs="+", help="of `time` and `losses`: these variants only")
     a = parser.parse_args(args)
     out = a.out.resolve()
     if a.step == "time":
-        time_rounds(out, a.threads, a.names)
+        time_rounds(out, a.names)
     elif a.step == "losses":
         losses(out, a.names)
     else:
