@@ -116,7 +116,7 @@ def student_states(
     x = x.index_put((phrase,), vectors.to(x.dtype))
     return _states(reader, x, w.read >= 0, w.positions, added)[w.compared]
 
-
+# %% ../../nbs/02_adaptivocab/09_rows.ipynb #58e1dbb4
 def distance(
     reader: PhraseReader,
     teacher: torch.Tensor,  # (tokens, D)
@@ -161,7 +161,7 @@ def state_sizes(
             h.remove()
     return torch.tensor(sizes)
 
-
+# %% ../../nbs/02_adaptivocab/09_rows.ipynb #46018c7d
 class LearnedRows:
     "Rows in training: a vector for each phrase, or, with `sizes`, one for each phrase and layer."
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from fastcore.basics import patch
 
 from .engine import FEWEST, Reading, bare_generate, engine_answer, in_turn, time_rows
 from .texts import read_texts
@@ -155,38 +156,42 @@ class OwnProcess:
             self.close()
             raise
 
-    def ask(self, *do, **job) -> dict:
-        "Its answer. Raises `UnsupportedModelError` with what it says is wrong, and `ModelError` if it ends."
-        self._signal("SIGCONT")
-        try:
-            self.process.stdin.write(json.dumps(job | dict(zip(["do"], do))) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise ModelError(f"the process of a variant ended, with code {self.process.wait()}")
-        self._signal("SIGSTOP")
-        said = json.loads(line)
-        if "error" in said:
-            raise UnsupportedModelError(said["error"])
-        return said
-
     def _signal(self, name):
         "Send it to the whole process group, where there is such a signal."
         if hasattr(signal, name) and self.process.poll() is None:
             os.killpg(self.process.pid, getattr(signal, name))
 
-    def close(self):
-        "End it."
-        self._signal("SIGCONT")
-        self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
+# %% ../../nbs/10_benchmark/23_alternatives.ipynb #eda9d861
+@patch
+def ask(self: OwnProcess, *do, **job) -> dict:
+    "Its answer. Raises `UnsupportedModelError` with what it says is wrong, and `ModelError` if it ends."
+    self._signal("SIGCONT")
+    try:
+        self.process.stdin.write(json.dumps(job | dict(zip(["do"], do))) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+    except OSError:
+        line = ""
+    if not line:
+        raise ModelError(f"the process of a variant ended, with code {self.process.wait()}")
+    self._signal("SIGSTOP")
+    said = json.loads(line)
+    if "error" in said:
+        raise UnsupportedModelError(said["error"])
+    return said
+
+
+@patch
+def close(self: OwnProcess):
+    "End it."
+    self._signal("SIGCONT")
+    self.process.stdin.close()
+    try:
+        self.process.wait(10)
+    except subprocess.TimeoutExpired:
+        self.process.kill()
+        self.process.wait()
+    self.process.stdout.close()
 
 # %% ../../nbs/10_benchmark/23_alternatives.ipynb #c1169aa3
 WORKER = sys.executable, "-c", "from llmopt.benchmark.alternatives import serve; serve()"
