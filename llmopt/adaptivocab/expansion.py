@@ -34,14 +34,21 @@ GPT2_SPLIT = rf"{_TAILS}|{_LETTERS}| ?\p{{N}}+|{_PUNCT}|\s+(?!\S)|\s+"
 GROUP_SPLIT = rf"{_TAILS}|(?:{_LETTERS}|(?> ?[^\s\p{{L}}\p{{N}}']+)(?!'))+| ?\p{{N}}+|{_PUNCT}|\s+(?!\S)|\s+"
 
 # %% ../../nbs/02_adaptivocab/11_expansion.ipynb #2932363e
-def _check_splitting(d):
-    "Refuse a tokenizer whose splitting is not that of GPT-2."
+def _splitting(d):
+    "The steps in which the tokenizer of the dict `d` splits."
     pre = d.get("pre_tokenizer") or {}
+    return pre.get("pretokenizers") or [pre]
+
+
+def _check_splitting(d):
+    "Refuse a tokenizer whose splitting is not that of GPT-2, with or without digits split off before."
+    *before, last = _splitting(d)
     known = (
         d["model"]["type"] == "BPE"
-        and pre.get("type") == "ByteLevel"
-        and pre.get("use_regex", True)
-        and not pre.get("add_prefix_space")
+        and last.get("type") == "ByteLevel"
+        and last.get("use_regex", True)
+        and not last.get("add_prefix_space")
+        and all(step["type"] == "Digits" for step in before)
     )
     if not known or d.get("normalizer"):
         raise UnsupportedModelError(
@@ -73,7 +80,8 @@ def grouped_tokenizer(tokenizer):
         _check_splitting(d)
         part = Tokenizer.from_str(json.dumps(d))
         part.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-        d["pre_tokenizer"] = json.loads(part.to_str())["pre_tokenizer"]
+        steps = json.loads(part.to_str())["pre_tokenizer"]["pretokenizers"]
+        d["pre_tokenizer"] = dict(type="Sequence", pretokenizers=_splitting(d)[:-1] + steps)
 
     return _edited(tokenizer, change)
 

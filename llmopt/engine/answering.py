@@ -112,7 +112,7 @@ def _generate(self: AnsweringModel, inputs, meter, settings, text, stop, reading
         more = dict(sink=meter, text=meter.choice.prompt, read=partial(_behind, self.read_draft, self.lm.model))
         loop = dict(custom_generate=partial(self.drafts.decode, **more))
     else:
-        loop = loop_for(model, meter.cache, meter)
+        loop = loop_for(self.lm.model, meter.cache, meter)
     with self.attention():
         with_config(model, config).generate(
             **inputs.inputs,

@@ -90,47 +90,54 @@ class CacheRoom:
     "Keys and values of a `DynamicCache` in two buffers (layers, 1, heads, tokens, head size) with room for more."
 
     def __init__(self, layers: list):  # of a cache, with keys and values
-        n = layers[0].keys.shape[-2]
-        self.length, room = n, n + max(ROOM, n // 4)
-        self.buffers = []
+        lengths, self.buffers = _lengths(layers), []
+        self.room = int(lengths.max()) + max(ROOM, int(lengths.max()) // 4)
         for name in ("keys", "values"):
             like = getattr(layers[0], name)
-            size = len(layers), *like.shape[:2], room, like.shape[3]
+            size = len(layers), *like.shape[:2], self.room, like.shape[3]
             buffer = torch.empty(size, dtype=like.dtype)
             for i, layer in enumerate(layers):
-                buffer[i, :, :, :n] = getattr(layer, name)
+                buffer[i, :, :, : lengths[i]] = getattr(layer, name)
             self.buffers.append(buffer)
-        self.room = room
         self.addresses = np.array([b[i].data_ptr() for i in range(len(layers)) for b in self.buffers], np.uintp)
         self.places = np.full((len(layers), 1 + size[2]), self.buffers[0].stride(2), np.int64)
-        self.show(layers, n)
+        self.show(layers, lengths)
 
-    def show(self, layers, n):
-        "Let the layers hold the first `n` tokens."
-        self.length, self.places[:, 1:] = n, n
-        self.shown = [buffer.narrow(3, 0, n).unbind(0) for buffer in self.buffers]
+    def show(self, layers, lengths):
+        "Let each layer hold its first `lengths` tokens."
+        self.lengths, self.places[:, 1:], n = lengths, lengths[:, None], int(lengths[0])
+        if (lengths == n).all():
+            self.shown = [buffer.narrow(3, 0, n).unbind(0) for buffer in self.buffers]
+        else:  # as sparse prefill leaves them
+            self.shown = [[b.narrow(2, 0, n) for b, n in zip(buffer, lengths.tolist())] for buffer in self.buffers]
         for layer, keys, values in zip(layers, *self.shown):
             layer.keys, layer.values = keys, values
+
+
+def _lengths(layers):
+    "How many tokens each layer holds."
+    return np.array([layer.keys.shape[-2] for layer in layers])
 
 # %% ../../nbs/05_engine/12_decode_step.ipynb #944bb5bd
 @patch
 def take(self: CacheRoom, layers, n):
     "Let the layers hold `n` tokens more, which are written to `addresses` at the last `places`."
-    self.show(layers, self.length + n)
+    self.show(layers, self.lengths + n)
     self.places[:, 1:] -= n
 
 
 @patch
 def holds(self: CacheRoom, layers, more: int = 0) -> bool:
     "Are the tokens of these layers those of the buffers, or the first of them, with room for `more`?"
-    if layers[0].keys.shape[-2] + more > self.room:
+    same = all(layer.keys is k and layer.values is v for layer, k, v in zip(layers, *self.shown))
+    lengths = self.lengths if same else _lengths(layers)
+    if lengths.max() + more > self.room:
         return False
-    if all(layer.keys is k and layer.values is v for layer, k, v in zip(layers, *self.shown)):
+    if same:
         return True
-    n = layers[0].keys.shape[-2]
-    if n > self.length or not all(self._is_part(layer, i, n) for i, layer in enumerate(layers)):
+    if (lengths > self.lengths).any() or not all(self._is_part(x, i, lengths[i]) for i, x in enumerate(layers)):
         return False
-    self.show(layers, n)
+    self.show(layers, lengths)
     return True
 
 
@@ -181,9 +188,7 @@ def can_read(cache, model) -> bool:
     layers, dtype = cache.layers, model.get_input_embeddings().weight.dtype
     if len(layers) != len(model.model.layers) or not knows(cache) or not all(c.is_initialized for c in layers):
         return False
-    keys = [layer.keys for layer in layers]
-    even = hasattr(cache, "evictor") or len({k.shape for k in keys}) == 1
-    return even and all(len(k) == 1 and k.dtype == dtype and k.shape[2] for k in keys)
+    return all(len(x.keys) == 1 and x.keys.dtype == dtype and x.keys.shape[2] for x in layers)
 
 # %% ../../nbs/05_engine/12_decode_step.ipynb #e7accea1
 def _matrices(model):

@@ -17,7 +17,12 @@ from dataclasses import replace
 
 import torch
 from transformers.cache_utils import DynamicCache
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MinNewTokensLengthLogitsProcessor
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core import LM
@@ -118,12 +123,21 @@ def _quick_stop(stop):
 
 
 def _quick_processor(process, vocabulary):
-    "A logits processor for scores (1, V), or one that does the same quicker."
-    if type(process) is not MinNewTokensLengthLogitsProcessor:
+    "A logits processor for scores (1, V), or one that does the same quicker and may write into them."
+    if type(process) is MinLengthLogitsProcessor:
+        least = process.min_length
+    elif type(process) is MinNewTokensLengthLogitsProcessor:
+        least = process.prompt_length_to_skip + process.min_new_tokens
+    else:
         return process
-    least, ends = process.prompt_length_to_skip + process.min_new_tokens, process.eos_token_id
-    ends = ends[ends < vocabulary]
-    return lambda ids, scores: scores if ids.shape[1] >= least else scores.index_fill(-1, ends, -math.inf)
+    ends = process.eos_token_id[process.eos_token_id < vocabulary].numpy()
+
+    def rule_out(ids, scores):
+        if ids.shape[1] < least:
+            scores.numpy()[:, ends] = -math.inf
+        return scores
+
+    return rule_out
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #ed8451e2
 def _next_position(model_kwargs, cache) -> int:
@@ -132,20 +146,23 @@ def _next_position(model_kwargs, cache) -> int:
     return cache.get_seq_length() if positions is None else int(positions[0, -1]) + 1
 
 
-def step_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs):
+def step_loop(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, by=None, **model_kwargs
+):
     """The loop of `generate` for a model with a step: `model.generate(…, custom_generate=step_loop)`. Each token is
-    the one of the highest score after `logits_processor`."""
+    the one of the highest score after `logits_processor`. `model` reads the prompt; it may be a view of the model
+    `by`, whose step reads what follows (None: `model` itself)."""
     with torch.inference_mode():
         out = model._prefill(input_ids, generation_config, model_kwargs)  # private: there is no public prefill
-        cache, step, logits = out.past_key_values, step_of(model), out.logits[:, -1].float()
+        cache, step, logits = out.past_key_values, step_of(by or model), out.logits[:, -1].float()
         position = _next_position(model_kwargs, cache)
         processors = [_quick_processor(process, logits.shape[1]) for process in logits_processor]
         stops = [_quick_stop(stop) for stop in stopping_criteria]
         while True:
             for process in processors:  # a call of the whole list inspects their signatures each time
                 logits = process(input_ids, logits)
-            token = int(logits.numpy().argmax())
-            new = torch.tensor([token])
+            new = torch.from_numpy(logits.numpy().argmax(1))
+            token = int(new)
             if streamer:
                 streamer.put(new)
             input_ids = torch.cat([input_ids, new[None]], 1)
@@ -161,10 +178,11 @@ def step_loop(model, input_ids, logits_processor, stopping_criteria, generation_
 
 def loop_for(model, cache, streamer=None) -> dict:  # further arguments of `generate`
     """The loop above where `model` has a step and `cache` is one that it can use, and nothing elsewhere. It is told of
-    the streamer here, as transformers 5.23 hands none to a loop of others."""
+    the streamer here, as transformers 5.23 hands none to a loop of others. What `generate` is called of may be a view
+    of `model` that reads a prompt in another way."""
     if step_of(model) is None or not isinstance(cache, DynamicCache) or not knows(cache) or _watched(model):
         return {}
-    return dict(custom_generate=functools.partial(step_loop, streamer=streamer))
+    return dict(custom_generate=functools.partial(step_loop, streamer=streamer, by=model))
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #c3deee6e
 def read_alone(

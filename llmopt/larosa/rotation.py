@@ -306,7 +306,7 @@ def in_stream_basis(
     vectors: torch.Tensor,  # (n, D) embeddings of the plain model, such as vectors of phrases; or (n, layers, D)
 ) -> torch.Tensor:  # as `vectors`
     "Vectors in place of embeddings, or added in front of each layer, as the converted `model` reads them."
-    turned = vectors.double() @ model.stream_basis.to(vectors.device)
+    turned = vectors.double() @ model.stream_basis.to(vectors.device, torch.float64)
     if turned.dim() == 3:
         for i, layer in enumerate(model.model.layers):  # there are such rows for models built as Llama is
             if hasattr(layer, "basis_change"):

@@ -324,7 +324,7 @@ def opened_all(out: Path, names: list, stack) -> dict:  # (name, threads) -> pro
     return {(name, n): made.get((name, n), made[name, THREADS[0]]).result() for name in names for n in THREADS}
 
 
-def time_rounds(out: Path, names=None, rounds: int = 3, ready=lambda: None):
+def time_rounds(out: Path, names=None, rounds: int = 7, ready=lambda: None):
     """Let all answer in turn, each alone on the cores, first on two threads and then on one. When all are made,
     which takes minutes, `ready` is called; then each answers once before."""
     from contextlib import ExitStack
@@ -396,10 +396,11 @@ def main(args=None):
     parser.add_argument("step", choices=("prepare", "losses", "time", "write", "serve", "serve-llama"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--names", nargs="+", help="of `time` and `losses`: these variants only")
+    parser.add_argument("--rounds", type=int, default=7, help="of `time`")
     a = parser.parse_args(args)
     out = a.out.resolve()
     if a.step == "time":
-        time_rounds(out, a.names)
+        time_rounds(out, a.names, a.rounds)
     elif a.step == "losses":
         losses(out, a.names)
     else:

@@ -4,6 +4,7 @@
 from fastcore.test import test_eq
 from transformers import AutoTokenizer
 from llmopt.core import ASSETS
+from tokenizers import pre_tokenizers
 from llmopt.adaptivocab.expansion import *
 
 
@@ -20,15 +21,19 @@ def tiny():
 
 def test_groups_keep_tokens():
     "The tokens are the same."
-    tok = tiny()
-    groups = grouped_tokenizer(tok)
-    for text in (
-        "Don't panic, it's the dogs' \"it's\" '.' .'",
-        "a  b   c\n\n  d \t e",
-        "42 of 4,200 (12.5%)",
-        "人工智能",
-    ):
-        test_eq(groups.encode(text), tok.encode(text))
+    tok, single = tiny(), tiny()
+    digits, split = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    single.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
+    for t in (tok, single):
+        groups = grouped_tokenizer(t)
+        for text in (
+            "Don't panic, it's the dogs' \"it's\" '.' .'",
+            "a  b   c\n\n  d \t e",
+            "42 of 4,200 (12.5%) a 5",
+            "人工智能",
+        ):
+            test_eq(groups.encode(text), t.encode(text))
+    assert len(single.encode("4200")) == 4 > len(tok.encode("4200"))
 
 
 def test_spare_tokens():

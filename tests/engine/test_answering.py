@@ -53,6 +53,7 @@ def test_drafts_in_the_engine():
     sampled one, not what the model thought of its tokens, not a conversation. The last note of an answer says how
     many passes it took."""
     plain, drafts = (EnhancedFusedLLMEngine("llmopt-tiny", recipe=r) for r in ("baseline", "vocab:drafts=true"))
+    drafts.drafts.extra = [k / 10 for k in range(len(drafts.drafts.extra))]  # they pay, however busy this machine is
     q = "What are the symptoms of high blood pressure?"
     for more in (
         dict(logprobs=1),

@@ -72,7 +72,9 @@ def test_rows_for_every_layer_are_turned_too(tmp_path):
     assert (plain - scored(lm, answer, dict(phrases=rows["phrases"]))).abs().max() > 5e-3
 
 
-@pytest.mark.parametrize("more", ["", "+kv", "+words:method=prefill,rate=0.5,floor=1"])
+@pytest.mark.parametrize(
+    "more", ["", "+kv", "+words:method=prefill,rate=0.5,floor=1", "+larosa:sparsity=0,bits=8,when=always"]
+)
 def test_rows_for_every_layer_are_read_in_every_way(more, tmp_path):
     "Answers are those that `score` foresees, in a conversation that goes on from what was read, too."
     lm = tiny()

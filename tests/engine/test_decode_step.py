@@ -11,10 +11,10 @@ from llmopt.larosa import BUNDLED, SimpleLaRoSA, load_calibration
 
 
 def test_room():
-    """That decides which caches can be read: of one sequence, in the precision of the weights. In a cache that
-    evicts, layers and heads have lengths of their own, and all is well as long as its policy asks for no more
-    than the latest queries, which the step hands over. A budget in bytes is never exceeded, so there modules
-    evict layer by layer."""
+    """That decides which caches can be read: of one sequence, in the precision of the weights. Layers, and in a
+    cache that evicts also heads, may have lengths of their own. There, all is well as long as the policy asks for
+    no more than the latest queries, which the step hands over. A budget in bytes is never exceeded, so there
+    modules evict layer by layer."""
 
     def filled(n):
         cache = DynamicCache()
@@ -26,15 +26,23 @@ def test_room():
     before = [layer.keys.clone() for layer in cache.layers]
     room = CacheRoom(cache.layers)
     assert room.holds(cache.layers) and all(torch.equal(a, b.keys) for a, b in zip(before, cache.layers))
-    room.show(cache.layers, 6)
+    room.show(cache.layers, room.lengths + 1)
     test_eq(cache.get_seq_length(), 6)
     cache.crop(-2)
-    assert room.holds(cache.layers) and room.length == 4
+    assert room.holds(cache.layers) and room.lengths.tolist() == [4, 4]
     room.take(cache.layers, 2)
     test_eq((cache.get_seq_length(), room.places.tolist()), (6, [[room.room * 4, 4, 4, 4]] * 2))
     assert room.holds(cache.layers, room.room - 6) and not room.holds(cache.layers, room.room - 5)
     cache.update(torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4), 0)
     assert not room.holds(cache.layers)  # torch has copied them
+    cache = filled(6)
+    cache.update(torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4), 0)
+    before = [layer.keys.clone() for layer in cache.layers]
+    room = CacheRoom(cache.layers)  # of seven tokens and six
+    room.take(cache.layers, 1)
+    test_eq((room.places[:, 1:].tolist(), [x.keys.shape[2] for x in cache.layers]), ([[7] * 3, [6] * 3], [8, 7]))
+    cache.crop(-1)
+    assert room.holds(cache.layers) and all(torch.equal(a, b.keys) for a, b in zip(before, cache.layers))
 
 
 def test_equals_the_model():

@@ -5,7 +5,10 @@ import torch
 
 from helpers import small_model, tiny, tokenizer
 from llmopt.core import LM, load
+from llmopt.core.compilation import numba
 from llmopt.engine import EnhancedFusedLLMEngine
+from llmopt.engine.decode_step import DecodeStep
+from llmopt.engine.step_model import with_step, without_step
 from llmopt.errors import ConfigError, UnsupportedModelError
 from llmopt.kv_cache import PrefixStore
 from llmopt.word_removal.sparse_reading import sparse_view
@@ -28,6 +31,19 @@ def test_answers_are_what_is_scored_in_every_combination(more):
     same = e.score(QUESTION, answer.output_ids).argmax(-1).tolist()
     assert same == answer.output_ids
     assert "".join(e.stream(QUESTION)).strip() == answer.output_text
+
+
+@pytest.mark.skipif(numba is None, reason="needs numba")
+@pytest.mark.parametrize("more", ["", "+kv", "+kv:budget=50%"])
+def test_the_compiled_step_decodes_what_layers_have_read_in_part(more, monkeypatch):
+    "Layers hold different numbers of tokens, and modules give the same answer."
+    e, read, several = engine(SPARSE + "+larosa:sparsity=0,bits=8,when=always" + more), [], DecodeStep.several
+    with_step(e.lm.model)
+    monkeypatch.setattr(DecodeStep, "several", lambda *args, **kw: read.append(1) or several(*args, **kw))
+    answer = e.run(QUESTION, fixed=True).output_ids
+    assert len(read) == 5
+    without_step(e.lm.model)
+    assert e.run(QUESTION, fixed=True).output_ids == answer and len(read) == 5
 
 
 @pytest.mark.parametrize("more", ["", "+kv", "+vocab"])
