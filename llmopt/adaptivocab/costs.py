@@ -8,6 +8,7 @@ __all__ = ['phrase_costs', 'some_phrases', 'phrases_below_kl', 'cheapest_phrases
 # %% ../../nbs/02_adaptivocab/07_costs.ipynb #b72f8f91
 import bisect
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -91,13 +92,24 @@ def phrase_costs(
     return {j: sum(c) / len(c) for j, c in sorted(costs.items())}
 
 # %% ../../nbs/02_adaptivocab/07_costs.ipynb #8f85d475
+def _numbers(vocab, numbers):
+    "The `numbers` of phrases of `vocab` as ints."
+    try:
+        found = [operator.index(j) for j in numbers]
+    except TypeError:
+        found = [-1]
+    if any(not 0 <= j < len(vocab.table) for j in found):
+        raise ConfigError(f"phrases have whole numbers below {len(vocab.table)}; give costs of this very vocabulary")
+    return found
+
+
 def some_phrases(
     vocab: SimpleAdaptiVocab,
-    numbers: list,  # of its phrases
+    numbers: list,  # of its phrases; `ConfigError` for others
 ) -> SimpleAdaptiVocab:
     "A vocabulary of some of the phrases of `vocab`; trained rows go with it as `rows[numbers]`."
     kept = SimpleAdaptiVocab(vocab.tokenizer, [], vocab.segmentation)
-    kept.table = PhraseTable([vocab.table.pieces[j] for j in numbers], vocab.base)
+    kept.table = PhraseTable([vocab.table.pieces[j] for j in _numbers(vocab, numbers)], vocab.base)
     return kept
 
 
@@ -118,11 +130,12 @@ def cheapest_phrases(
     seqs,  # token sequences of the domain
     saved: float,  # share of their tokens to spare
 ) -> list:  # numbers of phrases, the cheapest first
-    "The fewest phrases, in order of their cost for each token spared, that spare the share `saved` of `seqs`."
-    if not 0 <= saved < 1:
-        raise ConfigError(f"the share to spare is from 0 to 1, not {saved!r}")
-    pieces = vocab.table.pieces
-    order = sorted(costs, key=lambda j: costs[j] / (len(pieces[j]) - 1))
+    """The fewest phrases, in order of their cost for each token spared, that spare the share `saved` of `seqs`; one
+    whose cost is not a number is not kept. Raises `ConfigError` if they cannot spare as much, or are others."""
+    if isinstance(saved, str) or not 0 <= saved < 1:
+        raise ConfigError(f"the share to spare is a number from 0 to 1, not {saved!r:.40}")
+    pieces, known = vocab.table.pieces, [j for j in _numbers(vocab, costs) if not math.isnan(costs[j])]
+    order = sorted(known, key=lambda j: costs[j] / (len(pieces[j]) - 1))
 
     def spares(n):
         return saved_share(PhraseTable([pieces[j] for j in order[:n]], vocab.base), seqs, vocab.segmentation)

@@ -7,7 +7,7 @@ __all__ = ['composed_rows', 'phrase_windows', 'FoldedWindows', 'fold_windows', '
            'distill_loss', 'state_sizes', 'LearnedRows', 'even_windows', 'distill']
 
 # %% ../../nbs/02_adaptivocab/09_rows.ipynb #49f0e55d
-import operator
+import math
 import random
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .phrase_set import whole_number
 from .reader import PhraseReader, fold_where
 from ..core import kl
 from ..core.late_reading import check_layered
@@ -35,10 +36,13 @@ def composed_rows(
 # %% ../../nbs/02_adaptivocab/09_rows.ipynb #4113102e
 def phrase_windows(
     vocab,  # `SimpleAdaptiVocab`
-    seqs,  # sequences of ids in the tokenizer's own vocabulary
+    seqs,  # sequences of ids in the tokenizer's own vocabulary; `ConfigError` for texts
     size: int = 128,  # tokens of a window
 ) -> list:  # lists of ids
     "Windows of `size` tokens from `seqs` that hold a phrase before their end."
+    seqs = [*seqs]
+    if any(isinstance(s, str) for s in seqs):
+        raise ConfigError("windows are cut from sequences of token ids, not from texts; use vocab.tokens(texts)")
     cuts = (list(map(int, s[i : i + size])) for s in seqs for i in range(0, len(s), size))
     return [w for w in cuts if len(w) > 2 and (vocab.fold(w).span[:-1] > 1).any()]
 
@@ -217,14 +221,18 @@ def _training_windows(vocab, seqs, size, uses, rng):
     return found if start is None else [[start, *w] if w[0] != start else w for w in found]
 
 
-def _check_distillation(reader, steps, batch_size, size, target, layer_lr):
-    "Raise for what cannot be."
-    if steps < 0 or batch_size < 1 or size < 3:
-        raise ConfigError("distillation needs steps >= 0, batch_size >= 1 and size >= 3")
+def _checked_rates(reader, lr, layer_lr, target, **least):
+    "The rates of both kinds of vectors. Raises for what cannot be; `least`: whole numbers, and the least there may be."
+    for name, (value, n) in least.items():
+        whole_number(name, value, n)
+    rates = [lr] if layer_lr is None else [lr, layer_lr]
+    if any(isinstance(rate, (bool, str)) or rate is None or not 0 <= rate < math.inf for rate in rates):
+        raise ConfigError("lr and layer_lr are numbers of at least 0, such as 0.01; without layer_lr, None")
     if target not in ("predictions", "states"):
         raise ConfigError(f"target is 'predictions' or 'states', not {target!r:.40}")
     if layer_lr is not None:
         check_layered(reader.model, "a row for every layer")
+    return rates
 
 # %% ../../nbs/02_adaptivocab/09_rows.ipynb #629147de
 @torch.inference_mode(False)
@@ -243,15 +251,15 @@ def distill(
     progress: bool = True,
 ) -> tuple:  # rows (phrases, D) or (phrases, layers, D), and what `distance` was in each step
     """Train vectors for the phrases of `reader`, its model staying as it is; zero steps give the composed ones. Raises
-    `ConfigError` if the texts use none of the phrases, and `ModelError` if the loss is no longer a number."""
-    steps, rng, losses, order = operator.index(steps), random.Random(seed), [], []
-    _check_distillation(reader, steps, batch_size, size, target, layer_lr)
+    `ConfigError` for what cannot be, or if the texts use none of the phrases; `ModelError` if the loss is no number."""
+    rng, losses, order = random.Random(seed), [], []
+    counts = dict(steps=(steps, 0), batch_size=(batch_size, 1), size=(size, 3), uses=(1 if uses is None else uses, 1))
+    rates = _checked_rates(reader, lr, layer_lr, target, **counts)
     if not steps:
         return composed_rows(reader).float(), []
     windows = fold_windows(reader, _training_windows(reader.vocab, seqs, size, uses, rng))
     teacher, n = Teacher(reader, windows), len(windows.ids)
     rows = LearnedRows(composed_rows(reader), None if layer_lr is None else state_sizes(reader, windows))
-    rates = (lr, layer_lr)[: len(rows.tables)]
     adam = torch.optim.SparseAdam([dict(params=[t.weight], lr=r) for t, r in zip(rows.tables, rates)])
     for i in tqdm(range(steps), disable=not progress, leave=False, desc="rows"):
         for group, rate in zip(adam.param_groups, rates):

@@ -43,3 +43,12 @@ def test_cheapest_phrases():
     assert saved_share(fewer.table, seqs) < most / 2
     with expect_fail(ConfigError, "spare"):
         cheapest_phrases(r.vocab, found, seqs, 0.9)
+    unknown = some[1][0]  # without it, more of the others are needed
+    assert unknown not in cheapest_phrases(r.vocab, found | {unknown: float("nan")}, seqs, most / 2)
+    for other in ({len(r.vocab.table): 0.1}, {"0": 0.1}):  # of a larger vocabulary, and as JSON has it
+        with expect_fail(ConfigError, "this very vocabulary"):
+            cheapest_phrases(r.vocab, other, seqs, 0.1)
+        with expect_fail(ConfigError, "this very vocabulary"):
+            some_phrases(r.vocab, [*other])
+    with expect_fail(ConfigError, "a number from 0 to 1"):
+        cheapest_phrases(r.vocab, found, seqs, "10%")

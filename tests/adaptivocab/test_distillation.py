@@ -79,9 +79,13 @@ def test_numpy_numbers_no_phrases_and_nothing_to_learn_from():
     assert rows.shape == (len(r.vocab.table), 256) and len(losses) == 2
     assert composed_rows(a_reader(tiny(), [])).shape == (0, 256)
     assert phrase_windows(r.vocab, [[], [5], [5, 6]]) == []
-    for bad in (dict(steps=-1), dict(batch_size=0), dict(size=2)):
-        with pytest.raises(ConfigError, match="distillation needs"):
+    whole = dict(steps=-1), dict(batch_size=0), dict(size=2), dict(uses=0), dict(uses="4"), dict(batch_size=2.5)
+    rates = dict(lr=-1), dict(lr=float("nan")), dict(lr="x"), dict(lr=None), dict(layer_lr=-0.1), dict(layer_lr="x")
+    for bad in (*whole, *rates):
+        with pytest.raises(ConfigError, match=f"{[*bad][0]}.*(is at least|whole number|at least 0)"):
             distill(r, seqs, **dict(dict(steps=1, progress=False), **bad))
+    with pytest.raises(ConfigError, match="not from texts"):
+        distill(r, SAID, 1, progress=False)
     for nothing in ([], [[7, 8, 9]]):
         with pytest.raises(ConfigError, match="none of the phrases"):
             distill(r, nothing, 1, progress=False)
