@@ -88,8 +88,6 @@ def change_time(weight: torch.Tensor) -> float:  # `weight`: (N, D)
 
 # %% ../../nbs/03_larosa/12_choice.ipynb #ece27fa4
 CLEARLY = 0.9  # of the dense time: what takes longer is no gain
-_BRACKETS = " (in brackets the sparse time as a share of the dense one)"
-_ALL_THE_SAME = "larosa:when=always is sparse all the same"
 
 
 class Product(NamedTuple):
@@ -120,11 +118,15 @@ class Choice(NamedTuple):
             return "LaRoSA has nothing to skip, so the model is the plain one"
         ratios = {s: f"{s[0]}x{s[1]} ({p.sparse / p.dense:.2f})" for s, p in self.products.items()}
         dense = ", ".join(r for s, r in ratios.items() if s not in self.sparse)
+        does, time = (
+            ("is sparse", "sparse time") if self.bits == 16 else (f"reads {self.bits}-bit rows", "time of rows")
+        )
+        brackets = f" (in brackets the {time} as a share of the dense one)"
         if not self.sparse:
-            return f"LaRoSA saves no time here, so the model is the plain one: {dense}{_BRACKETS}; {_ALL_THE_SAME}"
+            always = f"larosa:when=always {does} all the same"
+            return f"LaRoSA saves no time here, so the model is the plain one: {dense}{brackets}; {always}"
         sparse = ", ".join(ratios[s] for s in self.products if s in self.sparse)
-        does = "is sparse" if self.bits == 16 else f"reads {self.bits}-bit rows"
-        return f"LaRoSA {does} in {sparse}" + (f" and dense in {dense}" if dense else "") + _BRACKETS
+        return f"LaRoSA {does} in {sparse}" + (f" and dense in {dense}" if dense else "") + brackets
 
 # %% ../../nbs/03_larosa/12_choice.ipynb #ec731a4d
 KEPT_TIMES = "products"  # the folder of measured times in the cache

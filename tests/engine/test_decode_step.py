@@ -11,10 +11,10 @@ from llmopt.larosa import BUNDLED, SimpleLaRoSA, load_calibration
 
 
 def test_room():
-    """That decides which caches can be read: of one sequence, in the precision of the weights. Layers, and in a
-    cache that evicts also heads, may have lengths of their own. There, all is well as long as the policy asks for
-    no more than the latest queries, which the step hands over. A budget in bytes is never exceeded, so there
-    modules evict layer by layer."""
+    """`can_read` decides which caches can be read: those of one sequence, in the precision of the weights. Layers,
+    and in a cache that evicts also heads, may have lengths of their own. There, all is well as long as the policy
+    asks for no more than the latest queries, which the step hands over. A budget in bytes is never exceeded, so
+    there modules evict layer by layer."""
 
     def filled(n):
         cache = DynamicCache()

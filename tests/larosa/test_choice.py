@@ -25,6 +25,7 @@ def test_the_choice():
     test_eq(Choice({(8, 4): wins, (4, 4): loses}, changes=301.0).sparse, set())
     print(Choice({(8, 4): wins, (4, 4): loses}))
     print(Choice({(4, 4): loses}))
+    assert "larosa:when=always reads 8-bit rows all the same" in str(Choice({(4, 4): loses}, bits=8))
 
 
 def test_nothing_dropped_is_nothing_measured():
