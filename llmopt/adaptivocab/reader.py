@@ -75,8 +75,10 @@ class VocabConfig:
     fold: bool | None = None  # read phrases in the prompt as single tokens; None: unless they are drafts
 
     def __post_init__(self):
-        if not isinstance(self.drafts, bool) or self.fold not in (None, True, False):
-            raise ConfigError(f"drafts and fold are true or false, not {self.drafts!r:.40} and {self.fold!r:.40}")
+        if not isinstance(self.drafts, bool):
+            raise ConfigError(f"drafts is true or false, not {self.drafts!r:.40}")
+        if self.fold not in (None, True, False):
+            raise ConfigError(f"fold is true or false, not {self.fold!r:.40}")
         object.__setattr__(self, "phrases", _phrase_source(self.phrases))
         if isinstance(self.rows, os.PathLike):
             object.__setattr__(self, "rows", os.fspath(self.rows))
@@ -90,6 +92,8 @@ class VocabConfig:
             raise ConfigError(f"ratio is a positive number, not {self.ratio!r:.40}")
         if not isinstance(self.rows, (str, type(None))):
             raise ConfigError(f"rows are a folder or None, not {type(self.rows).__name__}")
+        if self.rows is not None and not self.folds:
+            raise ConfigError("rows are of phrases that are read, and here phrases are drafts; add fold=true")
 
     @property
     def folds(self) -> bool:

@@ -88,4 +88,6 @@ def load_rows(
         raise ConfigError(f"the rows in '{folder}' belong to another {other}; train them again with `distill`")
     if not fits(reader.model, len(reader.vocab.table), rows) or not rows.is_floating_point():
         raise ConfigError(f"the rows in '{folder}' are damaged (shape {tuple(rows.shape)}, {rows.dtype})")
+    if not rows.isfinite().all():
+        raise ConfigError(f"the rows in '{folder}' hold what is no number; train them again with a lower `lr`")
     return rows.to(reader.model.device)

@@ -30,8 +30,13 @@ def test_configuration():
     test_eq(
         [c.folds for c in (VocabConfig(), VocabConfig(drafts=True), VocabConfig(drafts=True, fold=True))], [1, 0, 1]
     )
-    with expect_fail(ConfigError, "embed is one of"):
-        VocabConfig(embed="sum")
+    for bad, said in (
+        (dict(embed="sum"), "embed is one of"),
+        (dict(drafts="yes"), "drafts is true or false, not 'yes'"),
+        (dict(rows="folder", drafts=True), "add fold=true"),  # which would not be read
+    ):
+        with expect_fail(ConfigError, said):
+            VocabConfig(**bad)
 
 
 QUESTION = "What is machine learning, and what is the difference between the two of them in the United States?"

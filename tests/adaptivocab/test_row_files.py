@@ -30,3 +30,6 @@ def test_files_of_rows():
         save_rows(layered[:, 1:], r, folder)
         with expect_fail(ConfigError, "damaged"):
             VocabConfig(v, rows=folder).reader(lm)
+        save_rows(layered.log(), r, folder)
+        with expect_fail(ConfigError, "no number"):
+            VocabConfig(v, rows=folder).reader(lm)
