@@ -37,3 +37,8 @@ def test_phases():
     phases.skip("a")
     test_eq(phases.bar.total, 30)
     phases.bar.close()
+    with contextlib.redirect_stderr(io.StringIO()) as seen:  # of quick work nothing is shown
+        phases = Phases(dict(a=10), "example")
+        with phases.bar, phases("a"):
+            pass
+    test_eq(seen.getvalue(), "")
