@@ -136,6 +136,16 @@ def _check_training(docs, steps, per_step, size):
         raise ConfigError("there is no document to train on")
     return docs, steps, per_step, size
 
+
+def _checked_new(lm, new, lr, rest):
+    "The ids of `new` tokens as a list; raises `ConfigError` for ids that `lm` does not have, and for bad rates."
+    if any(isinstance(x, (bool, str)) or x is None or not 0 <= x < math.inf for x in (lr, rest)):
+        raise ConfigError("lr and rest are numbers of at least 0, such as 0.006 and 0.1")
+    new, rows = [*new], len(lm.model.get_input_embeddings().weight)
+    if unknown := [i for i in new if not 0 <= i < rows]:
+        raise ConfigError(f"{lm.name} has no token {unknown[0]}; `new` are ids of its own {rows:,} tokens")
+    return new
+
 # %% ../../nbs/02_adaptivocab/13_fine_tuning.ipynb #19a0440a
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -155,6 +165,7 @@ def finetune(
     that cannot be trained on, and `ModelError` if the loss is no longer a number."""
     weights = trained_weights(lm.model, what)
     docs, steps, per_step, size = _check_training(docs, steps, per_step, size)
+    new = _checked_new(lm, new, lr, rest)
     seqs, log = marked_ids(lm.tokenizer, docs), []
     n_bytes = [len(t.encode("utf-8", "replace")) for t in docs]
     with frozen(lm.model):

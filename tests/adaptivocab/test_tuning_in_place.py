@@ -120,6 +120,9 @@ def test_what_cannot_be_trained_on_is_refused():
     for bad in (dict(steps=-1), dict(per_step=0), dict(size=0)):
         with pytest.raises(ConfigError, match="fine-tuning needs"):
             finetune(lm, DOCS, **dict(dict(progress=False), **bad))
+    for bad, said in ((dict(lr=-1), "lr and rest"), (dict(rest="x"), "lr and rest"), (dict(new=[10**7]), "no token")):
+        with pytest.raises(ConfigError, match=said):
+            finetune(lm, DOCS, 1, progress=False, **bad)
     for docs in ([], ["", ""]):
         with pytest.raises(ConfigError, match="no document"):
             finetune(lm, docs, 1, progress=False)
