@@ -8,6 +8,7 @@ from llmopt.benchmark.larosa_step import *
 from transformers import DynamicCache
 from llmopt.benchmark.clock import fill_random_kv
 from llmopt.benchmark.larosa_decode_step import DecodeStep, step_model
+from llmopt.larosa.axpy import numba
 from llmopt.larosa.sparse_linear import SparseLinear
 
 
@@ -36,3 +37,19 @@ def test_step_benchmark():
     assert both == [stock, both[1], stock, both[1]] and both[1] < stock
     assert (found.median_ms > 0).all()
     test_close(found.bound_ms / found.median_ms, found.share_of_bound, eps=1e-9)
+
+
+def test_how_long_it_takes_until_a_model_is_ready():
+    """Before the first token the weights are laid out in rows, and rounded. How long does that take? `ready_rows`
+    makes a model `rounds` times and takes the median: the rows with the step around them, and the first step. The
+    kernels are there already, because they are compiled once for a processor; `first_s` is the first time in a
+    process, in which they are read from the disk."""
+    if numba:
+        (row,) = ready_rows(step_model(64, 1, 64, 2, 1, 64, "float32"), "small", (8,), 1)
+        assert 0 < row["layout_s"] < 60 and 0 < row["step_s"] < 60 and row["bits"] == 8
+
+
+def test_a_prompt_is_read_with_rows_of_few_bits():
+    "The first token comes after the prompt, for which weights of 8 and 4 bits are unpacked."
+    plain, eight = prompt_rows(step_model(64, 1, 64, 2, 1, 64, "float32"), 1, 8, (8,), 2)
+    assert (plain["bits"], plain["ratio"], eight["bits"]) == (0, 1.0, 8) and 0 < eight["ms"] < 1e4
