@@ -114,6 +114,12 @@ class TokenChoice(LogitsProcessor):
             self.generator = torch.Generator(device)
             self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
 
+    @property
+    def plain(self) -> bool:
+        "Is the token the one of the highest score, of which nothing is noted?"
+        s = self.sampling
+        return not (s.temperature or self.before or s.constraint) and s.logprobs is None
+
     def __call__(self, input_ids, scores):  # (1, n), (1, V)
         best = scores.amax(-1, keepdim=True)
         if not all(map(math.isfinite, best.flatten().tolist())):

@@ -15,7 +15,7 @@ from llmopt.engine import EnhancedFusedLLMEngine, step_model
 from llmopt.engine.decode_step import DecodeStep, why_no_step
 from llmopt.engine.step_loops import step_function
 from llmopt.engine.step_model import loop_for, step_of, with_step, without_step
-from llmopt.errors import UnsupportedModelError
+from llmopt.errors import ModelError, UnsupportedModelError
 from llmopt.kv_cache import EvictingCache, EvictionConfig, SlabCache
 from llmopt.kv_cache.attention import packed
 from llmopt.larosa import SimpleLaRoSA, dense, projections, set_sparsity
@@ -293,3 +293,61 @@ def test_the_faster_of_plain_and_step(monkeypatch, tmp_path):
     assert step_of(e.lm.model) and "one compiled step" in e.notes[-1]
     e = EnhancedFusedLLMEngine(lm, recipe="larosa:when=always+kv:bits=8")
     assert step_model.OTHER_CACHE in e.notes
+
+
+def reads_of(monkeypatch):
+    "The heads that steps read from now on: 0 for the whole one, 1 for 8 bits."
+    heads, read = [], DecodeStep._read
+    monkeypatch.setattr(DecodeStep, "_read", lambda s, *a: heads.append(a[4] if len(a) > 4 else 0) or read(s, *a))
+    return heads
+
+
+@pytest.mark.parametrize(
+    "recipe, threads", [("larosa", 1), ("larosa+kv", 2), ("larosa+words:method=prefill,rate=0.5,floor=0", 1)]
+)
+def test_half_a_head(recipe, threads, tmp_path, monkeypatch):
+    "A greedy answer is the same with the shortlist; whoever wants more than the likeliest token gets the whole head."
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(step_model, "_kept_decode_times", lambda *a: [9.0, 3.0, 2.99])
+    question, found = "The sky is blue. Why is it so at noon, and red in the evening?", []
+    for times in ([3.0, 2.0], [3.0, 2.99]):
+        monkeypatch.setattr(step_model, "_kept_greedy_times", lambda *a, times=times: times)
+        e = EnhancedFusedLLMEngine(tiny(), recipe=recipe, max_new_tokens=6)
+        short = times[1] == 2.0
+        assert short == (step_of(e.lm.model).shortlist is not None) == ("8 bits and read exactly" in " ".join(e.notes))
+        heads = reads_of(monkeypatch)
+        found.append([e.run(question, fixed=fixed, top_k=5).output_ids for fixed in (False, True)])
+        assert heads and set(heads) == {int(short)}
+        for more in (dict(temperature=0.5, seed=1), dict(logprobs=2)) if recipe == "larosa" else ():
+            heads.clear()
+            found[-1].append(e.run(question, **more).output_ids)
+            assert set(heads) == {0}
+    assert found[0] == found[1]
+
+
+def test_half_a_head_and_damaged_weights(tmp_path, monkeypatch):
+    "Scores that are not numbers raise what they always raise, in the middle of an answer, too."
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(step_model, "_kept_decode_times", lambda *a: [9.0, 3.0, 2.99])
+    monkeypatch.setattr(step_model, "_kept_greedy_times", lambda *a: [3.0, 2.0])
+    e = EnhancedFusedLLMEngine(tiny(), recipe="larosa", max_new_tokens=8)
+    gains = step_of(e.lm.model).arrays["gains"]
+    assert step_of(e.lm.model).shortlist
+    for bad in (float("nan"), float("inf")):
+        kept, gains[-3] = gains[-3], bad
+        with pytest.raises(ModelError, match="not numbers"):
+            e.run("What is rain?")
+        gains[-3] = kept
+    assert e.run("What is rain?").output_ids
+
+
+def test_heads_without_a_shortlist(monkeypatch):
+    "Rows of 8 bits, and a weight that 8 bits cannot hold: nothing is measured, or nothing is used."
+    notes = ["said"]
+    for bits, scale in ((8, 1.0), (16, 1e9)):
+        model = small_model()
+        model.lm_head.weight.data *= scale
+        model = with_step(converted(model, bits))
+        step_model._shorten_head(model, notes)
+        assert step_of(model).shortlist is None and notes == ["said"]
