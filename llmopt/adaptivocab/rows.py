@@ -220,7 +220,7 @@ def _training_windows(vocab, seqs, size, uses, rng):
     start = vocab.tokenizer.bos_token_id
     return found if start is None else [[start, *w] if w[0] != start else w for w in found]
 
-
+# %% ../../nbs/02_adaptivocab/09_rows.ipynb #d2f575a9
 def _checked_rates(reader, lr, layer_lr, target, **least):
     "The rates of both kinds of vectors. Raises for what cannot be; `least`: whole numbers, and the least there may be."
     for name, (value, n) in least.items():

@@ -98,7 +98,7 @@ class TokenLogprob(NamedTuple):
     logprob: float  # natural logarithm
     top: list  # (id, logprob) of the most probable tokens, as many as `Sampling.logprobs` says
 
-
+# %% ../../nbs/05_engine/03_sampling.ipynb #8bfaa93b
 class TokenChoice(LogitsProcessor):
     "Changes the scores of a step so that the token with the highest one is the token that `sampling` chooses."
 

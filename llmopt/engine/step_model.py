@@ -145,7 +145,7 @@ def _chosen(found, processors, input_ids) -> int:
         found = process(input_ids, found)
     return int(found.numpy().argmax())
 
-
+# %% ../../nbs/05_engine/13_step_model.ipynb #d6792133
 def step_loop(
     model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, by=None, **model_kwargs
 ):
@@ -174,7 +174,7 @@ def step_loop(
         streamer.end()
     return input_ids
 
-
+# %% ../../nbs/05_engine/13_step_model.ipynb #2239889e
 def loop_for(model, cache, streamer=None) -> dict:  # further arguments of `generate`
     """The loop above where `model` has a step and `cache` is one that it can use, and nothing elsewhere. It is told of
     the streamer here, as transformers 5.23 hands none to a loop of others. What `generate` is called of may be a view
@@ -229,13 +229,17 @@ def decode_times(
     return least
 
 # %% ../../nbs/05_engine/13_step_model.ipynb #066250f5
-def _kept_decode_times(model, cfg, kv, measure):
-    "The times that are kept for such a model and configuration on this machine, or what `measure` finds."
-    c = model.config
+def _kept(model, what, more, measure):
+    "The times that are kept for such a model on this machine, or what `measure` finds; `more`: what else decides."
+    c, weight = model.config, model.get_input_embeddings().weight
     sizes = [c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads]
-    weight = model.get_input_embeddings().weight
+    return kept_times([what, c.model_type, *sizes, *weight.shape, *more, machine_of(weight)], 1, measure)[0]
+
+
+def _kept_decode_times(model, cfg, kv, measure):
+    "The same of a decode step, with the configurations of LaRoSA and of the cache."
     asked = [cfg.bits, round(cfg.sparsity, 2), cfg.when, *([str(kv)] if kv else [])]
-    return kept_times(["a decode step", c.model_type, *sizes, *weight.shape, *asked, machine_of(weight)], 1, measure)[0]
+    return _kept(model, "a decode step", asked, measure)
 
 
 def _by_step(cfg, lm, notes, kv):
@@ -306,11 +310,9 @@ SHORTER = 0.97  # of the time with the whole head: what takes longer is not wort
 
 
 def _kept_greedy_times(model, step, measure):
-    "The times that are kept for such a model and step on this machine, or what `measure` finds."
-    c, weight = model.config, model.get_input_embeddings().weight
-    sizes = [c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads]
+    "The same of a greedy token, with all of the head and with a shortlist."
     rows = [*step.arrays["linears"][[0, -1], 0].tolist(), round(traffic(model).skipped / 2**20)]
-    return kept_times(["a shortlist", c.model_type, *sizes, *weight.shape, *rows, machine_of(weight)], 1, measure)[0]
+    return _kept(model, "a shortlist", rows, measure)
 
 
 def _shorten_head(model, notes):
@@ -335,7 +337,7 @@ def _shorten_head(model, notes):
             f"matters ({step.shortlist.nbytes / 1e6:.1f} MB more)"
         )
 
-
+# %% ../../nbs/05_engine/13_step_model.ipynb #c8bbe270
 def prepare_larosa(
     cfg,  # `LaRoSAConfig`
     lm: LM,
